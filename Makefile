@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: help venv demo test lint format bench clean
+
+help:
+	@echo "make demo    train a small ConMamba on a synthetic corpus and score it (15 minutes on 2 cores)"
+	@echo "make test    run the test-suite"
+	@echo "make venv    create $(VENV) with everything the other commands need"
+	@echo "make lint    ruff: lint and format check     make format    ruff: rewrite"
+	@echo "make bench   speed of the scan, the encoders and decoding; reports in benchmarks/reports"
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar off --quiet -e '.[dev,demo,wandb,tensorboard]'
+	@# kenlm is compiled on installation: where no compiler is at hand everything but the n-gram works.
+	-@$(BIN)/python -m pip install --progress-bar off --quiet -e '.[ngram]' 2>/dev/null || echo "kenlm was not installed (no compiler?): n-gram decoding stays off"
+	@touch $@
+
+demo: venv
+	$(BIN)/python -m tools.demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv
+	$(BIN)/python -m benchmarks.bench_scan
+	$(BIN)/python -m benchmarks.bench_encoder
+	$(BIN)/python -m benchmarks.bench_decode
+	$(BIN)/python -m benchmarks.bench_prepare
+
+clean:
+	rm -rf $(VENV) results

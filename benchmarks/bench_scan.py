@@ -1,0 +1,531 @@
+"""How fast the scan is, beside other ways to compute it and beside what the machine could do.
+
+    python -m benchmarks.bench_scan --check --report
+
+Every candidate runs in this process, in turn, once per round; times are medians over the rounds.
+``--check`` exits with 1 and names the targets that were missed. Where there is a GPU its table
+follows (``--device cuda`` prints that alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import importlib.util
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.report import markdown_table, origin, processor, write_report
+from ops import build
+from ops.selective_scan import bidirectional_scan_fn, selective_scan_fn
+
+BATCH, DIM, TIME, STATE = 8, 512, 400, 16
+HOUR_FRAMES = 90_000
+_KERNEL_FOLDER = Path(__file__).resolve().parent
+
+
+class Target(NamedTuple):
+    """One line of the table of targets."""
+
+    name: str
+    value: float
+    limit: float
+    at_least: bool
+    unit: str
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def row(self) -> list[str]:
+        relation = "at least" if self.at_least else "at most"
+        verdict = "yes" if self.met else "**NO**"
+        return [
+            self.name,
+            f"{self.value:.3g}{self.unit}",
+            f"{relation} {self.limit:g}{self.unit}",
+            verdict,
+        ]
+
+
+def make_inputs(
+    batch: int, dim: int, frames: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """u, delta, A, B, C, D, z and delta_bias, channels next to each other in memory."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    def over_time(channels: int) -> Tensor:
+        return normal(batch, frames, channels).to(dtype).transpose(1, 2)
+
+    rates = torch.arange(1.0, STATE + 1, device=device)
+    return [
+        over_time(dim),
+        over_time(dim),
+        -rates.expand(dim, STATE).contiguous(),
+        over_time(STATE),
+        over_time(STATE),
+        normal(dim),
+        over_time(dim),
+        normal(dim) - 4,
+    ]
+
+
+def make_inputs_of_both(*size, **options) -> list[Tensor]:
+    """Both directions' tensors as `bidirectional_scan_fn` takes them; only the gate is shared."""
+    u, delta, A, B, C, D, z, bias = make_inputs(*size, **options)
+    pairs = [[x, x.clone()] for x in (u, delta, A, B, C, D)]
+    return [*(x for pair in pairs for x in pair), z, bias, bias.clone()]
+
+
+def scan(backend: str, *inputs: Tensor) -> Tensor:
+    return selective_scan_fn(*inputs, delta_softplus=True, backend=backend)
+
+
+def both_ways(backend: str, *inputs: Tensor) -> Tensor:
+    return bidirectional_scan_fn(*inputs, True, backend=backend)
+
+
+def two_calls(backend: str, *inputs: Tensor) -> Tensor:
+    """The same by flipping, as one does with a function that knows no direction."""
+    *of_each, z, bias, bias_b = inputs
+    first = [*of_each[0::2], z, bias]
+    second = [x.flip(-1) if x.dim() == 3 else x for x in (*of_each[1::2], z, bias_b)]
+    return (scan(backend, *first) + scan(backend, *second).flip(-1)) / 2
+
+
+def textbook_loop(u, delta, A, B, C, D, z, delta_bias) -> Tensor:
+    """A loop that slices its inputs frame by frame, as mamba_ssm's reference is written."""
+    dt = F.softplus(delta + delta_bias[:, None])
+    decay = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
+    entering = torch.einsum("bdl,bnl,bdl->bdln", dt, B, u)
+    h, outputs = torch.zeros_like(entering[:, :, 0]), []
+    for t in range(u.shape[-1]):
+        h = decay[:, :, t] * h + entering[:, :, t]
+        outputs.append(torch.einsum("bdn,bn->bd", h, C[:, :, t]))
+    return (torch.stack(outputs, dim=2) + u * D[:, None]) * F.silu(z)
+
+
+@functools.cache
+def _mambapy_block():
+    from mambapy.mamba import MambaBlock, MambaConfig
+
+    return MambaBlock(MambaConfig(d_model=DIM // 2, n_layers=1, d_state=STATE))
+
+
+def parallel_scan(*inputs: Tensor) -> Tensor:
+    """mamba.py's parallel scan (package mambapy), softplus and gate around it as in its block."""
+    u, delta, A, B, C, D, z, bias = (x.transpose(1, 2) if x.dim() == 3 else x for x in inputs)
+    dt = F.softplus(delta + bias)
+    return (_mambapy_block().selective_scan(u, dt, A, B, C, D) * F.silu(z)).transpose(1, 2)
+
+
+def runner(
+    function: Callable[..., Tensor], inputs: list[Tensor], backward: bool
+) -> Callable[[], None]:
+    """A call of ``function``; with ``backward`` also the gradients of all inputs."""
+    if not backward:
+
+        def forward_only() -> None:
+            with torch.no_grad():
+                function(*inputs)
+
+        return forward_only
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    grad_y = torch.randn_like(inputs[0])
+
+    def forward_and_backward() -> None:
+        torch.autograd.grad(function(*leaves), leaves, grad_y)
+
+    return forward_and_backward
+
+
+def medians_ms(
+    candidates: dict[str, Callable[[], None]], rounds: int, synchronise: Callable[[], None]
+) -> dict[str, float]:
+    """Median milliseconds of each; they take turns, so that a busy spell hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds + 1):
+        for name, call in candidates.items():
+            synchronise()
+            start = time.perf_counter()
+            call()
+            synchronise()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    # The first round pays for compilation and fresh memory.
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def machine_rates(threads: int) -> dict[str, float]:
+    """Fused multiply-adds and exponentials a second that the kernels' vector code can reach."""
+    library = build.load(_KERNEL_FOLDER / "rates.cpp", _KERNEL_FOLDER.parent / "ops" / "simd.h")
+    results = (ctypes.c_float * threads)()
+    parallel_for = ctypes.c_void_p(build.parallel_for_address())
+    rates = {}
+    for name in ("fused_multiply_adds", "exponentials"):
+        rounds = 400_000
+        count = threads * rounds * library.elements_per_round()
+        best = 0.0
+        for _ in range(7):
+            start = time.perf_counter()
+            getattr(library, name)(
+                *(ctypes.c_int64(n) for n in (threads, rounds, threads)), parallel_for, results
+            )
+            best = max(best, count / (time.perf_counter() - start))
+        rates[name] = best
+    return rates
+
+
+def extra_memory(frames: int, batch: int, backward: bool) -> int:
+    """Bytes beyond inputs, outputs and gradients at the peak, measured in a fresh process."""
+    arguments = [str(frames), str(batch), "backward" if backward else "forward"]
+    output = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench_scan", "--memory_of", *arguments],
+        cwd=_KERNEL_FOLDER.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return int(output.split()[-1])
+
+
+def print_memory(frames: int, batch: int, backward: bool) -> None:
+    """The peak of this process above what it held before the scan and keeps after it."""
+    leaves = [x.requires_grad_(backward) for x in make_inputs(batch, DIM, frames)]
+    grad_y = torch.randn_like(leaves[0])
+    # Loads the kernel and starts the threads.
+    runner(functools.partial(scan, "cpu"), make_inputs(2, DIM, 64), backward)()
+    before = _resident_bytes("VmRSS")
+    y = scan("cpu", *leaves)
+    kept = [y, *(torch.autograd.grad(y, leaves, grad_y) if backward else ())]
+    results = sum(x.numel() * x.element_size() for x in kept)
+    print(_resident_bytes("VmHWM") - before - results)
+
+
+def _resident_bytes(field: str) -> int:
+    """Memory of this process now (VmRSS) or at its peak (VmHWM), as Linux counts it."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) * 1024
+
+
+def bench_cpu(rounds: int, slow_rounds: int) -> tuple[str, list[Target]]:
+    """Tables for the CPU, and the targets they are held against."""
+    threads = torch.get_num_threads()
+    inputs = make_inputs(BATCH, DIM, TIME)
+    candidates: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        f"`{name}`": (functools.partial(scan, name), inputs)
+        for name in ("cpu", "torch", "reference")
+    }
+    candidates["`cpu`, both directions"] = (
+        functools.partial(both_ways, "cpu"),
+        make_inputs_of_both(BATCH, DIM, TIME),
+    )
+    if importlib.util.find_spec("mambapy"):
+        candidates["mamba.py's parallel scan"] = (parallel_scan, inputs)
+    forward = medians_ms({n: runner(*c, False) for n, c in candidates.items()}, rounds, _nothing)
+    slow = {"`reference`": candidates.pop("`reference`")}
+    both = medians_ms({n: runner(*c, True) for n, c in candidates.items()}, rounds, _nothing)
+    if slow_rounds:
+        textbook = {"textbook loop": (textbook_loop, inputs)}
+        forward |= medians_ms({n: runner(*c, False) for n, c in textbook.items()}, 5, _nothing)
+        for name, candidate in (slow | textbook).items():
+            call = runner(*candidate, True)
+            both[name] = statistics.median(_timed_ms(call) for _ in range(slow_rounds))
+
+    pscan = "mamba.py's parallel scan"
+    targets = [
+        Target(
+            "`cpu` forward, times as fast as `reference`",
+            forward["`reference`"] / forward["`cpu`"],
+            20,
+            True,
+            "x",
+        )
+    ]
+    if pscan in both:
+        targets += [
+            Target(
+                "`cpu` forward + backward, times as fast as mamba.py's parallel scan",
+                both[pscan] / both["`cpu`"],
+                30,
+                True,
+                "x",
+            ),
+            Target(
+                "`torch` forward + backward, times as fast as mamba.py's parallel scan",
+                both[pscan] / both["`torch`"],
+                3,
+                True,
+                "x",
+            ),
+        ]
+    for what, times in (("forward", forward), ("forward + backward", both)):
+        targets.append(
+            Target(
+                f"bidirectional layer against one direction, {what}",
+                times["`cpu`, both directions"] / times["`cpu`"],
+                2.05,
+                False,
+                "x",
+            )
+        )
+    targets += _memory_targets() + _hour_targets(rounds)
+
+    rows = []
+    for name in forward:
+        row = [f"{times[name]:.1f}" if name in times else "-" for times in (forward, both)]
+        row += [
+            f"{times[name] / times['`cpu`']:.1f}" if name in times else "-"
+            for times in (forward, both)
+        ]
+        rows.append([name, *row])
+    header = ["scan", "forward ms", "forward + backward ms", "forward / `cpu`", "both / `cpu`"]
+    text = [
+        f"Batch {BATCH}, dim {DIM}, {TIME} frames, state {STATE}, float32, softplus and gate "
+        f"included, {threads} threads; medians of {rounds}"
+        + (f" (backward of the two loops: {slow_rounds})" if slow_rounds else "")
+        + ".",
+        markdown_table(header, rows),
+        markdown_table(["target", "measured", "wanted", "met"], [t.row() for t in targets]),
+        _against_the_floor(forward["`cpu`"], both["`cpu`"], threads),
+    ]
+    return "\n\n".join(text), targets
+
+
+def _nothing() -> None:
+    pass
+
+
+def _timed_ms(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _memory_targets() -> list[Target]:
+    # Ten times the frames of the table: beside 65 MB the odd page of the process does not count.
+    frames = 10 * TIME
+    size = BATCH * DIM * frames * 4
+    extra = statistics.median(extra_memory(frames, BATCH, backward=True) for _ in range(3))
+    return [
+        Target(
+            "memory of `cpu` forward + backward beyond inputs, outputs and gradients",
+            extra / size,
+            1,
+            False,
+            " u",
+        )
+    ]
+
+
+def _hour_targets(rounds: int) -> list[Target]:
+    # Both outputs are large enough for the C library to fetch fresh pages for them each time.
+    quarter = HOUR_FRAMES // 4
+    calls = {}
+    for frames in (quarter, HOUR_FRAMES):
+        calls[str(frames)] = runner(
+            functools.partial(scan, "cpu"), make_inputs(1, DIM, frames), False
+        )
+    times = medians_ms(calls, rounds, _nothing)
+    long, short = times[str(HOUR_FRAMES)], times[str(quarter)]
+    extra = [
+        statistics.median(extra_memory(frames, 1, backward=False) for _ in range(3))
+        for frames in (quarter, HOUR_FRAMES)
+    ]
+    output = HOUR_FRAMES * DIM * 4
+    return [
+        Target(
+            f"one hour of audio ({HOUR_FRAMES} frames, {long:.0f} ms) against four quarters, "
+            "forward",
+            long / (4 * short),
+            1.1,
+            False,
+            "x",
+        ),
+        Target(
+            "memory of one hour beyond that of a quarter, inputs and outputs not counted, "
+            "part of the output",
+            (extra[1] - extra[0]) / output,
+            0.02,
+            False,
+            "",
+        ),
+    ]
+
+
+def _against_the_floor(forward_ms: float, both_ms: float, threads: int) -> str:
+    elements = BATCH * DIM * TIME * STATE
+    rates = machine_rates(threads)
+    # Per element: one exponential; forward x B, the state and the output, three multiply-adds.
+    exp_ms = elements / rates["exponentials"] * 1e3
+    fma_ms = 3 * elements / rates["fused_multiply_adds"] * 1e3
+    bandwidth = _copy_bandwidth("cpu", 1 << 24, _nothing)
+    # u, delta, z in, y out.
+    memory_ms = 4 * BATCH * DIM * TIME * 4 / bandwidth * 1e3
+    floor_ms = exp_ms + fma_ms + memory_ms
+    return (
+        f"Against the floor: this machine evaluates {rates['exponentials'] / 1e9:.1f} G "
+        f"exponentials and {rates['fused_multiply_adds'] / 1e9:.0f} G fused multiply-adds a second "
+        f"on {threads} threads (best of 7, vectors in registers) and copies at "
+        f"{bandwidth / 1e9:.1f} GB/s. Of the first the forward needs one per element and state "
+        f"({exp_ms:.2f} ms), of the second three ({fma_ms:.2f} ms; both go through the same "
+        f"units), and u, delta, z and y cross the memory bus ({memory_ms:.2f} ms): together "
+        f"{floor_ms:.2f} ms. Measured {forward_ms:.2f} ms: {exp_ms / forward_ms:.0%} of the "
+        f"exponential rate, {fma_ms / forward_ms:.0%} of the multiply-add rate, "
+        f"{memory_ms / forward_ms:.0%} of the bandwidth, {floor_ms / forward_ms:.0%} of their sum. "
+        "Arithmetic and memory take turns, tile by tile; the rest is the softplus, the gate's "
+        "sigmoid, and fresh pages for y, which the C library returns to the system after every "
+        "call of this size. Forward + backward evaluates each exponential twice "
+        f"({2 * exp_ms / both_ms:.0%} of the exponential rate)."
+    )
+
+
+class GpuShape(NamedTuple):
+    batch: int
+    dim: int
+    frames: int
+
+
+def bench_cuda(rounds: int) -> tuple[str, list[Target]]:
+    """Milliseconds and the share of the memory bandwidth that an ideal kernel would need."""
+    bandwidth = _copy_bandwidth("cuda", 1 << 28, torch.cuda.synchronize)
+    rows, targets = [], []
+    for shape in (GpuShape(32, 1024, 400), GpuShape(8, 1024, 3000)):
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = make_inputs(*shape, device="cuda", dtype=dtype)
+            of_both = make_inputs_of_both(*shape, device="cuda", dtype=dtype)
+            candidates = {
+                "`triton`": (functools.partial(scan, "triton"), inputs),
+                "`triton`, both directions": (functools.partial(both_ways, "triton"), of_both),
+                "`triton`, two calls and flips": (functools.partial(two_calls, "triton"), of_both),
+            }
+            if importlib.util.find_spec("selective_scan_cuda"):
+                # In the layout that its kernel reads without converting.
+                contiguous = [x.contiguous() for x in inputs]
+                candidates["mamba_ssm"] = (functools.partial(scan, "mamba_ssm"), contiguous)
+            for backward in (False, True):
+                times = medians_ms(
+                    {name: runner(*c, backward) for name, c in candidates.items()},
+                    rounds,
+                    torch.cuda.synchronize,
+                )
+                what = f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" + (
+                    " forward + backward" if backward else " forward"
+                )
+                for name, ms in times.items():
+                    ways = 1 if name in ("`triton`", "mamba_ssm") else 2
+                    floor = _bytes_moved(inputs, backward, ways) / bandwidth * 1e3
+                    rows.append([what, name, f"{ms:.3f}", f"{floor / ms:.0%}"])
+                targets.append(
+                    Target(
+                        f"{what}: both directions, times as fast as two calls",
+                        times["`triton`, two calls and flips"] / times["`triton`, both directions"],
+                        1.3,
+                        True,
+                        "x",
+                    )
+                )
+                if "mamba_ssm" in times:
+                    targets.append(
+                        Target(
+                            f"{what}: times as fast as mamba_ssm",
+                            times["mamba_ssm"] / times["`triton`"],
+                            1,
+                            True,
+                            "x",
+                        )
+                    )
+    text = [
+        f"GPU: {torch.cuda.get_device_name()}, measured copy bandwidth {bandwidth / 1e9:.0f} GB/s; "
+        f"medians of {rounds}. The floor reads every input and writes every output once.",
+        markdown_table(["shape and pass", "scan", "ms", "of the bandwidth floor"], rows),
+        markdown_table(["target", "measured", "wanted", "met"], [t.row() for t in targets]),
+    ]
+    return "\n\n".join(text), targets
+
+
+def _bytes_moved(inputs: list[Tensor], backward: bool, ways: int) -> int:
+    """What has to cross the memory bus; the gate and the output are shared by both ways."""
+    u, delta, _, B, C, _, z, _ = (x.numel() * x.element_size() for x in inputs)
+    of_each_way = u + delta + B + C
+    forward = ways * of_each_way + z + u
+    # Reads the inputs and the output's gradient, writes the gradients.
+    return forward + (2 * ways * of_each_way + 2 * z + u if backward else 0)
+
+
+def _copy_bandwidth(device: str, elements: int, synchronise: Callable[[], None]) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    source = torch.ones(elements, device=device)
+    target = torch.ones_like(source)
+    ms = medians_ms({"copy": lambda: target.copy_(source)}, 10, synchronise)["copy"]
+    return 2 * source.numel() * source.element_size() / ms * 1e3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda", "all"], default="all")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--rounds", type=int, default=7, help="times are medians of so many")
+    parser.add_argument(
+        "--slow_rounds",
+        type=int,
+        default=0,
+        help="also time the backward of the loops, so many times (minutes each)",
+    )
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    parser.add_argument("--report", action="store_true", help="write to benchmarks/reports")
+    parser.add_argument("--memory_of", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory_of:
+        frames, batch, what = arguments.memory_of
+        print_memory(int(frames), int(batch), what == "backward")
+        return 0
+
+    sections, targets = [], []
+    if arguments.device != "cuda":
+        text, found = bench_cpu(arguments.rounds, arguments.slow_rounds)
+        sections.append(text)
+        targets += found
+    if arguments.device == "cuda" or (arguments.device == "all" and torch.cuda.is_available()):
+        text, found = bench_cuda(arguments.rounds)
+        sections.append(text)
+        targets += found
+    elif arguments.device == "all":
+        sections.append(
+            "No GPU here: `python -m benchmarks.bench_scan --device cuda --report` adds its table."
+        )
+
+    command = "python -m benchmarks.bench_scan " + " ".join(sys.argv[1:])
+    packages = [name for name in ("torch", "mambapy", "triton") if importlib.util.find_spec(name)]
+    text = "\n\n".join(["# The scan", origin(command.strip(), packages), *sections])
+    if arguments.report:
+        machine = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-") or platform.machine()
+        write_report(f"scan_{machine}_{date.today().isoformat()}", text)
+    else:
+        print(text)
+    missed = [target for target in targets if not target.met]
+    for target in missed:
+        print(
+            f"missed: {target.name}: {target.row()[1]}, wanted {target.row()[2]}", file=sys.stderr
+        )
+    return 1 if missed and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Where a figure comes from: machine, versions, commit and command, beside the figures."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+REPORTS = _REPOSITORY / "benchmarks" / "reports"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; every cell is written with ``str``."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def origin(command: str, packages: Sequence[str] = ()) -> str:
+    """Bullet points that say how the figures of a report were obtained.
+
+    Args:
+        command: what was run.
+        packages: installed distributions whose versions matter.
+    """
+    versions = [f"Python {platform.python_version()}"]
+    versions += [f"{package} {version(package)}" for package in packages]
+    return "\n".join(
+        [
+            f"- command: `{command}`",
+            f"- commit: {_commit()}",
+            f"- date: {date.today().isoformat()}",
+            f"- machine: {processor()}, {os.cpu_count()} cores, {platform.system()}",
+            # Above the number of cores, other programs took part of the time.
+            f"- load average at the end: {os.getloadavg()[0]:.1f}",
+            f"- versions: {', '.join(versions)}",
+        ]
+    )
+
+
+def write_report(name: str, text: str) -> Path:
+    """Write ``benchmarks/reports/<name>.md`` and print it."""
+    REPORTS.mkdir(exist_ok=True)
+    path = REPORTS / f"{name}.md"
+    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    sys.stdout.write(path.read_text(encoding="utf-8"))
+    return path
+
+
+def _commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=_REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,277 @@
+"""Official archives: fetched with resume, checked, and unpacked without leaving their folder."""
+
+import http.client
+import logging
+import os
+import shutil
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from corpora.files import file_digest
+
+logger = logging.getLogger(__name__)
+
+SPEECH_URL = "https://www.openslr.org/resources/12"
+LEXICON_URL = "https://www.openslr.org/resources/11/librispeech-lexicon.txt"
+
+# https://www.openslr.org/resources/12/md5sum.txt
+ARCHIVE_MD5 = {
+    "train-clean-100": "2a93770f6d5c6c964bc36631d331a522",
+    "train-clean-360": "c0e676e450a7ff2f54aeade5171606fa",
+    "train-other-500": "d1a0fd59409feb2c614ce4d30c387708",
+    "dev-clean": "42e2234ba48799c1f50f24a7926300a1",
+    "dev-other": "c8d0bcc9cca99d4f8b62fcc847357931",
+    "test-clean": "32fa31d27d2e1cad72775fee3f4849a9",
+    "test-other": "fb5a50374b501bb3bac4815ee91d3135",
+}
+LEXICON_MD5 = "28f72663f6bfed7cd346283c064c315b"
+
+_BLOCK_BYTES = 1 << 18
+_TIMEOUT_S = 60
+_BROKEN_TRANSFER = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+)
+
+
+class DownloadError(OSError):
+    """A file that could not be fetched, or is not what it should be."""
+
+
+def fetch(
+    url: str,
+    target: str | Path,
+    md5: str,
+    *,
+    num_attempts: int = 5,
+    wait_s: float = 2.0,
+    noprogressbar: bool = False,
+) -> Path:
+    """Download a file; continue where an earlier call or a broken transfer stopped.
+
+    Bytes are collected in ``<target>.part``, which becomes ``target`` once its MD5 is right. A
+    ``target`` that is there already is checked, not fetched.
+
+    Args:
+        url: http or https.
+        target: the file to create; its folder is created too.
+        md5: the digest the file must have, hexadecimal.
+        num_attempts: how often a broken transfer is continued before giving up.
+        wait_s: pause before the second attempt; it doubles each time.
+        noprogressbar: no progress bar.
+
+    Raises:
+        DownloadError: the server refused, the transfer kept breaking (the part stays, so that the
+            next call continues), or the checksum is wrong (the part is deleted).
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        found = file_digest(target, "md5")
+        if found == md5:
+            return target
+        raise DownloadError(
+            f"{target} has the MD5 {found} instead of {md5}: it is damaged or another file;"
+            " delete it to fetch it again"
+        )
+    part = target.with_name(target.name + ".part")
+    resumed = part.exists() and part.stat().st_size > 0
+    _transfer_with_retries(url, part, num_attempts, wait_s, noprogressbar)
+    found = file_digest(part, "md5")
+    if found != md5 and resumed:
+        # The part may have been begun from another version of the file: once more from the start.
+        logger.warning("%s continued from an earlier part is damaged: fetching it whole", url)
+        part.unlink()
+        _transfer_with_retries(url, part, num_attempts, wait_s, noprogressbar)
+        found = file_digest(part, "md5")
+    if found != md5:
+        part.unlink()
+        raise DownloadError(
+            f"{url} arrived with the MD5 {found} instead of {md5}: damaged on the way or not the"
+            " official file. It was deleted; try again, or try a mirror with --download_url"
+        )
+    os.replace(part, target)
+    return target
+
+
+def download_split(
+    split: str,
+    folder: str | Path,
+    *,
+    base_url: str = SPEECH_URL,
+    md5: str | None = None,
+    noprogressbar: bool = False,
+) -> Path:
+    """Fetch and unpack one official split.
+
+    The archive stays in ``folder`` and may be deleted. A split folder that is there already is left
+    alone: it appears only when its archive is unpacked completely.
+
+    Args:
+        split: its name.
+        folder: gets ``<split>.tar.gz`` and ``LibriSpeech/<split>``.
+        base_url: the folder on the server that holds the archives.
+        md5: the archive's digest; by default the official one.
+        noprogressbar: no progress bar.
+
+    Returns:
+        The split's folder.
+
+    Raises:
+        ValueError: no official split has this name.
+        DownloadError: see `fetch` and `unpack`.
+    """
+    if md5 is None:
+        if split not in ARCHIVE_MD5:
+            raise ValueError(
+                f"unknown split {split!r}: LibriSpeech has {', '.join(sorted(ARCHIVE_MD5))}"
+            )
+        md5 = ARCHIVE_MD5[split]
+    folder = Path(folder)
+    target = folder / "LibriSpeech" / split
+    if target.is_dir():
+        logger.info("%s is there already", target)
+        return target
+    archive = fetch(
+        f"{base_url.rstrip('/')}/{split}.tar.gz",
+        folder / f"{split}.tar.gz",
+        md5,
+        noprogressbar=noprogressbar,
+    )
+    unpack(archive, folder, split, noprogressbar=noprogressbar)
+    return target
+
+
+def unpack(
+    archive: str | Path, folder: str | Path, split: str, *, noprogressbar: bool = False
+) -> None:
+    """Unpack a split's archive into ``folder/LibriSpeech``.
+
+    Everything is written to a temporary folder first and moved when complete, the split last, by a
+    rename. Only plain files and folders below ``LibriSpeech`` are accepted.
+
+    Args:
+        archive: a tar file, gzipped.
+        folder: gets the folder ``LibriSpeech``.
+        split: the split that the archive must hold.
+        noprogressbar: no progress bar.
+
+    Raises:
+        DownloadError: the archive is damaged, does not hold the split, or holds links, devices or
+            paths that lead out of the folder. Nothing is left behind.
+    """
+    archive, folder = Path(archive), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".unpack-"))
+    try:
+        _extract(archive, scratch, noprogressbar)
+        unpacked = scratch / "LibriSpeech"
+        if not (unpacked / split).is_dir():
+            raise DownloadError(f"{archive} holds no LibriSpeech/{split}")
+        root = folder / "LibriSpeech"
+        root.mkdir(exist_ok=True)
+        for path in sorted(unpacked.iterdir(), key=lambda path: path.name == split):
+            if not (root / path.name).exists():
+                os.rename(path, root / path.name)
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _extract(archive: Path, scratch: Path, noprogressbar: bool) -> None:
+    try:
+        with (
+            tarfile.open(archive, mode="r|gz") as tar,
+            tqdm(desc=f"unpacking {archive.name}", unit=" files", disable=noprogressbar) as bar,
+        ):
+            for member in tar:
+                path = PurePosixPath(member.name)
+                inside = not path.is_absolute() and ".." not in path.parts
+                # On Windows a backslash or a drive letter would lead out as well.
+                inside = inside and "\\" not in member.name and ":" not in member.name
+                if not inside or not (member.isfile() or member.isdir()):
+                    raise DownloadError(
+                        f"{archive} holds {member.name!r}, which is no plain file inside the"
+                        " archive's folder: not unpacked"
+                    )
+                target = scratch.joinpath(*path.parts)
+                if member.isdir():
+                    target.mkdir(parents=True, exist_ok=True)
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with tar.extractfile(member) as source, open(target, "xb") as copy:
+                    shutil.copyfileobj(source, copy, _BLOCK_BYTES)
+                # A second preparation elsewhere then finds the same times as this one.
+                os.utime(target, (member.mtime, member.mtime))
+                bar.update()
+    except (tarfile.TarError, EOFError, FileExistsError, NotADirectoryError) as error:
+        raise DownloadError(f"{archive} is damaged: {error}") from error
+
+
+def _transfer_with_retries(
+    url: str, part: Path, num_attempts: int, wait_s: float, noprogressbar: bool
+) -> None:
+    for attempt in range(1, num_attempts + 1):
+        try:
+            _transfer(url, part, noprogressbar)
+            return
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code not in (408, 429):
+                message = f"{url}: the server says {error.code} {error.reason}"
+                raise DownloadError(message) from error
+            reason: Exception = error
+        except _BROKEN_TRANSFER as error:
+            reason = error
+        if attempt < num_attempts:
+            logger.warning("%s broke off (%s): continuing", url, reason)
+            time.sleep(wait_s * 2 ** (attempt - 1))
+    size = part.stat().st_size if part.exists() else 0
+    raise DownloadError(
+        f"{url} broke off {num_attempts} times (last: {reason}); {size} bytes are kept in {part},"
+        " the same command continues from there"
+    )
+
+
+def _transfer(url: str, part: Path, noprogressbar: bool) -> None:
+    offset = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url)
+    if offset:
+        request.add_header("Range", f"bytes={offset}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and offset:
+            # Nothing lies beyond the part: it is whole, or longer than the file. The MD5 decides.
+            return
+        raise
+    with response:
+        begin = (response.headers.get("Content-Range") or "").removeprefix("bytes ").split("-")[0]
+        if response.status != 206 or begin != str(offset):
+            offset = 0  # the server does not resume and sends the whole file
+        length = response.headers.get("Content-Length")
+        total = offset + int(length) if length is not None else None
+        received = offset
+        with (
+            open(part, "ab" if offset else "wb") as stream,
+            tqdm(
+                desc=part.name.removesuffix(".part"),
+                initial=offset,
+                total=total,
+                unit="B",
+                unit_scale=True,
+                disable=noprogressbar,
+            ) as bar,
+        ):
+            while block := response.read(_BLOCK_BYTES):
+                stream.write(block)
+                received += len(block)
+                bar.update(len(block))
+        if total is not None and received < total:
+            raise ConnectionError(f"{received} of {total} bytes arrived")

@@ -1,0 +1,282 @@
+"""LibriSpeech's layout: where its splits are, which utterances they hold, what is wrong with them.
+
+    <split>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac
+    <split>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt    lines "<utterance id> <WORDS>"
+
+Any corpus in this layout is read, whatever its splits are called.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+SAMPLE_RATE = 16000
+
+OFFICIAL_NUM_UTTERANCES = {
+    "train-clean-100": 28539,
+    "train-clean-360": 104014,
+    "train-other-500": 148688,
+    "dev-clean": 2703,
+    "dev-other": 2864,
+    "test-clean": 2620,
+    "test-other": 2939,
+}
+
+AUDIO_SUFFIX = ".flac"
+TRANSCRIPT_SUFFIX = ".trans.txt"
+
+# SpeechBrain's load_data_csv replaces these in every column and fails where it knows no value.
+_VARIABLE = re.compile(r"\$[\w.]+")
+
+
+class Problem(NamedTuple):
+    """Something wrong with one utterance. ``path`` is relative to the data root."""
+
+    path: str
+    utterance_id: str
+    reason: str
+
+
+class Utterance(NamedTuple):
+    """An utterance whose audio and transcript exist. ``path`` is relative to the data root."""
+
+    id: str
+    speaker: str
+    path: str
+    size_bytes: int
+    words: str
+
+
+@dataclass
+class SplitListing:
+    """What a split's folders hold, the audio unopened.
+
+    Attributes:
+        utterances: those with audio and transcript, ordered by speaker, chapter and id.
+        problems: those with one of the two, or with a transcript that cannot be used.
+        fingerprint: digest over names, sizes and times of the audio files and the contents of the
+            transcripts; relative to the data root, so a moved corpus keeps it.
+    """
+
+    split: str
+    utterances: list[Utterance] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    fingerprint: str = ""
+
+    @property
+    def num_found(self) -> int:
+        """Utterances that exist in some form, usable or not."""
+        return len(self.utterances) + len(self.problems)
+
+
+def find_data_root(data_folder: str | Path, splits: Sequence[str] = ()) -> Path:
+    """The folder that holds the splits: ``data_folder`` itself or ``LibriSpeech`` inside it.
+
+    This folder is what ``$data_root`` in a manifest stands for.
+
+    Args:
+        data_folder: ``.../LibriSpeech``, or the folder that it was unpacked in.
+        splits: names looked for first, where both folders hold splits.
+
+    Raises:
+        ValueError: neither folder holds a split in LibriSpeech's layout.
+    """
+    folder = Path(data_folder)
+    if not folder.is_dir():
+        raise ValueError(f"the data folder {folder} does not exist or is not a folder")
+    candidates = [folder, folder / "LibriSpeech"]
+    for candidate in candidates:
+        if any((candidate / split).is_dir() for split in splits):
+            return candidate
+    for candidate in candidates:
+        if find_splits(candidate):
+            return candidate
+    hint = ""
+    if _has_chapters(folder):
+        hint = f" {folder} looks like one split: give the folder above it."
+    found = sorted(entry.name for entry in _visible(folder))[:8]
+    raise ValueError(
+        f"{folder} is not LibriSpeech: no <split>/<speaker>/<chapter>/ folders with"
+        f" {AUDIO_SUFFIX} and {TRANSCRIPT_SUFFIX} files in it or in its LibriSpeech folder"
+        f" (found: {', '.join(found) if found else 'nothing'}).{hint}"
+    )
+
+
+def find_splits(data_root: str | Path) -> list[str]:
+    """Names of the folders under ``data_root`` that are laid out like a split, sorted."""
+    if not os.path.isdir(data_root):
+        return []
+    return sorted(
+        entry.name for entry in _visible(data_root) if entry.is_dir() and _has_chapters(entry.path)
+    )
+
+
+def list_split(
+    data_root: str | Path,
+    split: str,
+    map_speakers: Callable[[Callable, Iterable], Iterable] = map,
+) -> SplitListing:
+    """List the utterances of a split without opening its audio.
+
+    Args:
+        data_root: the folder that holds the split.
+        split: its name.
+        map_speakers: ``map``, or an executor's, which keeps the order as ``map`` does.
+
+    Returns:
+        The listing; see `SplitListing`.
+    """
+    split_folder = Path(data_root) / split
+    listing = SplitListing(split)
+    digest = hashlib.sha256(split.encode())
+    speakers = []
+    for entry in _visible(split_folder):
+        if entry.is_dir():
+            speakers.append(entry.name)
+        else:
+            listing.problems += _stray(entry.name, split)
+
+    def list_speaker(speaker: str) -> tuple[list[Utterance], list[Problem], bytes]:
+        return _list_speaker(split_folder, split, speaker)
+
+    for utterances, problems, speaker_digest in map_speakers(list_speaker, sorted(speakers)):
+        listing.utterances += utterances
+        listing.problems += problems
+        digest.update(speaker_digest)
+    for problem in listing.problems:
+        digest.update(repr(problem).encode())
+    listing.fingerprint = digest.hexdigest()
+    return listing
+
+
+def other_audio_suffixes(data_root: str | Path, split: str) -> list[str]:
+    """Suffixes of audio files in a split that are no FLAC; read to explain an empty listing."""
+    known = {".wav", ".mp3", ".sph", ".ogg", ".opus", ".m4a"}
+    files = islice((Path(data_root) / split).rglob("*"), 10_000)
+    return sorted({path.suffix.lower() for path in files} & known)
+
+
+def _list_speaker(
+    split_folder: Path, split: str, speaker: str
+) -> tuple[list[Utterance], list[Problem], bytes]:
+    utterances: list[Utterance] = []
+    problems: list[Problem] = []
+    digest = hashlib.sha256(speaker.encode())
+    chapters = []
+    for entry in _visible(split_folder / speaker):
+        if entry.is_dir():
+            chapters.append(entry.name)
+        else:
+            problems += _stray(entry.name, f"{split}/{speaker}")
+    for chapter in sorted(chapters):
+        _list_chapter(split_folder, (split, speaker, chapter), utterances, problems, digest)
+    return utterances, problems, digest.digest()
+
+
+def _list_chapter(
+    split_folder: Path,
+    place: tuple[str, str, str],
+    utterances: list[Utterance],
+    problems: list[Problem],
+    digest: "hashlib._Hash",
+) -> None:
+    _, speaker, chapter = place
+    folder = "/".join(place)
+    audio_sizes: dict[str, int] = {}
+    transcripts: list[os.DirEntry] = []
+    lines = []
+    for entry in _visible(split_folder / speaker / chapter):
+        if entry.name.endswith(AUDIO_SUFFIX):
+            try:
+                stat = entry.stat()
+                size, time = stat.st_size, stat.st_mtime_ns
+            except OSError:  # a dangling link: left to the check of the audio
+                size, time = -1, 0
+            audio_sizes[entry.name[: -len(AUDIO_SUFFIX)]] = size
+            lines.append(f"{entry.name} {size} {time}")
+        elif entry.name.endswith(TRANSCRIPT_SUFFIX):
+            transcripts.append(entry)
+    words: dict[str, str] = {}
+    bad_words: dict[str, str] = {}
+    for entry in sorted(transcripts, key=lambda entry: entry.name):
+        try:
+            content = Path(entry.path).read_bytes()
+            digest.update(content)
+            _parse_transcript(content.decode("utf-8-sig"), words, bad_words)
+        except UnicodeDecodeError:
+            problems.append(Problem(f"{folder}/{entry.name}", "", "unreadable: not UTF-8"))
+        except OSError as error:
+            reason = f"unreadable: {error.strerror}"
+            problems.append(Problem(f"{folder}/{entry.name}", "", reason))
+    digest.update("\n".join([chapter, *sorted(lines)]).encode("utf-8", "surrogateescape"))
+
+    prefix = f"{speaker}-{chapter}-"
+    for utterance_id in sorted(audio_sizes.keys() | words.keys() | bad_words.keys()):
+        path = f"{folder}/{utterance_id}{AUDIO_SUFFIX}"
+        if utterance_id not in audio_sizes:
+            problems.append(Problem(path, utterance_id, "missing audio: only a transcript"))
+        elif utterance_id in bad_words:
+            problems.append(Problem(path, utterance_id, bad_words[utterance_id]))
+        elif utterance_id not in words:
+            problems.append(Problem(path, utterance_id, "missing transcript"))
+        elif not utterance_id.startswith(prefix):
+            problems.append(
+                Problem(path, utterance_id, f"misplaced: an id in this folder begins with {prefix}")
+            )
+        else:
+            utterances.append(
+                Utterance(
+                    utterance_id, speaker, path, audio_sizes[utterance_id], words[utterance_id]
+                )
+            )
+
+
+def _parse_transcript(text: str, words: dict[str, str], bad_words: dict[str, str]) -> None:
+    for line in text.split("\n"):
+        utterance_id, _, said = line.strip().partition(" ")
+        if not utterance_id:
+            continue
+        said = " ".join(said.split())
+        if utterance_id in words or utterance_id in bad_words:
+            bad_words[utterance_id] = "ambiguous transcript: two lines with this id"
+        elif not said:
+            bad_words[utterance_id] = "missing transcript: no words after the id"
+        elif variable := _VARIABLE.search(said):
+            bad_words[utterance_id] = (
+                f"unusable transcript: {variable[0]!r} is a variable to SpeechBrain's CSV reader"
+            )
+        else:
+            words[utterance_id] = said
+
+
+def _stray(name: str, folder: str) -> list[Problem]:
+    """Audio that is not three folders deep would otherwise be left out in silence."""
+    if not name.endswith(AUDIO_SUFFIX):
+        return []
+    utterance_id = name[: -len(AUDIO_SUFFIX)]
+    reason = "misplaced: audio belongs into <split>/<speaker>/<chapter>/"
+    return [Problem(f"{folder}/{name}", utterance_id, reason)]
+
+
+def _has_chapters(split_folder: str | Path) -> bool:
+    for speaker in _visible(split_folder):
+        if not speaker.is_dir():
+            continue
+        for chapter in _visible(speaker.path):
+            if not chapter.is_dir():
+                continue
+            for entry in _visible(chapter.path):
+                if entry.name.endswith((AUDIO_SUFFIX, TRANSCRIPT_SUFFIX)):
+                    return True
+    return False
+
+
+def _visible(folder: str | Path) -> list[os.DirEntry]:
+    """Entries of a folder without hidden ones (macOS leaves ``._*.flac`` beside real files)."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]

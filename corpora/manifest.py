@@ -1,0 +1,76 @@
+"""The CSV manifests that SpeechBrain's datasets read: ``ID,duration,wav,spk_id,wrd``."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from corpora.files import atomic_write
+
+DATA_ROOT = "$data_root"
+"""Begins every audio path; whoever reads the manifest replaces it by the corpus's folder."""
+
+
+class ManifestRow(NamedTuple):
+    """One utterance. ``wav`` begins with `DATA_ROOT`; ``duration`` is in seconds."""
+
+    ID: str
+    duration: float
+    wav: str
+    spk_id: str
+    wrd: str
+
+
+def write_manifest(path: str | Path, rows: Iterable[ManifestRow]) -> None:
+    """Write a manifest, whole or not at all."""
+    with atomic_write(path) as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(ManifestRow._fields)
+        writer.writerows(rows)
+
+
+def read_manifest(path: str | Path) -> list[ManifestRow]:
+    """Read a manifest back, `DATA_ROOT` unreplaced.
+
+    Raises:
+        ValueError: the file has other columns, or a row that does not fit them.
+    """
+    with open(path, encoding="utf-8", newline="") as stream:
+        reader = csv.reader(stream)
+        header = next(reader, [])
+        if tuple(header) != ManifestRow._fields:
+            raise ValueError(
+                f"{path} has the columns {header}, a manifest has {list(ManifestRow._fields)}"
+            )
+        rows = []
+        for cells in reader:
+            try:
+                identifier, duration, wav, spk_id, wrd = cells
+                rows.append(ManifestRow(identifier, float(duration), wav, spk_id, wrd))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: not a manifest row ({error})"
+                ) from error
+    return rows
+
+
+def merge_manifests(sources: Sequence[str | Path], target: str | Path) -> int:
+    """Write the rows of several manifests into one, in the order given.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ValueError: two sources hold the same utterance id, which a dataset cannot hold twice.
+    """
+    rows: dict[str, ManifestRow] = {}
+    for source in sources:
+        for row in read_manifest(source):
+            if row.ID in rows:
+                raise ValueError(
+                    f"cannot merge into {Path(target).name}: utterance {row.ID} is both"
+                    f" {rows[row.ID].wav} and {row.wav}"
+                )
+            rows[row.ID] = row
+    write_manifest(target, rows.values())
+    return len(rows)

@@ -1,0 +1,1 @@
+"""Searchers, scorers and their states: batched, cached, over SpeechBrain's own classes."""

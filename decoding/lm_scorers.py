@@ -1,0 +1,113 @@
+"""Language model scorers whose states follow the beams, so that a token costs one token."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from speechbrain.decoders.scorer import KenLMScorer as SpeechBrainKenLMScorer
+from speechbrain.decoders.scorer import TransformerLMScorer as SpeechBrainTransformerLMScorer
+from speechbrain.lobes.models.transformer.TransformerLM import (
+    TransformerLM as SpeechBrainTransformerLM,
+)
+from torch import Tensor
+
+from modules import lm as language_models
+
+
+class LMState(Protocol):
+    """What a language model remembers of each hypothesis."""
+
+    def select(self, rows_N: Tensor) -> LMState:
+        """The state of some hypotheses, in the order of ``rows_N``."""
+
+
+class CachedLMScorer(SpeechBrainTransformerLMScorer):
+    """SpeechBrain's LM scorer over a model with a state instead of over the prefix.
+
+    Args:
+        language_model: a model with ``initial_state(batch_size)`` and ``step(tokens, state)``.
+        temperature: the logits are divided by it.
+    """
+
+    @torch.no_grad()
+    def score(
+        self,
+        inp_tokens: Tensor,
+        memory: LMState | None,
+        candidates: Tensor | None,
+        attn: Tensor | None,
+    ) -> tuple[Tensor, LMState]:
+        """Log-probabilities (N, V) of the token after ``inp_tokens``, and the new state."""
+        if memory is None:
+            self.lm.to(inp_tokens.device)
+            memory = self._initial_state(len(inp_tokens))
+        logits_NV, memory = self._step(inp_tokens, memory)
+        return self.softmax(logits_NV.float() / self.temperature), memory
+
+    def permute_mem(self, memory: LMState, index: Tensor) -> LMState:
+        """The states of the hypotheses that the search goes on with."""
+        return memory.select(index)
+
+    def _initial_state(self, batch_size: int) -> LMState:
+        return self.lm.initial_state(batch_size)
+
+    def _step(self, tokens_N: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+        return self.lm.step(tokens_N, state)
+
+
+class TransformerLMScorer(CachedLMScorer):
+    """Scorer of any ``TransformerLM`` of SpeechBrain; its weight has the key ``transformerlm``.
+
+    Args:
+        language_model: the model; a key/value cache is kept for it here.
+        temperature: the logits are divided by it.
+
+    Raises:
+        ValueError: the model cannot be run token by token.
+    """
+
+    def __init__(self, language_model: SpeechBrainTransformerLM, temperature: float = 1.0) -> None:
+        language_models.check_cacheable(language_model)
+        super().__init__(language_model, temperature)
+
+    def _initial_state(self, batch_size: int) -> LMState:
+        return language_models.transformer_lm_state(self.lm, batch_size)
+
+    def _step(self, tokens_N: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+        return language_models.transformer_lm_step(self.lm, tokens_N, state)
+
+
+class MambaLMScorer(CachedLMScorer):
+    """Scorer of a :class:`modules.lm.MambaLM`; its weight has the key ``mambalm``."""
+
+
+class KenLMScorer(SpeechBrainKenLMScorer):
+    """SpeechBrain's scorer of a token n-gram; its weight has the key ``kenlm``.
+
+    Meant as a partial scorer: it asks kenlm about one token of one hypothesis at a time.
+
+    Args:
+        lm_path: ARPA file or kenlm binary over the tokens of the model.
+        vocab_size: number of tokens.
+        token_list: how the n-gram spells each token, in order of their indices.
+
+    Raises:
+        ImportError: kenlm is not installed.
+        ValueError: ``token_list`` has another length than the vocabulary.
+    """
+
+    def score(
+        self, inp_tokens: Tensor, memory: tuple | None, candidates: Tensor | None, attn: Tensor
+    ) -> tuple[Tensor, tuple]:
+        """See the parent, which is slow to walk through tensors and fast through arrays."""
+        if candidates is not None:
+            candidates = candidates.cpu().numpy()
+        return super().score(inp_tokens, memory, candidates, attn)
+
+    def select_items(self, memory: tuple, items_I: Tensor, rows_N: Tensor) -> tuple:
+        """Goes on with some items of the batch, whose hypotheses are the rows ``rows_N``."""
+        self.batch_index = np.arange(len(items_I))
+        rows = rows_N.cpu().numpy()
+        return tuple(part[rows] for part in memory)

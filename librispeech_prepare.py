@@ -1,0 +1,504 @@
+"""Raw LibriSpeech, or any corpus in its layout, to manifests ``<split>.csv``.
+
+    python librispeech_prepare.py --data_folder LibriSpeech --save_folder results/manifests \\
+        --tr_splits train-clean-100 --dev_splits dev-clean --te_splits test-clean test-other
+
+A manifest has the columns ``ID,duration,wav,spk_id,wrd``. Its audio paths begin with
+``$data_root``, which stands for the folder that holds the splits (`find_data_root`), so corpus and
+manifest can be moved. Manifests appear only when complete; a second run finds them current and
+does nothing.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from corpora import download, lexicon
+from corpora.files import file_digest
+from corpora.flac import FlacError, check_flac
+from corpora.librispeech import (
+    AUDIO_SUFFIX,
+    OFFICIAL_NUM_UTTERANCES,
+    SAMPLE_RATE,
+    Problem,
+    SplitListing,
+    Utterance,
+    find_data_root,
+    find_splits,
+    list_split,
+    other_audio_suffixes,
+)
+from corpora.manifest import DATA_ROOT, ManifestRow, merge_manifests, write_manifest
+from corpora.record import PreparationRecord
+
+__all__ = ["PreparationError", "find_data_root", "prepare_librispeech"]
+
+logger = logging.getLogger(__name__)
+
+RECORD_NAME = "librispeech_prepare.json"
+LEXICON_NAME = "librispeech-lexicon.txt"
+
+_NUM_PROBLEMS_SHOWN = 20
+_CHUNK_FILES = 256
+
+
+class PreparationError(ValueError):
+    """Utterances that cannot be used.
+
+    Attributes:
+        problems: all of them; the message shows the first 20.
+    """
+
+    def __init__(self, data_root: Path, problems: Sequence[Problem]):
+        self.problems = list(problems)
+        count = len(problems)
+        lines = [
+            f"{count} utterance{'s' if count > 1 else ''} in {data_root} cannot be used;"
+            " no manifest was written:"
+        ]
+        for problem in problems[:_NUM_PROBLEMS_SHOWN]:
+            lines.append(f"  {problem.path} ({problem.utterance_id or '-'}): {problem.reason}")
+        if count > _NUM_PROBLEMS_SHOWN:
+            lines.append(f"  and {count - _NUM_PROBLEMS_SHOWN} more")
+        lines.append("Repair them, or leave them out with --skip_bad (skip_bad=True).")
+        super().__init__("\n".join(lines))
+
+
+def prepare_librispeech(
+    data_folder: str | Path,
+    save_folder: str | Path,
+    tr_splits: Sequence[str] = (),
+    dev_splits: Sequence[str] = (),
+    te_splits: Sequence[str] = (),
+    select_n_sentences: Sequence[int] | int | None = None,
+    merge_lst: Sequence[str] = (),
+    merge_name: str | None = None,
+    create_lexicon: bool = False,
+    skip_prep: bool = False,
+    *,
+    skip_bad: bool = False,
+    verify: bool = False,
+    num_workers: int | None = None,
+    lexicon_file: str | Path | None = None,
+    seed: int = 1234,
+    noprogressbar: bool = False,
+) -> None:
+    """Write ``<save_folder>/<split>.csv`` for every split, unless it is current.
+
+    A manifest is current if the split's file names, sizes, times and transcripts, the options and
+    the manifest's own digest are those of the run that wrote it.
+
+    Args:
+        data_folder: the folder that holds the splits, or the one above its ``LibriSpeech``.
+        save_folder: gets the manifests; created if need be.
+        tr_splits: names of the training splits.
+        dev_splits: names of the validation splits.
+        te_splits: names of the test splits.
+        select_n_sentences: keep only the first so many utterances of each split; one number for
+            all, or one for each in the order training, validation, test.
+        merge_lst: splits, of those above, whose manifests are also written as one.
+        merge_name: file name of the merged manifest.
+        create_lexicon: also write ``lexicon.csv`` and its parts ``lexicon_{tr,dev,test}.csv``.
+        skip_prep: do nothing at all.
+        skip_bad: leave unusable utterances out instead of failing.
+        verify: decode every file whole, which also finds audio cut short, instead of reading
+            headers only.
+        num_workers: threads that read audio; by default four per core, at most 16.
+        lexicon_file: lines ``WORD PH1 PH2 ...``; by default ``librispeech-lexicon.txt`` in
+            ``save_folder`` or beside the splits, and else the official one, downloaded.
+        seed: decides which words of the lexicon fall into which part.
+        noprogressbar: no progress bar.
+
+    Raises:
+        PreparationError: audio or transcripts are missing, empty, unreadable or wrongly sampled.
+        ValueError: no LibriSpeech in ``data_folder``, a split is missing, or options contradict
+            each other. No manifest is left for a split that could not be prepared.
+    """
+    if skip_prep:
+        return
+    limits = _split_limits(tr_splits, dev_splits, te_splits, select_n_sentences)
+    merge_lst, merge_name = _merge_options(merge_lst, merge_name, limits)
+    if num_workers is None:
+        num_workers = min(16, 4 * (os.cpu_count() or 1))
+    if num_workers < 1:
+        raise ValueError(f"num_workers is {num_workers}; at least one thread must read")
+    data_root = find_data_root(data_folder, list(limits))
+    _require_splits(data_root, limits)
+
+    save_folder = Path(save_folder)
+    save_folder.mkdir(parents=True, exist_ok=True)
+    record = PreparationRecord(save_folder, RECORD_NAME)
+    with ThreadPoolExecutor(num_workers) as pool:
+        plans = [
+            _plan(record, list_split(data_root, split, pool.map), limit, skip_bad, verify)
+            for split, limit in limits.items()
+        ]
+        stale = [plan for plan in plans if not plan.is_current]
+        problems: list[Problem] = []
+        for plan in stale:
+            plan.rows, plan.problems = _check_audio(
+                plan.listing, data_root, verify, pool, noprogressbar
+            )
+            problems += plan.problems
+    try:
+        if problems and not skip_bad:
+            raise PreparationError(data_root, problems)
+        for plan in stale:
+            _require_rows(plan, data_root)
+    except ValueError:
+        for name in [plan.name for plan in stale] + ([merge_name] if merge_name else []):
+            record.remove(name)
+        raise
+    for plan in stale:
+        _write_split(plan, record)
+    for plan in plans:
+        _report(plan, record)
+    if merge_name:
+        _merge(record, merge_lst, merge_name)
+    if create_lexicon:
+        _prepare_lexicon(record, data_root, lexicon_file, seed, noprogressbar)
+
+
+@dataclass
+class _Plan:
+    """One split on its way to a manifest."""
+
+    listing: SplitListing
+    limit: int | None
+    made_from: dict[str, Any]
+    is_current: bool
+    rows: list[ManifestRow] | None = None
+    problems: list[Problem] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.listing.split}.csv"
+
+
+def _split_limits(
+    tr_splits: Sequence[str],
+    dev_splits: Sequence[str],
+    te_splits: Sequence[str],
+    select_n_sentences: Sequence[int] | int | None,
+) -> dict[str, int | None]:
+    """Every split once, with the number of utterances to keep."""
+    groups = [[group] if isinstance(group, str) else group for group in (tr_splits, dev_splits)]
+    groups.append([te_splits] if isinstance(te_splits, str) else te_splits)
+    splits = [split for group in groups for split in group]
+    if not splits:
+        raise ValueError("no split to prepare: name some in tr_splits, dev_splits or te_splits")
+    for split in splits:
+        if not split or split.startswith(".") or Path(split).name != split:
+            raise ValueError(f"{split!r} is not the name of a split, such as 'train-clean-100'")
+    if select_n_sentences is None or isinstance(select_n_sentences, int):
+        numbers: Sequence[int | None] = [select_n_sentences] * len(splits)
+    else:
+        numbers = select_n_sentences
+    if len(numbers) != len(splits):
+        raise ValueError(
+            f"select_n_sentences has {len(numbers)} numbers for {len(splits)} splits"
+            f" ({', '.join(splits)}): give one number, or one for each"
+        )
+    limits: dict[str, int | None] = {}
+    for split, number in zip(splits, numbers, strict=True):
+        if number is not None and number < 1:
+            raise ValueError(f"select_n_sentences keeps {number} utterances of {split}")
+        if limits.setdefault(split, number) != number:
+            raise ValueError(f"{split} is named twice, with {limits[split]} and {number} sentences")
+    return limits
+
+
+def _merge_options(
+    merge_lst: Sequence[str], merge_name: str | None, limits: dict[str, int | None]
+) -> tuple[list[str], str | None]:
+    merge_lst = [merge_lst] if isinstance(merge_lst, str) else list(dict.fromkeys(merge_lst))
+    if not merge_lst:
+        return [], None
+    if not merge_name:
+        raise ValueError(f"merge_lst names {', '.join(merge_lst)}, but merge_name is not given")
+    unprepared = [split for split in merge_lst if split not in limits]
+    if unprepared:
+        raise ValueError(
+            f"merge_lst names {', '.join(unprepared)}, but the splits prepared are"
+            f" {', '.join(limits)}"
+        )
+    if not merge_name.endswith(".csv"):
+        merge_name += ".csv"
+    if Path(merge_name).name != merge_name:
+        raise ValueError(f"merge_name {merge_name!r} is not a file name: it goes to save_folder")
+    if merge_lst == [merge_name.removesuffix(".csv")]:
+        return [], None  # that split's own manifest is the merged one
+    if merge_name.removesuffix(".csv") in limits or merge_name in lexicon.FILES:
+        raise ValueError(f"merge_name {merge_name!r} is the name of another file of this run")
+    return merge_lst, merge_name
+
+
+def _require_splits(data_root: Path, splits: Iterable[str]) -> None:
+    missing = [split for split in splits if not (data_root / split).is_dir()]
+    if missing:
+        found = find_splits(data_root)
+        raise ValueError(
+            f"missing in {data_root}: {', '.join(missing)}. Splits found there:"
+            f" {', '.join(found) if found else 'none'}. Official splits can be fetched with"
+            " python librispeech_prepare.py --download SPLIT... --data_folder FOLDER"
+        )
+
+
+def _plan(
+    record: PreparationRecord,
+    listing: SplitListing,
+    limit: int | None,
+    skip_bad: bool,
+    verify: bool,
+) -> _Plan:
+    made_from = {
+        "data": listing.fingerprint,
+        "select_n_sentences": limit,
+        "skip_bad": skip_bad,
+        "verified": verify,
+    }
+    plan = _Plan(listing, limit, made_from, is_current=False)
+    plan.is_current = record.is_current(plan.name, made_from)
+    if not plan.is_current and not verify:
+        # Who asks for less than was done before need not have it done again.
+        plan.is_current = record.is_current(plan.name, {**made_from, "verified": True})
+    return plan
+
+
+def _check_audio(
+    listing: SplitListing,
+    data_root: Path,
+    verify: bool,
+    pool: Executor,
+    noprogressbar: bool,
+) -> tuple[list[ManifestRow], list[Problem]]:
+    def check(chunk: list[Utterance]) -> tuple[list[ManifestRow], list[Problem]]:
+        rows, problems = [], []
+        for utterance in chunk:
+            try:
+                num_samples = check_flac(
+                    f"{data_root}/{utterance.path}", utterance.size_bytes, SAMPLE_RATE, verify
+                )
+            except FlacError as error:
+                problems.append(Problem(utterance.path, utterance.id, str(error)))
+                continue
+            rows.append(
+                ManifestRow(
+                    utterance.id,
+                    num_samples / SAMPLE_RATE,
+                    f"{DATA_ROOT}/{utterance.path}",
+                    utterance.speaker,
+                    utterance.words,
+                )
+            )
+        return rows, problems
+
+    rows: list[ManifestRow] = []
+    problems = list(listing.problems)
+    chunk_files = 8 if verify else _CHUNK_FILES
+    with tqdm(
+        desc=f"{'decoding' if verify else 'reading'} {listing.split}",
+        total=len(listing.utterances),
+        unit=" files",
+        disable=noprogressbar,
+    ) as bar:
+        for good, bad in pool.map(check, _chunks(listing.utterances, chunk_files)):
+            rows += good
+            problems += bad
+            bar.update(len(good) + len(bad))
+    return rows, problems
+
+
+def _chunks(items: list[Utterance], size: int) -> Iterator[list[Utterance]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _require_rows(plan: _Plan, data_root: Path) -> None:
+    if plan.rows:
+        return
+    split = plan.listing.split
+    if plan.problems:
+        raise ValueError(
+            f"{data_root / split}: all {len(plan.problems)} utterances are unusable, the first"
+            f" because of: {plan.problems[0].path}: {plan.problems[0].reason}"
+        )
+    hint = ""
+    if suffixes := other_audio_suffixes(data_root, split):
+        hint = f"; audio found as {', '.join(suffixes)} must be converted to FLAC first"
+    raise ValueError(
+        f"{data_root / split} holds no utterances: expected"
+        f" <speaker>/<chapter>/<speaker>-<chapter>-<number>{AUDIO_SUFFIX}{hint}"
+    )
+
+
+def _write_split(plan: _Plan, record: PreparationRecord) -> None:
+    split, found = plan.listing.split, plan.listing.num_found
+    rows = plan.rows[: plan.limit]
+    write_manifest(record.folder / plan.name, rows)
+    record.add(plan.name, plan.made_from, utterances=len(rows), left_out=len(plan.problems))
+    official = OFFICIAL_NUM_UTTERANCES.get(split)
+    if official is not None and found != official:
+        logger.warning(
+            "%s holds %d utterances, LibriSpeech's has %d: an incomplete download, or another"
+            " corpus in its layout",
+            split,
+            found,
+            official,
+        )
+    hours = sum(row.duration for row in rows) / 3600
+    logger.info("%s: %d utterances, %.2f hours", record.folder / plan.name, len(rows), hours)
+
+
+def _report(plan: _Plan, record: PreparationRecord) -> None:
+    if plan.is_current:
+        logger.info("%s is current", record.folder / plan.name)
+    if left_out := record.note(plan.name, "left_out", 0):
+        logger.warning(
+            "%s: %d unusable utterances were left out (skip_bad)", plan.listing.split, left_out
+        )
+    for problem in (plan.problems or [])[:_NUM_PROBLEMS_SHOWN]:
+        logger.warning("  %s (%s): %s", problem.path, problem.utterance_id or "-", problem.reason)
+
+
+def _merge(record: PreparationRecord, splits: Sequence[str], merge_name: str) -> None:
+    sources = [f"{split}.csv" for split in splits]
+    made_from = {"merged": [[name, record.digest(name)] for name in sources]}
+    if record.is_current(merge_name, made_from):
+        return
+    try:
+        count = merge_manifests(
+            [record.folder / name for name in sources], record.folder / merge_name
+        )
+    except ValueError:
+        record.remove(merge_name)
+        raise
+    record.add(merge_name, made_from, utterances=count)
+    logger.info("%s: %d utterances", record.folder / merge_name, count)
+
+
+def _prepare_lexicon(
+    record: PreparationRecord,
+    data_root: Path,
+    lexicon_file: str | Path | None,
+    seed: int,
+    noprogressbar: bool,
+) -> None:
+    source = _find_lexicon(record.folder, data_root, lexicon_file, noprogressbar)
+    made_from = {"lexicon": file_digest(source), "seed": seed}
+    if all(record.is_current(name, made_from) for name in lexicon.FILES):
+        return
+    for name in lexicon.FILES:
+        record.remove(name)
+    count = lexicon.write_lexicon(source, record.folder, seed)
+    for name in lexicon.FILES:
+        record.add(name, made_from)
+    logger.info("%s: %d pronunciations", record.folder / lexicon.FILES[0], count)
+
+
+def _find_lexicon(
+    save_folder: Path, data_root: Path, lexicon_file: str | Path | None, noprogressbar: bool
+) -> Path:
+    if lexicon_file is not None:
+        if not Path(lexicon_file).is_file():
+            raise ValueError(f"the lexicon {lexicon_file} does not exist")
+        return Path(lexicon_file)
+    for path in (save_folder / LEXICON_NAME, data_root / LEXICON_NAME):
+        if path.is_file():
+            return path
+    return download.fetch(
+        download.LEXICON_URL,
+        save_folder / LEXICON_NAME,
+        download.LEXICON_MD5,
+        noprogressbar=noprogressbar,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="librispeech_prepare.py",
+        description="Raw LibriSpeech, or any corpus in its layout, to CSV manifests.",
+        epilog="docs/data.md shows how a corpus of your own becomes manifests.",
+    )
+    add = parser.add_argument
+    add("--data_folder", required=True, help="holds the splits, or LibriSpeech with the splits")
+    add("--save_folder", help="gets the manifests; may be left out with --download")
+    for flag, purpose in (("tr", "training"), ("dev", "validation"), ("te", "test")):
+        add(f"--{flag}_splits", nargs="+", default=[], metavar="SPLIT", help=f"{purpose} splits")
+    add(
+        "--select_n_sentences",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="keep the first N utterances: one number, or one for each split",
+    )
+    add("--merge_lst", nargs="+", default=[], metavar="SPLIT", help="splits to merge into one")
+    add("--merge_name", metavar="NAME.csv", help="file name of the merged manifest")
+    add("--create_lexicon", action="store_true", help="also write lexicon.csv and its parts")
+    add("--skip_prep", action="store_true", help="do nothing")
+    add("--skip_bad", action="store_true", help="leave unusable utterances out, do not fail")
+    add("--verify", action="store_true", help="decode every file whole: also finds cut audio")
+    add("--num_workers", type=int, help="threads that read audio (default: 4 per core, up to 16)")
+    add("--lexicon_file", help="a local lexicon, lines WORD PH1 PH2 ... (default: the official)")
+    add("--seed", type=int, default=1234, help="splits the lexicon (default: %(default)s)")
+    add("--noprogressbar", action="store_true", help="no progress bars")
+    add(
+        "--download",
+        nargs="+",
+        default=[],
+        metavar="SPLIT",
+        help=f"fetch official splits first ({', '.join(sorted(download.ARCHIVE_MD5))})",
+    )
+    add("--download_url", default=download.SPEECH_URL, help="mirror (default: %(default)s)")
+    return parser
+
+
+def _download(splits: Sequence[str], data_folder: str, url: str, noprogressbar: bool) -> None:
+    unknown = [split for split in splits if split not in download.ARCHIVE_MD5]
+    if unknown:
+        raise ValueError(
+            f"cannot download {', '.join(unknown)}: LibriSpeech has"
+            f" {', '.join(sorted(download.ARCHIVE_MD5))}"
+        )
+    folder = Path(data_folder)
+    # The archives bring a folder LibriSpeech of their own.
+    if folder.name == "LibriSpeech":
+        folder = folder.parent
+    for split in splits:
+        download.download_split(split, folder, base_url=url, noprogressbar=noprogressbar)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    splits_to_download, url = options.pop("download"), options.pop("download_url")
+    wants_manifests = any(options[name] for name in ("tr_splits", "dev_splits", "te_splits"))
+    if options["save_folder"] is None and (wants_manifests or not splits_to_download):
+        parser.error("the following arguments are required: --save_folder")
+    if options["select_n_sentences"] is not None and len(options["select_n_sentences"]) == 1:
+        options["select_n_sentences"] = options["select_n_sentences"][0]
+    try:
+        _download(splits_to_download, options["data_folder"], url, options["noprogressbar"])
+        if wants_manifests or not splits_to_download:
+            prepare_librispeech(**options)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

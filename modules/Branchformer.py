@@ -1,0 +1,218 @@
+"""SpeechBrain's Branchformer encoder, made independent of what pads a batch."""
+
+from collections.abc import Collection
+
+import torch
+from speechbrain.lobes.models.convolution import (
+    ConvolutionalSpatialGatingUnit as SpeechBrainGatingUnit,
+)
+from speechbrain.lobes.models.transformer.Branchformer import (
+    BranchformerEncoder as SpeechBrainBranchformerEncoder,
+)
+from speechbrain.lobes.models.transformer.Branchformer import (
+    BranchformerEncoderLayer as SpeechBrainBranchformerEncoderLayer,
+)
+from speechbrain.lobes.models.transformer.Branchformer import (
+    ConvolutionBranch as SpeechBrainConvolutionBranch,
+)
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from torch import Tensor, nn
+
+from modules.convolution import depthwise
+from modules.layer_stack import LayerStack
+from modules.lengths import valid_lengths
+
+
+class ConvolutionalSpatialGatingUnit(SpeechBrainGatingUnit):
+    """SpeechBrain's gating unit whose convolution reflects at each item's own end."""
+
+    def forward(self, x: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """Gates the first half of the channels of ``x`` (batch, time, channels) with the second."""
+        x1, x2 = x.chunk(2, dim=-1)
+        weight, bias = self.conv.conv.weight, self.conv.conv.bias
+        x2 = depthwise(_reflected(self.norm(x2), lengths_B, weight.shape[-1] // 2), weight, bias)
+        if self.use_linear_after_conv:
+            x2 = self.linear(x2)
+        return self.dropout(self.activation(x2) * x1)
+
+
+def _reflected(x_BTD: Tensor, lengths_B: Tensor | None, padding: int) -> Tensor:
+    """Frames with ``padding`` reflected ones at both ends, as often as a short item needs."""
+    frames = x_BTD.shape[1]
+    if lengths_B is None:
+        lengths_B = x_BTD.new_full((len(x_BTD),), frames, dtype=torch.long)
+    last_B1 = (lengths_B - 1).clamp(min=0)[:, None]
+    period_B1 = (2 * last_B1).clamp(min=1)
+    places_L = torch.arange(-padding, frames + padding, device=x_BTD.device).abs()
+    index_BL = places_L % period_B1
+    index_BL = torch.minimum(index_BL, 2 * last_B1 - index_BL).clamp(min=0)
+    return x_BTD.gather(1, index_BL.unsqueeze(-1).expand(-1, -1, x_BTD.shape[2]))
+
+
+class ConvolutionBranch(SpeechBrainConvolutionBranch):
+    """SpeechBrain's convolution branch around our gating unit."""
+
+    def __init__(
+        self,
+        input_size: int,
+        linear_units: int,
+        kernel_size: int,
+        activation: type[nn.Module],
+        gate_activation: type[nn.Module],
+        dropout: float,
+        use_linear_after_conv: bool,
+    ):
+        super().__init__(
+            input_size=input_size,
+            linear_units=linear_units,
+            kernel_size=kernel_size,
+            activation=activation,
+            gate_activation=gate_activation,
+            dropout=dropout,
+            use_linear_after_conv=use_linear_after_conv,
+        )
+        self.csgu = ConvolutionalSpatialGatingUnit(
+            input_size=linear_units,
+            kernel_size=kernel_size,
+            dropout=dropout,
+            use_linear_after_conv=use_linear_after_conv,
+            activation=gate_activation,
+        )
+
+    def forward(self, x: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """Applies the branch to ``x`` (batch, time, d_model)."""
+        gated = self.csgu(self.activation(self.pre_channel_proj(x)), lengths_B)
+        return self.post_channel_proj(gated)
+
+
+class BranchformerEncoderLayer(SpeechBrainBranchformerEncoderLayer):
+    """SpeechBrain's Branchformer layer around our convolution branch."""
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        kernel_size: int,
+        activation: type[nn.Module],
+        dropout: float,
+        attention_type: str,
+        csgu_linear_units: int,
+        gate_activation: type[nn.Module],
+        use_linear_after_conv: bool,
+    ):
+        super().__init__(
+            d_model=d_model,
+            nhead=nhead,
+            kernel_size=kernel_size,
+            activation=activation,
+            dropout=dropout,
+            attention_type=attention_type,
+            csgu_linear_units=csgu_linear_units,
+            gate_activation=gate_activation,
+            use_linear_after_conv=use_linear_after_conv,
+        )
+        self.convolution_branch = ConvolutionBranch(
+            input_size=d_model,
+            linear_units=csgu_linear_units,
+            kernel_size=kernel_size,
+            activation=activation,
+            gate_activation=gate_activation,
+            dropout=dropout,
+            use_linear_after_conv=use_linear_after_conv,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        src_key_padding_mask: Tensor | None = None,
+        lengths_B: Tensor | None = None,
+        pos_embs: Tensor | None = None,
+    ) -> Tensor:
+        """Applies the layer; ``lengths_B`` are the frames that the mask leaves."""
+        query = self.norm_mhsa(x)
+        attended, _ = self.mha_layer(
+            query, query, query, key_padding_mask=src_key_padding_mask, pos_embs=pos_embs
+        )
+        convolved = self.convolution_branch(self.norm_conv(x), lengths_B)
+        branches = torch.cat([self.dropout(attended), self.dropout(convolved)], dim=-1)
+        return x + self.dropout(self.merge_proj(branches))
+
+
+class BranchformerEncoder(LayerStack, SpeechBrainBranchformerEncoder):
+    """SpeechBrain's Branchformer encoder over ``BranchformerEncoderLayer``; parameters as there.
+
+    Raises:
+        ValueError: it is to be causal, which its convolutions are not, or to use an attention that
+            SpeechBrain's Branchformer does not have.
+
+    Paper: arXiv:2207.02971.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        d_model: int,
+        nhead: int,
+        kernel_size: int = 31,
+        activation: type[nn.Module] = nn.GELU,
+        dropout: float = 0.0,
+        attention_type: str = "RelPosMHAXL",
+        csgu_linear_units: int = 3072,
+        gate_activation: type[nn.Module] = nn.Identity,
+        use_linear_after_conv: bool = False,
+        causal: bool = False,
+        layerdrop_prob: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ):
+        if causal:
+            raise ValueError("A Branchformer sees later frames; set causal: False.")
+        if attention_type == "RoPEMHA":
+            raise ValueError(
+                "A Branchformer has no RoPEMHA; take regularMHA, RelPosMHAXL or hypermixing."
+            )
+        # Its layers would be SpeechBrain's: none are made there.
+        super().__init__(
+            num_layers=0,
+            d_model=d_model,
+            nhead=nhead,
+            attention_type=attention_type,
+            layerdrop_prob=layerdrop_prob,
+        )
+        self.gradient_checkpointing = gradient_checkpointing
+        self.layers = nn.ModuleList(
+            BranchformerEncoderLayer(
+                d_model=d_model,
+                nhead=nhead,
+                kernel_size=kernel_size,
+                activation=activation,
+                dropout=dropout,
+                attention_type=attention_type,
+                csgu_linear_units=csgu_linear_units,
+                gate_activation=gate_activation,
+                use_linear_after_conv=use_linear_after_conv,
+            )
+            for _ in range(num_layers)
+        )
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        pos_embs: Tensor | None = None,
+        dynchunktrain_config: DynChunkTrainConfig | None = None,
+        intermediate_layers: Collection[int] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Encodes ``src`` (batch, time, d_model); see ``LayerStack.run_layers`` for the results.
+
+        Raises:
+            ValueError: there are chunks, at which its convolutions would not stop.
+        """
+        if dynchunktrain_config is not None:
+            raise ValueError("A Branchformer cannot be cut into chunks; a Conformer can.")
+        lengths_B = valid_lengths(src_key_padding_mask)
+
+        def run_layer(layer: nn.Module, x: Tensor) -> Tensor:
+            return layer(x, src_key_padding_mask, lengths_B, pos_embs)
+
+        return self.run_layers(src, run_layer, intermediate_layers)

@@ -1,0 +1,521 @@
+"""The recogniser's network: an encoder and, for joint CTC/attention, a decoder, chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from speechbrain.lobes.models.transformer.Transformer import NormalizedEmbedding
+from speechbrain.lobes.models.transformer.TransformerASR import (
+    TransformerASR as SpeechBrainTransformerASR,
+)
+from speechbrain.lobes.models.transformer.TransformerASR import (
+    TransformerASRStreamingContext as SpeechBrainStreamingContext,
+)
+from speechbrain.lobes.models.transformer.TransformerASR import make_transformer_src_mask
+from speechbrain.nnet.activations import Swish
+from speechbrain.nnet.containers import ModuleList
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from torch import Tensor, nn
+
+from modules.dropout import replace_dropout
+from modules.lengths import absolute_lengths, padding_mask
+from modules.mamba import Mamba
+from modules.mamba_decoder import MambaDecoderState
+from modules.Transformer import DECODERS, ENCODERS, build, lookup
+from modules.transformer_decoder import TransformerDecoderState
+
+ATTENTION_TYPES = ("regularMHA", "RelPosMHAXL", "hypermixing", "RoPEMHA")
+POSITIONAL_ENCODINGS = ("fixed_abs_sine", None)
+ATTENTION_ENCODERS = ("branchformer", "conformer", "transformer")
+
+
+@dataclass
+class TransformerASRStreamingContext(SpeechBrainStreamingContext):
+    """State of an encoder's stream; ``encode_streaming`` moves it on.
+
+    Args:
+        pending_BTF: frames that do not fill a chunk yet.
+        num_encoded: frames encoded so far.
+        finished: whether the last frames have come.
+    """
+
+    pending_BTF: Tensor | None = None
+    num_encoded: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """State of token-by-token decoding, one row per hypothesis; never modified in place.
+
+    Args:
+        num_tokens: tokens so far, the same for every row.
+        layers: state of the decoder.
+    """
+
+    num_tokens: int
+    layers: MambaDecoderState | TransformerDecoderState
+
+    def select(self, index: Tensor) -> DecoderState:
+        """The state of the hypotheses ``index`` (integers), in that order."""
+        return DecoderState(self.num_tokens, self.layers.select(index))
+
+    def repeat(self, n: int) -> DecoderState:
+        """Every hypothesis ``n`` times in a row: the beams of an utterance side by side."""
+        return DecoderState(self.num_tokens, self.layers.repeat(n))
+
+
+class TransformerASR(SpeechBrainTransformerASR):
+    """SpeechBrain's TransformerASR with the state-space encoders and decoder beside its own.
+
+    What an utterance gives alone, it gives in any batch.
+
+    Args:
+        tgt_vocab: size of the vocabulary.
+        input_size: features per frame of ``src``.
+        d_model: width of the network.
+        nhead: attention heads.
+        num_encoder_layers: layers of the encoder, at least 1.
+        num_decoder_layers: layers of the decoder; 0 for CTC alone.
+        d_ffn: inner width of the feed-forward layers.
+        dropout: dropout probability.
+        activation: of feed-forward layers, those of Conformer and ConMamba excepted.
+        positional_encoding: "fixed_abs_sine" or None.
+        normalize_before: LayerNorm before (True) or after attention and feed-forward; Conformer
+            wants True, Mamba layers always have it before.
+        kernel_size: taps of the convolution module of Conformer and ConMamba.
+        bias: whether that module has biases.
+        encoder_module: name in ``modules.Transformer.ENCODERS``.
+        decoder_module: name in ``modules.Transformer.DECODERS``.
+        mamba_config: options of the mixers (d_state, expand, d_conv, bidirectional, ...), not
+            modified. Decoders always run forward only.
+        conformer_activation: of feed-forward and convolution modules in Conformer.
+        conmamba_activation: the same in ConMamba.
+        branchformer_activation: of the convolution branch in Branchformer.
+        attention_type: regularMHA, RelPosMHAXL, hypermixing or RoPEMHA. With RelPosMHAXL the
+            positions are the attention's business, and ConMamba gets none.
+        max_length: frames and tokens that absolute positions reach.
+        causal: no encoder frame sees a later one. The decoder is always causal.
+        csgu_linear_units: inner width of that branch.
+        gate_activation: of the gate in that branch.
+        use_linear_after_conv: a linear layer behind the convolution of that gate.
+        output_hidden_states: ``encode`` returns the outputs of all layers beside its result.
+        layerdrop_prob: probability with which training leaves an encoder layer out.
+        gradient_checkpointing: recompute encoder layers in the backward: same gradients, less
+            memory, more time.
+
+    Raises:
+        ValueError: an unknown name, or options that contradict each other.
+    """
+
+    def __init__(
+        self,
+        tgt_vocab: int,
+        input_size: int,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        d_ffn: int = 2048,
+        dropout: float = 0.1,
+        activation: type[nn.Module] = nn.ReLU,
+        positional_encoding: str | None = "fixed_abs_sine",
+        normalize_before: bool = False,
+        kernel_size: int = 31,
+        bias: bool = True,
+        encoder_module: str = "transformer",
+        decoder_module: str = "transformer",
+        mamba_config: Mapping[str, Any] | None = None,
+        conformer_activation: type[nn.Module] = Swish,
+        conmamba_activation: type[nn.Module] = nn.GELU,
+        branchformer_activation: type[nn.Module] = nn.GELU,
+        attention_type: str = "regularMHA",
+        max_length: int = 2500,
+        causal: bool = False,
+        csgu_linear_units: int = 3072,
+        gate_activation: type[nn.Module] = nn.Identity,
+        use_linear_after_conv: bool = False,
+        output_hidden_states: bool = False,
+        layerdrop_prob: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ):
+        encoder_class = lookup(ENCODERS, encoder_module, "encoder_module")
+        decoder_class = lookup(DECODERS, decoder_module, "decoder_module")
+        if attention_type not in ATTENTION_TYPES:
+            raise ValueError(
+                f"attention_type is {attention_type!r}; known are {', '.join(ATTENTION_TYPES)}."
+            )
+        if positional_encoding not in POSITIONAL_ENCODINGS:
+            raise ValueError(
+                f"positional_encoding is {positional_encoding!r}; known are fixed_abs_sine, None."
+            )
+        if num_encoder_layers < 1 or num_decoder_layers < 0:
+            raise ValueError(
+                f"num_encoder_layers is {num_encoder_layers} and num_decoder_layers "
+                f"{num_decoder_layers}; wanted at least 1 and at least 0."
+            )
+        if encoder_module == "conformer" and not normalize_before:
+            raise ValueError(
+                "A Conformer normalises before its modules: set normalize_before: True."
+            )
+        attends = encoder_module in ATTENTION_ENCODERS
+        if attends and causal and attention_type == "hypermixing":
+            raise ValueError(
+                "hypermixing mixes all frames and cannot be causal; set causal: False."
+            )
+
+        # SpeechBrain builds no encoder under a name that it does not know and no decoder of 0
+        # layers; both come from our tables below.
+        super().__init__(
+            tgt_vocab=tgt_vocab,
+            input_size=input_size,
+            d_model=d_model,
+            nhead=nhead,
+            num_encoder_layers=num_encoder_layers,
+            num_decoder_layers=0,
+            d_ffn=d_ffn,
+            dropout=dropout,
+            activation=activation,
+            positional_encoding=positional_encoding,
+            normalize_before=normalize_before,
+            encoder_module="from modules.Transformer",
+            attention_type=attention_type,
+            max_length=max_length,
+            causal=causal,
+            output_hidden_states=output_hidden_states,
+            layerdrop_prob=layerdrop_prob,
+        )
+        self.d_model = d_model
+        self.nhead = nhead
+        self.max_length = max_length
+        self.encoder_attends = attends
+        self.encoder_has_positions = encoder_module != "mamba"
+        encoder_activations = {
+            "branchformer": branchformer_activation,
+            "conformer": conformer_activation,
+            "conmamba": conmamba_activation,
+        }
+        options = {
+            "d_model": d_model,
+            "nhead": nhead,
+            "d_ffn": d_ffn,
+            "dropout": dropout,
+            "normalize_before": normalize_before,
+            "kernel_size": kernel_size,
+            "bias": bias,
+            "mamba_config": mamba_config,
+            "attention_type": attention_type,
+            "csgu_linear_units": csgu_linear_units,
+            "gate_activation": gate_activation,
+            "use_linear_after_conv": use_linear_after_conv,
+            "causal": causal,
+            "layerdrop_prob": layerdrop_prob,
+            "gradient_checkpointing": gradient_checkpointing,
+        }
+        self.encoder = build(
+            encoder_class,
+            {
+                **options,
+                "num_layers": num_encoder_layers,
+                "activation": encoder_activations.get(encoder_module, activation),
+            },
+        )
+        if num_decoder_layers > 0:
+            self.decoder = build(
+                decoder_class,
+                {**options, "num_layers": num_decoder_layers, "activation": activation},
+            )
+            self.custom_tgt_module = ModuleList(NormalizedEmbedding(d_model, tgt_vocab))
+        replace_dropout(self)
+        self._init_params()
+
+    def forward(
+        self, src: Tensor, tgt: Tensor | None, wav_len: Tensor | None = None, pad_idx: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encodes ``src`` and decodes ``tgt`` with it.
+
+        Args:
+            src: frames (batch, time, features) or (batch, time, frequency, channel).
+            tgt: tokens (batch, tokens) that begin with bos, or None.
+            wav_len: frames of each item as a fraction of those of the batch; None means all.
+            pad_idx: token that fills up ``tgt``.
+
+        Returns:
+            encoder output (batch, time, d_model), decoder output (batch, tokens, d_model) or None.
+
+        Raises:
+            ValueError: there is a target and no decoder.
+        """
+        encoder_out = self.encode(src, wav_len, intermediate_layers=())[0]
+        if tgt is None:
+            return encoder_out, None
+        lengths_B = self._lengths(wav_len, encoder_out)
+        return encoder_out, self._decoded(tgt, encoder_out, lengths_B, tgt.eq(pad_idx))[0]
+
+    def encode(
+        self,
+        src: Tensor,
+        wav_len: Tensor | None = None,
+        pad_idx: int = 0,
+        dynchunktrain_config: DynChunkTrainConfig | None = None,
+        intermediate_layers: Collection[int] | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Encodes ``src``.
+
+        Args:
+            src: frames (batch, time, features) or (batch, time, frequency, channel).
+            wav_len: frames of each item as a fraction of those of the batch; None means all.
+            pad_idx: has no effect; SpeechBrain's signature.
+            dynchunktrain_config: cuts time into chunks; a frame sees nothing behind its chunk.
+            intermediate_layers: layers, counted from 1, whose outputs are wanted too.
+
+        Returns:
+            encoder output (batch, time, d_model); with ``intermediate_layers`` (or
+            ``output_hidden_states``, then of all layers) a pair of it and the list of the layers'
+            outputs, each through the closing LayerNorm.
+
+        Raises:
+            ValueError: chunks for a causal network or one with hypermixing, a layer that does not
+                exist, or more frames than absolute positions reach.
+        """
+        self._check_chunks(dynchunktrain_config)
+        src = _flattened(src)
+        lengths_B = self._lengths(wav_len, src)
+        padding_BT = None
+        if lengths_B is not None:
+            padding_BT = padding_mask(lengths_B, src.shape[1])
+            # Keeps NaN in the padding away from the gradient of the first layer's weights.
+            src = src.masked_fill(padding_BT.unsqueeze(-1), 0.0)
+        x_BTD, pos_embs = self._with_positions(self.custom_src_module(src))
+        if intermediate_layers is None and self.output_hidden_states:
+            intermediate_layers = range(1, len(self.encoder.layers) + 1)
+        encoder_out, inner = self.encoder(
+            src=x_BTD,
+            src_mask=self._src_mask(src, padding_BT, dynchunktrain_config),
+            src_key_padding_mask=padding_BT,
+            pos_embs=pos_embs,
+            dynchunktrain_config=dynchunktrain_config,
+            intermediate_layers=intermediate_layers or (),
+        )
+        return encoder_out if intermediate_layers is None else (encoder_out, inner)
+
+    @torch.no_grad()
+    def decode(
+        self, tgt: Tensor, encoder_out: Tensor, enc_len: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Decodes whole prefixes, as SpeechBrain's searchers do for every token.
+
+        Args:
+            tgt: tokens (batch, tokens) that begin with bos.
+            encoder_out: (batch, time, d_model).
+            enc_len: its valid frames, integers; None means all.
+
+        Returns:
+            decoder output (batch, tokens, d_model), and the last layer's attention over
+            ``encoder_out`` (None of a Mamba decoder).
+        """
+        return self._decoded(tgt, encoder_out, None if enc_len is None else enc_len.long())
+
+    @torch.no_grad()
+    def init_decoder_state(
+        self, memory_BTD: Tensor, memory_lengths_B: Tensor | None = None
+    ) -> DecoderState:
+        """The state before the first token, one row per utterance.
+
+        Args:
+            memory_BTD: encoder output.
+            memory_lengths_B: its valid frames, integers; None means all.
+
+        Raises:
+            ValueError: the network has no decoder.
+        """
+        self._check_decoder()
+        lengths_B = None if memory_lengths_B is None else memory_lengths_B.long()
+        return DecoderState(0, self.decoder.init_state(memory_BTD, lengths_B))
+
+    @torch.no_grad()
+    def decode_step(self, tokens_B: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Decodes one more token of every hypothesis, in inference: no dropout.
+
+        Args:
+            tokens_B: the last token of each hypothesis, bos at first.
+            state: what ``init_decoder_state`` or the previous step returned, possibly selected or
+                repeated since; it stays usable.
+
+        Returns:
+            decoder output ``dec_out_BD``, what ``decode`` gives at the last token, and the next
+            state.
+
+        Raises:
+            ValueError: more tokens than absolute positions reach.
+        """
+        x_BUD = self._embedded(tokens_B[:, None], state.num_tokens)
+        out_BD, layers = self.decoder.step(x_BUD[:, 0], state.layers)
+        return out_BD, DecoderState(state.num_tokens + 1, layers)
+
+    def make_streaming_context(
+        self,
+        dynchunktrain_config: DynChunkTrainConfig | None = None,
+        encoder_kwargs: Mapping[str, Any] | None = None,
+    ) -> TransformerASRStreamingContext:
+        """Starts a stream.
+
+        Args:
+            dynchunktrain_config: chunks, as in training; None for a causal network.
+            encoder_kwargs: further options of the encoder's context.
+
+        Raises:
+            ValueError: the encoder cannot stream in this way; the message says what can be done.
+        """
+        if not hasattr(self.encoder, "forward_streaming"):
+            able = [name for name, cls in ENCODERS.items() if hasattr(cls, "forward_streaming")]
+            raise ValueError(
+                f"{type(self.encoder).__name__} cannot stream; encoders that can: "
+                f"{', '.join(sorted(able))}."
+            )
+        self._check_chunks(dynchunktrain_config)
+        context = self.encoder.make_streaming_context(
+            dynchunktrain_config, **(encoder_kwargs or {})
+        )
+        return TransformerASRStreamingContext(dynchunktrain_config, context)
+
+    def encode_streaming(
+        self, src: Tensor, context: TransformerASRStreamingContext, final: bool = False
+    ) -> Tensor:
+        """Encodes the next frames of a stream, in any cutting.
+
+        The frames are those of ``encode`` over the whole stream with the same chunks. A causal
+        network gives a frame for a frame; with chunks, frames that do not fill a chunk wait in the
+        context for the next call.
+
+        Args:
+            src: the next frames (batch, time, features) or (batch, time, frequency, channel).
+            context: from ``make_streaming_context``; moved on.
+            final: these are the last frames; an incomplete chunk is encoded as it is.
+
+        Returns:
+            encoder output (batch, time, d_model), possibly of no frames.
+
+        Raises:
+            ValueError: the stream has ended.
+        """
+        if context.finished:
+            raise ValueError("This stream has had its final frames; make a new streaming context.")
+        src = _flattened(src)
+        if context.pending_BTF is not None:
+            src = torch.cat([context.pending_BTF, src], dim=1)
+        context.finished = final
+        ready, chunk_size = src.shape[1], max(src.shape[1], 1)
+        if context.dynchunktrain_config is not None:
+            chunk_size = context.dynchunktrain_config.chunk_size
+            if not final:
+                ready -= ready % chunk_size
+        context.pending_BTF = src[:, ready:] if ready < src.shape[1] else None
+        if ready == 0:
+            return src.new_zeros(src.shape[0], 0, self.d_model)
+        chunks = src[:, :ready].split(chunk_size, dim=1)
+        return torch.cat([self._encode_chunk(chunk, context) for chunk in chunks], dim=1)
+
+    def _encode_chunk(self, src: Tensor, context: TransformerASRStreamingContext) -> Tensor:
+        encoder_context = context.encoder_context
+        left_context = getattr(encoder_context.layers[0], "mha_left_context", None)
+        num_left = 0 if left_context is None else left_context.shape[1]
+        x_BTD, pos_embs = self._with_positions(
+            self.custom_src_module(src), context.num_encoded, num_left
+        )
+        context.num_encoded += src.shape[1]
+        encoder_out, _ = self.encoder.forward_streaming(x_BTD, encoder_context, pos_embs)
+        return encoder_out
+
+    def _decoded(
+        self,
+        tgt: Tensor,
+        memory_BTD: Tensor,
+        lengths_B: Tensor | None,
+        tgt_key_padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        self._check_decoder()
+        return self.decoder(self._embedded(tgt), memory_BTD, lengths_B, tgt_key_padding_mask)
+
+    def _embedded(self, tgt: Tensor, num_before: int = 0) -> Tensor:
+        x_BUD = self.custom_tgt_module(tgt)
+        # With relative or rotary positions in the encoder, the decoder has a table of its own.
+        table = getattr(self, "positional_encoding_decoder", None)
+        if table is None:
+            table = getattr(self, "positional_encoding", None)
+        return x_BUD if table is None else x_BUD + self._absolute(table, num_before, x_BUD)
+
+    def _with_positions(
+        self, x_BTD: Tensor, num_before: int = 0, num_left: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Frames with absolute positions added, or relative positions for the attention.
+
+        ``num_before`` frames came earlier; ``num_left`` of them are attended to again.
+        """
+        if self.attention_type == "RelPosMHAXL":
+            if not self.encoder_attends:
+                return x_BTD, None
+            return x_BTD, self.positional_encoding.make_pe(x_BTD.shape[1] + num_left)
+        absolute = self.attention_type == "regularMHA" and self.positional_encoding_type is not None
+        if absolute and self.encoder_has_positions:
+            x_BTD = x_BTD + self._absolute(self.positional_encoding, num_before, x_BTD)
+        return x_BTD, None
+
+    def _absolute(self, table: nn.Module, start: int, x: Tensor) -> Tensor:
+        end = start + x.shape[1]
+        if end > self.max_length:
+            raise ValueError(
+                f"A sequence has reached {end} frames or tokens, absolute positions end at "
+                f"max_length={self.max_length}. Raise max_length, or cut the sequence."
+            )
+        return table.pe[:, start:end]
+
+    def _src_mask(
+        self,
+        src: Tensor,
+        padding_BT: Tensor | None,
+        dynchunktrain_config: DynChunkTrainConfig | None,
+    ) -> Tensor | None:
+        if not self.encoder_attends:
+            return None
+        if self.causal:
+            frames = src.shape[1]
+            return torch.ones(frames, frames, dtype=torch.bool, device=src.device).triu(1)
+        mask = make_transformer_src_mask(src, dynchunktrain_config=dynchunktrain_config)
+        if mask is not None and padding_BT is not None and self.attention_type == "regularMHA":
+            # A padded frame whose chunks hold nothing but padding would see no frame at all, and
+            # torch's attention answers that with NaN: let padded frames see every valid one.
+            mask = (mask & ~padding_BT[:, :, None]).repeat_interleave(self.nhead, dim=0)
+        return mask
+
+    def _lengths(self, wav_len: Tensor | None, x_BTD: Tensor) -> Tensor | None:
+        return None if wav_len is None else absolute_lengths(wav_len, x_BTD.shape[1])
+
+    def _check_chunks(self, dynchunktrain_config: DynChunkTrainConfig | None) -> None:
+        if dynchunktrain_config is None:
+            return
+        if self.causal:
+            raise ValueError(
+                "A causal network takes no chunks; leave dynchunktrain_config out, or build the "
+                "network with causal=False."
+            )
+        if self.encoder_attends and self.attention_type == "hypermixing":
+            raise ValueError("hypermixing mixes all frames and cannot be cut into chunks.")
+
+    def _check_decoder(self) -> None:
+        if not hasattr(self, "decoder"):
+            raise ValueError("This network has no decoder; build it with num_decoder_layers > 0.")
+
+    def _init_params(self) -> None:
+        """Xavier for every matrix, save those of the mixers that set a decay or a time scale."""
+        super()._init_params()
+        for module in self.modules():
+            if isinstance(module, Mamba):
+                module.reset_dynamics()
+
+
+def _flattened(src: Tensor) -> Tensor:
+    return src.flatten(2) if src.dim() == 4 else src

@@ -1,0 +1,136 @@
+"""Convolution module of Conformer and ConMamba, and the feed-forward module beside it."""
+
+import torch
+import torch.nn.functional as F
+from speechbrain.lobes.models.transformer.Conformer import (
+    ConvolutionModule as SpeechBrainConvolutionModule,
+)
+from speechbrain.nnet.attention import PositionalwiseFeedForward
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from torch import Tensor, nn
+
+from modules.dropout import activate_and_drop
+
+
+class FeedForward(PositionalwiseFeedForward):
+    """SpeechBrain's position-wise feed-forward, faster on a CPU.
+
+    Left out are its two transpositions, which change nothing in the result and cost a copy of the
+    input; activation and dropout take one pass over memory.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer to ``x`` (..., d_model)."""
+        inner, activation, dropout, outer = self.ffn
+        return outer(activate_and_drop(inner(x), activation, dropout))
+
+
+def feed_forward_module(
+    d_model: int, d_ffn: int, dropout: float, activation: type[nn.Module]
+) -> nn.Sequential:
+    """LayerNorm, feed-forward, dropout: what Conformer layers halve and add to their input."""
+    return nn.Sequential(
+        nn.LayerNorm(d_model),
+        FeedForward(d_ffn=d_ffn, input_size=d_model, dropout=dropout, activation=activation),
+        nn.Dropout(dropout),
+    )
+
+
+def depthwise(
+    x_BTD: Tensor,
+    weight_D1W: Tensor,
+    bias_D: Tensor | None,
+    padding: int = 0,
+    dilation: int = 1,
+) -> Tensor:
+    """Convolves every channel in time, after ``padding`` zeros at both ends."""
+    groups = len(weight_D1W)
+    x_BDT = x_BTD.transpose(1, 2)
+    if x_BTD.device.type != "cpu":
+        y_BDT = F.conv1d(x_BDT, weight_D1W, bias_D, 1, padding, dilation, groups)
+        return y_BDT.transpose(1, 2)
+    # As an image of width 1 the frames are channels-last already, for which CPUs have a vectorised
+    # depthwise kernel: six times faster than the one-dimensional convolution.
+    y_BDT1 = F.conv2d(
+        x_BDT.unsqueeze(-1),
+        weight_D1W.unsqueeze(-1),
+        bias_D,
+        padding=(padding, 0),
+        dilation=(dilation, 1),
+        groups=groups,
+    )
+    return y_BDT1.squeeze(-1).transpose(1, 2)
+
+
+class ConvolutionModule(SpeechBrainConvolutionModule):
+    """SpeechBrain's Conformer convolution module whose taps do not read padding.
+
+    SpeechBrain masks the output only; here the input of the depthwise convolution is masked too, so
+    that the last frames of an item do not depend on what follows it in a batch. Parameters and
+    their names are SpeechBrain's.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        dynchunktrain_config: DynChunkTrainConfig | None = None,
+    ) -> Tensor:
+        """Convolves ``x`` (batch, time, d_model).
+
+        Args:
+            mask: (batch, time, 1), True where a frame is padding.
+            dynchunktrain_config: cuts time into chunks; a frame then sees those before its own
+                chunk as far as the taps reach, its chunk, and nothing behind it.
+
+        Raises:
+            ValueError: a causal module is given chunks.
+        """
+        gated_BTD = self._gated(x, mask)
+        if dynchunktrain_config is None:
+            # A causal module is padded at both ends as well; what the right end gives is cut off.
+            out = self._depthwise(gated_BTD, self.padding)[:, : x.shape[1]]
+        elif self.causal:
+            raise ValueError("A causal convolution module takes no chunks; leave out the chunking.")
+        else:
+            out = self._depthwise_in_chunks(gated_BTD, dynchunktrain_config.chunk_size)
+        out = self.after_conv(out)
+        return out if mask is None else out.masked_fill(mask, 0.0)
+
+    def forward_streaming(
+        self, x: Tensor, left_context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolves one chunk of a stream: ``forward`` over the stream, cut at chunk boundaries.
+
+        Args:
+            x: the chunk (batch, time, d_model); of a causal module any number of frames.
+            left_context: what the previous call returned; ``None`` starts a stream.
+
+        Returns:
+            the output, and the last inputs of the depthwise convolution (batch, padding, d_model).
+        """
+        gated_BTD = self._gated(x, None)
+        if left_context is None:
+            left_context = gated_BTD.new_zeros(x.shape[0], self.padding, x.shape[2])
+        seen = torch.cat([left_context, gated_BTD], dim=1)
+        right = 0 if self.causal else self.padding
+        out = self.after_conv(self._depthwise(F.pad(seen, (0, 0, 0, right))))
+        return out, seen[:, seen.shape[1] - self.padding :]
+
+    def _gated(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        pointwise = self.bottleneck[0]
+        gated_BTD = F.glu(F.linear(self.layer_norm(x), pointwise.weight[..., 0], pointwise.bias))
+        return gated_BTD if mask is None else gated_BTD.masked_fill(mask, 0.0)
+
+    def _depthwise(self, x_BTD: Tensor, padding: int = 0) -> Tensor:
+        (dilation,) = self.conv.dilation
+        return depthwise(x_BTD, self.conv.weight, self.conv.bias, padding, dilation)
+
+    def _depthwise_in_chunks(self, x_BTD: Tensor, chunk_size: int) -> Tensor:
+        batch, frames, width = x_BTD.shape
+        filler = -frames % chunk_size
+        padded = F.pad(x_BTD, (0, 0, self.padding, filler))
+        # One row per chunk: its left context, its frames, zeros where the future would be.
+        chunks = padded.unfold(1, self.padding + chunk_size, chunk_size).transpose(2, 3)
+        rows = F.pad(chunks.flatten(0, 1), (0, 0, 0, self.padding))
+        return self._depthwise(rows).reshape(batch, frames + filler, width)[:, :frames]

@@ -1,0 +1,150 @@
+"""Log-mel filterbank whose values for an utterance do not depend on the batch it comes in."""
+
+from dataclasses import dataclass
+
+import torch
+from speechbrain.lobes.features import Fbank as SpeechBrainFbank
+from speechbrain.processing.features import STFT, spectral_magnitude
+from speechbrain.utils.autocast import fwd_default_precision
+from torch import Tensor
+
+from modules.lengths import num_feature_frames, padding_mask
+
+
+@dataclass(frozen=True)
+class FbankState:
+    """What the filterbank keeps between chunks of a stream.
+
+    Args:
+        samples_BS: samples that later frames still read.
+    """
+
+    samples_BS: Tensor
+
+
+class Fbank(SpeechBrainFbank):
+    """SpeechBrain's log-mel filterbank, each item limited to its own samples.
+
+    A waveform is zeroed beyond its length, and the dynamic range is measured against the loudest
+    valid frame of the item itself; without both, silence appended to a batch changes the features.
+
+    Args:
+        sample_rate: samples a second.
+        n_fft: points of the Fourier transform.
+        win_length_ms: window length in milliseconds.
+        hop_length_ms: distance of two frames in milliseconds.
+        n_mels: mel bins.
+        top_db: values more than this many dB below the item's maximum are raised to that floor.
+            The maximum is that of the whole utterance; ``None`` applies no floor, as a causal
+            model needs it.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        n_fft: int = 400,
+        win_length_ms: float = 25,
+        hop_length_ms: float = 10,
+        n_mels: int = 80,
+        top_db: float | None = 80.0,
+    ):
+        window_samples = round(sample_rate * win_length_ms / 1000)
+        if window_samples > n_fft:
+            raise ValueError(
+                f"A window of {win_length_ms} ms has {window_samples} samples at {sample_rate} Hz, "
+                f"more than n_fft={n_fft}; raise n_fft."
+            )
+        super().__init__(
+            sample_rate=sample_rate,
+            n_fft=n_fft,
+            win_length=win_length_ms,
+            hop_length=hop_length_ms,
+            n_mels=n_mels,
+        )
+        # A stream brings the zeros of its two ends itself.
+        self.stream_STFT = STFT(
+            sample_rate=sample_rate,
+            n_fft=n_fft,
+            win_length=win_length_ms,
+            hop_length=hop_length_ms,
+            center=False,
+        )
+        # The floor needs the lengths, which SpeechBrain's filterbank does not get.
+        self.compute_fbanks.top_db = float("inf")
+        self.top_db = top_db
+
+    @property
+    def hop_samples(self) -> int:
+        """Samples between two frames."""
+        return self.compute_STFT.hop_length
+
+    @fwd_default_precision(cast_inputs=torch.float32)
+    def forward(self, wav_BS: Tensor, num_samples_B: Tensor | None = None) -> Tensor:
+        """Features ``feats_BTM`` in dB, zero at and after an item's ``num_feature_frames``.
+
+        Args:
+            wav_BS: waveforms between -1 and 1, padded with anything.
+            num_samples_B: integer samples per item; ``None`` means all of ``wav_BS``.
+
+        Raises:
+            ValueError: the lengths are not one integer per item.
+        """
+        if num_samples_B is None:
+            return self._floored(self._decibels(wav_BS))
+        if num_samples_B.is_floating_point() or num_samples_B.shape != wav_BS.shape[:1]:
+            raise ValueError(
+                f"num_samples_B is {num_samples_B.dtype} of shape {tuple(num_samples_B.shape)}; "
+                f"wanted integers of shape ({wav_BS.shape[0]},), the samples of each item."
+            )
+        wav_BS = wav_BS.masked_fill(padding_mask(num_samples_B, wav_BS.shape[1]), 0.0)
+        feats_BTM = self._decibels(wav_BS)
+        frames_B = num_feature_frames(num_samples_B, self.hop_samples)
+        padding_BT1 = padding_mask(frames_B, feats_BTM.shape[1]).unsqueeze(-1)
+        return self._floored(feats_BTM, padding_BT1).masked_fill(padding_BT1, 0.0)
+
+    @fwd_default_precision(cast_inputs=torch.float32)
+    def forward_streaming(
+        self, wav_BS: Tensor, state: FbankState | None = None, final: bool = False
+    ) -> tuple[Tensor, FbankState]:
+        """The next frames of a stream: all that ``wav_BS`` completes, in any cutting.
+
+        A frame is centred on its time, so that it comes half a transform (n_fft / 2) later.
+
+        Args:
+            wav_BS: the next samples of every stream, any number of them.
+            state: what the previous call returned; ``None`` starts a stream.
+            final: these are the last samples.
+
+        Returns:
+            ``feats_BTM``, possibly of no frames, and the next state.
+
+        Raises:
+            ValueError: ``top_db`` is set: its floor depends on samples yet to come.
+        """
+        if self.top_db is not None:
+            raise ValueError(
+                f"top_db={self.top_db:g} limits features by the loudest frame of the utterance, "
+                "which a stream does not know; build the filterbank with top_db=None."
+            )
+        n_fft = self.compute_STFT.n_fft
+        edge_BS = wav_BS.new_zeros(wav_BS.shape[0], n_fft // 2)
+        samples_BS = torch.cat([edge_BS if state is None else state.samples_BS, wav_BS], dim=1)
+        if final:
+            samples_BS = torch.cat([samples_BS, edge_BS], dim=1)
+        num_new = max((samples_BS.shape[1] - n_fft) // self.hop_samples + 1, 0)
+        rest = FbankState(samples_BS[:, num_new * self.hop_samples :])
+        if num_new == 0:
+            return wav_BS.new_zeros(wav_BS.shape[0], 0, self.compute_fbanks.n_mels), rest
+        return self.compute_fbanks(spectral_magnitude(self.stream_STFT(samples_BS))), rest
+
+    def _decibels(self, wav_BS: Tensor) -> Tensor:
+        return self.compute_fbanks(spectral_magnitude(self.compute_STFT(wav_BS)))
+
+    def _floored(self, feats_BTM: Tensor, padding_BT1: Tensor | None = None) -> Tensor:
+        if self.top_db is None:
+            return feats_BTM
+        valid_BTM = feats_BTM
+        if padding_BT1 is not None:
+            valid_BTM = feats_BTM.masked_fill(padding_BT1, -float("inf"))
+        floor_B11 = valid_BTM.amax(dim=(-2, -1), keepdim=True) - self.top_db
+        return torch.maximum(feats_BTM, floor_B11)

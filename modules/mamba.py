@@ -1,0 +1,304 @@
+"""The Mamba mixer: one sequence layer with a fixed-size state, causal or bidirectional.
+
+Letters: B batch, T frames, D model width, E inner width, N scan state, R rank of the step sizes,
+W convolution taps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ops.mamba_inner import Direction, mamba_inner_fn, mamba_inner_step
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaState:
+    """What a causal pass has to remember of the frames behind it; never modified in place.
+
+    Attributes:
+        conv: the last W-1 inputs of the convolution (B, E, W-1), the newest last.
+        ssm: state of the scan (B, E, N), float32.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+    @classmethod
+    def zeros(
+        cls,
+        batch_size: int,
+        d_inner: int,
+        d_state: int,
+        d_conv: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MambaState:
+        """The state before the first frame.
+
+        Args:
+            dtype: of the convolution's inputs; float64 makes the scan's state float64, too.
+        """
+        ssm_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return cls(
+            conv=torch.zeros(batch_size, d_inner, d_conv - 1, device=device, dtype=dtype),
+            ssm=torch.zeros(batch_size, d_inner, d_state, device=device, dtype=ssm_dtype),
+        )
+
+    def select(self, index: Tensor) -> MambaState:
+        """The rows that ``index`` names, in its order: integers (repeats allowed) or a mask."""
+        if index.dtype == torch.bool:
+            index = index.nonzero().squeeze(1)
+        return MambaState(self.conv.index_select(0, index), self.ssm.index_select(0, index))
+
+    def repeat(self, n: int) -> MambaState:
+        """Every row ``n`` times in succession, as beams of one utterance lie."""
+        return MambaState(
+            self.conv.repeat_interleave(n, dim=0), self.ssm.repeat_interleave(n, dim=0)
+        )
+
+    def reset(self, mask: Tensor) -> MambaState:
+        """Zeros in the rows where the boolean ``mask`` (B,) holds: these streams start anew."""
+        mask = mask[:, None, None]
+        return MambaState(
+            torch.where(mask, torch.zeros_like(self.conv), self.conv),
+            torch.where(mask, torch.zeros_like(self.ssm), self.ssm),
+        )
+
+
+class Mamba(nn.Module):
+    """Gated selective state-space layer over frames (B, T, D).
+
+    Parameters have the names and shapes of mamba_ssm's ``Mamba``; a bidirectional mixer adds those
+    of Vision Mamba's v2 (``A_b_log``, ``conv1d_b``, ``x_proj_b``, ``dt_proj_b``, ``D_b``): both
+    directions share ``in_proj``, the gate and ``out_proj``, and their outputs are averaged.
+
+    Whoever initialises the weights of a whole network by itself must call `reset_dynamics`
+    afterwards: with, say, Xavier numbers in ``A_log`` every channel forgets at one rate.
+
+    Args:
+        d_model: D.
+        d_state: N.
+        d_conv: W.
+        expand: E / D.
+        dt_rank: R; ``"auto"`` is D / 16, rounded up.
+        bidirectional: add a second direction, from each item's last frame to its first.
+        dt_min: smallest initial step size.
+        dt_max: largest initial step size.
+        dt_init_floor: lower bound of the initial step sizes.
+        conv_bias: whether the convolution has a bias.
+        bias: whether ``in_proj`` and ``out_proj`` have one.
+        backend: of the scan and the convolution; ``"auto"`` takes the fastest.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: a size that is not positive.
+
+    Papers: arXiv:2312.00752; arXiv:2401.09417 (two directions); arXiv:2206.11893 (S4D-real).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        bidirectional: bool = False,
+        *,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        for name in ("d_model", "d_state", "d_conv", "d_inner", "dt_rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; wanted a positive integer")
+        self.bidirectional = bidirectional
+        self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
+        self.backend = backend
+        factory = {"device": device, "dtype": dtype}
+
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
+        for suffix in self._suffixes():
+            setattr(
+                self,
+                f"conv1d{suffix}",
+                nn.Conv1d(
+                    self.d_inner,
+                    self.d_inner,
+                    d_conv,
+                    groups=self.d_inner,
+                    padding=d_conv - 1,
+                    bias=conv_bias,
+                    **factory,
+                ),
+            )
+            setattr(
+                self,
+                f"x_proj{suffix}",
+                nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory),
+            )
+            setattr(self, f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner, **factory))
+            A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **factory))
+            D = nn.Parameter(torch.empty(self.d_inner, **factory))
+            A_log._no_weight_decay = D._no_weight_decay = True
+            setattr(self, f"A{suffix}_log", A_log)
+            setattr(self, f"D{suffix}", D)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
+        self.reset_dynamics()
+
+    def _suffixes(self) -> tuple[str, ...]:
+        return ("", "_b") if self.bidirectional else ("",)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew."""
+        self.in_proj.reset_parameters()
+        self.out_proj.reset_parameters()
+        for suffix in self._suffixes():
+            getattr(self, f"x_proj{suffix}").reset_parameters()
+        self.reset_dynamics()
+
+    @torch.no_grad()
+    def reset_dynamics(self) -> None:
+        """Initialises what decides over memory: A, D, step sizes and convolution of each direction.
+
+        A is S4D-real, -1 .. -N in every channel; step sizes are log-uniform in dt_min .. dt_max.
+        """
+        for suffix in self._suffixes():
+            A_log = getattr(self, f"A{suffix}_log")
+            rates = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=A_log.device)
+            A_log.copy_(rates.log().expand_as(A_log))
+            getattr(self, f"D{suffix}").fill_(1.0)
+            getattr(self, f"conv1d{suffix}").reset_parameters()
+
+            dt_proj = getattr(self, f"dt_proj{suffix}")
+            bound = self.dt_rank**-0.5
+            nn.init.uniform_(dt_proj.weight, -bound, bound)
+            log_dt = torch.rand(self.d_inner, device=A_log.device)
+            log_dt = math.log(self.dt_min) + log_dt * math.log(self.dt_max / self.dt_min)
+            dt = log_dt.exp().clamp(min=self.dt_init_floor)
+            # softplus(x) = dt
+            dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    def initial_state(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MambaState:
+        """The state before the first frame; device and dtype default to those of the weights."""
+        weight = self.in_proj.weight
+        return MambaState.zeros(
+            batch_size,
+            self.d_inner,
+            self.d_state,
+            self.d_conv,
+            device=weight.device if device is None else device,
+            dtype=weight.dtype if dtype is None else dtype,
+        )
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        lengths: Tensor | None = None,
+        state: MambaState | None = None,
+        *,
+        chunk_size: int | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, MambaState]:
+        """Mixes frames; what an item gives, it gives in any batch.
+
+        Args:
+            x_BTD: (B, T, D).
+            lengths: valid frames of each item (B,), integers; later frames influence no valid one.
+            state: left by the frames before these; None starts with silence behind.
+            chunk_size: cut the backward direction, its convolution included, into chunks of so
+                many frames, counted from the first frame given, so that a frame sees no further
+                than the end of its chunk. A causal mixer has no such direction and ignores it.
+            return_state: return (y, state), the state after each item's last valid frame.
+
+        Returns:
+            y (B, T, D), or y and the forward direction's state.
+
+        Raises:
+            ValueError: a state for a bidirectional mixer without ``chunk_size``, whose backward
+                direction would need the frames to come; or shapes that do not fit.
+        """
+        if x_BTD.dim() != 3 or x_BTD.shape[-1] != self.d_model:
+            raise ValueError(
+                f"x has shape {tuple(x_BTD.shape)}; wanted (batch, time, {self.d_model})"
+            )
+        if self.bidirectional and state is not None and chunk_size is None:
+            raise ValueError(
+                "a bidirectional mixer was given a state without chunk_size: its backward "
+                "direction starts at the end of the utterance and cannot go on from a state. "
+                "Pass chunk_size, or build the network with bidirectional=False"
+            )
+        y_BTE, conv_state, ssm_state = mamba_inner_fn(
+            self.in_proj(x_BTD),
+            *(self._direction(suffix) for suffix in self._suffixes()),
+            lengths=lengths,
+            conv_state=None if state is None else state.conv,
+            ssm_state=None if state is None else state.ssm,
+            chunk_size=chunk_size if self.bidirectional else None,
+            return_state=return_state,
+            backend=self.backend,
+        )
+        y_BTD = self.out_proj(y_BTE)
+        return (y_BTD, MambaState(conv_state, ssm_state)) if return_state else y_BTD
+
+    def _direction(self, suffix: str) -> Direction:
+        conv1d, dt_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
+        return Direction(
+            conv_weight=conv1d.weight.squeeze(1),
+            conv_bias=conv1d.bias,
+            x_proj=getattr(self, f"x_proj{suffix}").weight,
+            dt_proj=dt_proj.weight,
+            dt_bias=dt_proj.bias,
+            A_log=getattr(self, f"A{suffix}_log"),
+            D=getattr(self, f"D{suffix}"),
+        )
+
+    def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """One frame of a causal mixer.
+
+        Args:
+            x_BD: the frame (B, D).
+            state: left by the frame before; `initial_state` for the first one.
+
+        Returns:
+            y (B, D) and the state after this frame; ``state`` itself stays as it was.
+
+        Raises:
+            ValueError: the mixer is bidirectional, or the shapes do not fit.
+        """
+        if self.bidirectional:
+            raise ValueError("a bidirectional mixer cannot step: it needs the frames to come")
+        if x_BD.dim() != 2 or x_BD.shape[-1] != self.d_model:
+            raise ValueError(f"x has shape {tuple(x_BD.shape)}; wanted (batch, {self.d_model})")
+        if state.ssm.shape != (x_BD.shape[0], self.d_inner, self.d_state):
+            raise ValueError(
+                f"the state has shape {tuple(state.ssm.shape)}; wanted "
+                f"{(x_BD.shape[0], self.d_inner, self.d_state)}: one row per row of x"
+            )
+        if torch.is_grad_enabled():
+            y, state = self.forward(x_BD[:, None], state=state, return_state=True)
+            return y[:, 0], state
+        y_BE, conv_state, ssm_state = mamba_inner_step(
+            self.in_proj(x_BD), self._direction(""), state.conv, state.ssm
+        )
+        return self.out_proj(y_BE), MambaState(conv_state, ssm_state)

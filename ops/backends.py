@@ -1,0 +1,130 @@
+"""Chooses who computes an operation: the caller, the environment, or what is fastest here."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+OVERRIDE = "MAMBA_ASR_SCAN"
+OVERRIDE_VALUES = ("auto", "reference", "torch", "cpu", "triton", "mamba_ssm")
+
+
+class Backends:
+    """The backends of one operation, each a module with ``unavailable`` and ``unsupported``.
+
+    Args:
+        operation: name of the operation, for messages.
+        modules: the backends by name.
+        preference: names in descending order of speed, by device type; ``None`` is any other
+            device.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        modules: dict[str, ModuleType],
+        preference: dict[str | None, tuple[str, ...]],
+    ):
+        self.operation = operation
+        self.modules = modules
+        self.names = tuple(modules)
+        self._preference = preference
+        self._announced: set[tuple[str, str]] = set()
+
+    def module(self, name: str) -> ModuleType:
+        """The module of backend ``name``.
+
+        Raises:
+            ValueError: no such backend; the message lists those there are.
+        """
+        if name not in self.modules:
+            raise ValueError(
+                f"unknown {self.operation} backend {name!r}; wanted auto, {', '.join(self.names)}"
+            )
+        return self.modules[name]
+
+    def name(self, module: ModuleType) -> str:
+        """What a module that `choose` returned is called."""
+        return next(name for name, loaded in self.modules.items() if loaded is module)
+
+    def prepare(self, name: str) -> str | None:
+        """Builds a backend that has to be built before its first call; why that failed, if so."""
+        module = self.module(name)
+        return module.prepare() if hasattr(module, "prepare") else None
+
+    def order(self, device_type: str) -> tuple[str, ...]:
+        """Names that ``auto`` tries on a device, fastest first."""
+        return self._preference.get(device_type, self._preference[None])
+
+    def choose(self, requested: str, device: torch.device, arguments: tuple) -> ModuleType:
+        """The module that computes this call.
+
+        A backend asked for by name must be able to; ``auto`` takes what the environment variable
+        MAMBA_ASR_SCAN names, or else the fastest backend that can. A call which the named backend
+        does not support, while it does work here, goes to the fastest with one warning.
+
+        Raises:
+            ValueError: the backend does not exist, cannot be used here, or, named by the caller,
+                does not support the call.
+        """
+        if requested != "auto":
+            return self._demand(requested, arguments)
+        override = os.environ.get(OVERRIDE) or "auto"
+        if override not in OVERRIDE_VALUES:
+            raise ValueError(f"{OVERRIDE}={override}; wanted one of {', '.join(OVERRIDE_VALUES)}")
+        # A name that only the other operation knows leaves this one its own choice.
+        if override in self.names:
+            module = self.module(override)
+            self._require_available(override, module, f"{OVERRIDE}={override}")
+            reason = module.unsupported(*arguments)
+            if reason is None:
+                return module
+            self._announce(logging.WARNING, f"{OVERRIDE}={override} does not fit a call: {reason}")
+        for name in self.order(device.type):
+            module = self.module(name)
+            if module.unsupported(*arguments) is not None:
+                continue
+            reason = module.unavailable() or self.prepare(name)
+            if reason is None:
+                self._announce(logging.INFO, f"backend {name} on {device.type}")
+                return module
+            if not torch.compiler.is_compiling():
+                _tell_what_is_missing(name, reason)
+        raise ValueError(f"no {self.operation} backend takes this call on {device}")
+
+    def _demand(self, name: str, arguments: tuple) -> ModuleType:
+        module = self.module(name)
+        self._require_available(name, module, f"backend={name!r}")
+        reason = module.unsupported(*arguments)
+        if reason is not None:
+            raise ValueError(
+                f"{self.operation} backend {name} does not support this call: {reason}"
+            )
+        return module
+
+    def _require_available(self, name: str, module: ModuleType, origin: str) -> None:
+        reason = module.unavailable() or self.prepare(name)
+        if reason is not None:
+            raise ValueError(
+                f"{self.operation} backend {name} ({origin}) cannot be used here: {reason}; "
+                "`python -m ops.doctor` lists what can"
+            )
+
+    def _announce(self, level: int, message: str) -> None:
+        # A graph that is being traced has no place for a log call.
+        if torch.compiler.is_compiling() or (self.operation, message) in self._announced:
+            return
+        self._announced.add((self.operation, message))
+        logger.log(level, "%s: %s", self.operation, message)
+
+
+@functools.cache
+def _tell_what_is_missing(name: str, reason: str) -> None:
+    """Once for all operations: results are the same, but they could come faster."""
+    logger.warning("the %s backend is left out: %s", name, reason)

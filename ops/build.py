@@ -1,0 +1,208 @@
+"""Compiles the CPU kernels at their first use, once for each machine type, and loads them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+# The kernels are written in GCC's and Clang's vector extension; nothing may reorder their sums.
+_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-w",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+]
+_NATIVE = {"x86_64": "-march=native", "amd64": "-march=native"}
+
+_lock = threading.Lock()
+_libraries: dict[Path, ctypes.CDLL] = {}
+_failure: str | None = None
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be compiled or loaded here; the message says why."""
+
+
+def unavailable() -> str | None:
+    """Why no kernel can be built on this machine, as far as that is known without trying."""
+    if _failure is not None or _libraries:
+        return _failure
+    if fcntl is None:
+        return "the kernels need GCC or Clang; on Windows use WSL"
+    if _compiler() is None:
+        wanted = os.environ.get("CXX")
+        searched = f"CXX={wanted} was not found" if wanted else "no c++, g++ or clang++ on the PATH"
+        return f"{searched}; install a C++ compiler (Debian: apt install g++, macOS: xcode-select)"
+    if _parallel_for() is None:
+        return f"torch {torch.__version__} has no torch_parallel_for; torch 2.11 has"
+    return None
+
+
+def load(source: Path, header: Path) -> ctypes.CDLL:
+    """The compiled ``source``, which includes ``header``; built unless this machine has it already.
+
+    Raises:
+        BuildError: no compiler, or it failed. What failed once is not tried again by this process.
+    """
+    global _failure
+    with _lock:
+        if source in _libraries:
+            return _libraries[source]
+        reason = unavailable()
+        if reason is not None:
+            raise BuildError(reason)
+        try:
+            _libraries[source] = _load(source, header)
+        except (OSError, subprocess.SubprocessError) as error:
+            _failure = f"the kernels could not be built: {_explain(error)}"
+            raise BuildError(_failure) from error
+        return _libraries[source]
+
+
+def parallel_for_address() -> int:
+    """Address of torch's C function ``torch_parallel_for``, which gives kernels torch's threads."""
+    return ctypes.cast(_parallel_for(), ctypes.c_void_p).value
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: $MAMBA_ASR_CACHE, or mamba_asr in the user's cache folder."""
+    if folder := os.environ.get("MAMBA_ASR_CACHE"):
+        return Path(folder).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "mamba_asr"
+
+
+def _load(source: Path, header: Path) -> ctypes.CDLL:
+    command = _command()
+    folder = cache_folder() / _key(source, header, command)
+    library = folder / f"{source.parent.name}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / "lock"):
+            # Another process may have built it while this one waited.
+            if not library.exists():
+                _build(command, source, library)
+    return ctypes.CDLL(str(library))
+
+
+def _build(command: list[str], source: Path, library: Path) -> None:
+    # A warning, since a default logging configuration shows nothing less and the wait needs a word.
+    logger.warning("building %s for this CPU (some seconds, once)", source.parent.name)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        unfinished = Path(scratch) / library.name
+        files = [str(source), "-o", str(unfinished)]
+        try:
+            _run(*command, *files)
+        except subprocess.CalledProcessError as error:
+            # A compiler that does not know this CPU can still build for the plain architecture.
+            plain = [flag for flag in command if not flag.endswith("=native")]
+            try:
+                _run(*plain, *files)
+            except subprocess.CalledProcessError:
+                raise error from None
+        # Renamed into place whole, so that a build cut short is never loaded.
+        os.replace(unfinished, library)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        # Where a network file system has no locks two processes may build at once; each renames a
+        # complete library into place, so only the time is lost.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _command() -> list[str]:
+    native = _NATIVE.get(platform.machine().lower(), "-mcpu=native")
+    flags = shlex.split(os.environ.get("CXXFLAGS", ""))
+    return [*_compiler(), *_FLAGS, native, *flags]
+
+
+def _compiler() -> tuple[str, ...] | None:
+    if wanted := shlex.split(os.environ.get("CXX", "")):
+        path = shutil.which(wanted[0])
+        return (path, *wanted[1:]) if path else None
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return (path,)
+    return None
+
+
+def _key(source: Path, header: Path, command: list[str]) -> str:
+    version = _run(*_compiler(), "--version")
+    digest = hashlib.sha256()
+    for part in (
+        source.read_bytes(),
+        header.read_bytes(),
+        torch.__version__.encode(),
+        shlex.join(command).encode(),
+        version.encode(),
+        _instruction_set().encode(),
+    ):
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:20]
+
+
+def _instruction_set() -> str:
+    """What this CPU can execute: in a shared home the next machine may lack it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return f"{platform.machine()} {' '.join(sorted(value.split()))}"
+    model = platform.processor()
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            model = _run("sysctl", "-n", "machdep.cpu.brand_string")
+    return f"{platform.machine()} {model}"
+
+
+@functools.cache
+def _parallel_for():
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
+    try:
+        return ctypes.CDLL(str(path)).torch_parallel_for
+    except (OSError, AttributeError):
+        return None
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        output = (error.stderr or error.stdout or "").strip().splitlines()
+        return f"{shlex.join(error.cmd[:1])} exited with {error.returncode}: " + " | ".join(
+            output[:3]
+        )
+    return str(error)

@@ -1,0 +1,118 @@
+"""The backend called ``triton``: the convolution on a GPU without a CUDA toolchain.
+
+Triton is imported at the first call. With TRITON_INTERPRET=1 in the environment before that, the
+kernels run on the CPU, slowly: this is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ops.causal_conv1d.arguments import ConvArguments
+from ops.causal_conv1d.operator import register
+from ops.native import empty_like, float32
+from ops.selective_scan.triton import MAX_GRID, interpreted, unavailable
+
+# One tile of 64 frames for each program along an axis of the grid.
+_MAX_FRAMES = 64 * MAX_GRID
+
+__all__ = ["conv", "conv_backward", "conv_forward", "unavailable", "unsupported"]
+
+
+def unsupported(*arguments) -> str | None:
+    """Why this call does not fit, None if it does."""
+    call = ConvArguments(*arguments)
+    batch, _, time = call.x.shape
+    if call.x.dtype == torch.float64:
+        return "it computes in float32, the inputs are float64"
+    if call.x.device.type != "cuda" and not interpreted():
+        return f"the inputs are on {call.x.device}, it needs a CUDA device"
+    if call.x.numel() == 0:
+        return "there is nothing to convolve"
+    if batch > MAX_GRID:
+        return f"the batch of {batch} exceeds {MAX_GRID} items"
+    if time > _MAX_FRAMES:
+        return f"{time} frames exceed {_MAX_FRAMES}; convolve in pieces"
+    return None
+
+
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    lengths: Tensor | None,
+    reverse: bool,
+    initial_state: Tensor | None,
+    reset_every: int | None,
+) -> tuple[Tensor, Tensor]:
+    """`conv` without autograd."""
+    from ops.causal_conv1d.triton_kernels import Sequence, causal_conv1d_forward_kernel
+
+    y = empty_like(x)
+    state = x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        causal_conv1d_forward_kernel[_grid(x)](
+            Sequence(x, *x.stride()), float32(weight.t()), float32(bias), float32(initial_state),
+            Sequence(y, *y.stride()), state, lengths, x.shape[2], x.shape[1],
+            reset_every or x.shape[2], **_constants(weight, activation, reverse),
+        )  # fmt: skip
+    return y, state.to(x.dtype)
+
+
+def conv_backward(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    lengths: Tensor | None,
+    reverse: bool,
+    initial_state: Tensor | None,
+    reset_every: int | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, weight, bias and initial_state; None where absent."""
+    from ops.causal_conv1d.triton_kernels import Sequence, causal_conv1d_backward_kernel
+
+    grid = _grid(x)
+    grad_x = empty_like(x)
+    width = weight.shape[1]
+    parts = x.new_empty(grid[2], grid[1], width + 1, x.shape[1], dtype=torch.float32)
+    grad_initial = None
+    if initial_state is not None:
+        grad_initial = x.new_empty(initial_state.shape, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        causal_conv1d_backward_kernel[grid](
+            Sequence(grad_y, *grad_y.stride()), float32(grad_state), Sequence(x, *x.stride()),
+            float32(weight.t()), float32(bias), float32(initial_state),
+            Sequence(grad_x, *grad_x.stride()), parts, grad_initial, lengths, x.shape[2],
+            x.shape[1], reset_every or x.shape[2], **_constants(weight, activation, reverse),
+        )  # fmt: skip
+    # Added up apart: outputs of an operator must not share memory.
+    return (
+        grad_x,
+        parts[:, :, :width].sum((0, 1)).t().to(weight.dtype, memory_format=torch.contiguous_format),
+        None if bias is None else parts[:, :, width].sum((0, 1)).to(bias.dtype),
+        None if grad_initial is None else grad_initial.to(initial_state.dtype),
+    )
+
+
+def _grid(x: Tensor) -> tuple[int, int, int]:
+    from ops.causal_conv1d.triton_kernels import CHANNELS, FRAMES
+
+    batch, dim, time = x.shape
+    return -(-dim // CHANNELS.value), -(-time // FRAMES.value), batch
+
+
+def _constants(weight: Tensor, activation: str | None, reverse: bool) -> dict:
+    width = weight.shape[1]
+    # A power of two that holds the width - 1 entries of a state.
+    entries = 1 << max(0, width - 2).bit_length()
+    return {
+        "WIDTH": width, "ENTRIES": entries, "REVERSE": reverse, "SILU": activation is not None
+    }  # fmt: skip
+
+
+conv = register("mamba_asr::causal_conv1d_triton", conv_forward, conv_backward)

@@ -1,0 +1,130 @@
+"""The public inner part of a mixer: one node of autograd where the backends allow it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ops.causal_conv1d.dispatch import BACKENDS as CONV_BACKENDS
+from ops.checks import check_shape, normalise_lengths, normalise_reset
+from ops.mamba_inner import composed, fused
+from ops.mamba_inner.arguments import Direction
+from ops.selective_scan.dispatch import BACKENDS as SCAN_BACKENDS
+
+
+def mamba_inner_fn(
+    xz_BTF: Tensor,
+    forward: Direction,
+    backward: Direction | None = None,
+    *,
+    lengths: Tensor | None = None,
+    conv_state: Tensor | None = None,
+    ssm_state: Tensor | None = None,
+    chunk_size: int | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Convolution, projections, scan and gate of one or both directions, averaged.
+
+    Args:
+        xz_BTF: input and gate (batch, time, 2 E), as ``in_proj`` gives them.
+        forward: parameters of the direction from the first frame to the last.
+        backward: those of the other direction; None for a causal mixer.
+        lengths: valid frames of each item (batch,), integers; the rest influences nothing.
+        conv_state: (batch, E, W-1), the inputs of the forward direction before the first frame.
+        ssm_state: (batch, E, N), its scan's state there.
+        chunk_size: cut the backward direction into chunks of so many frames.
+        return_state: whether the states after the last frame are wanted.
+        backend: of the scan; the convolution takes the one of that name if there is one.
+
+    Returns:
+        y (batch, time, E), zero in padding, and the forward direction's states after each item's
+        last valid frame, None unless ``return_state``.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    inner, state = forward.A_log.shape
+    if xz_BTF.dim() != 3 or xz_BTF.shape[-1] != 2 * inner:
+        raise ValueError(f"xz has shape {tuple(xz_BTF.shape)}; wanted (batch, time, {2 * inner})")
+    batch, time, _ = xz_BTF.shape
+    check_shape("ssm_state", ssm_state, (batch, inner, state), "(batch, E, N)")
+    edge = forward.conv_weight.shape[1] - 1
+    check_shape("conv_state", conv_state, (batch, inner, edge), "(batch, E, W-1)")
+    conv_backend = backend if backend in CONV_BACKENDS.names else "auto"
+    # A compiler sees the parts and decides by itself what to keep.
+    if xz_BTF.numel() and not torch.compiler.is_compiling():
+        lengths = normalise_lengths(lengths, batch, time, xz_BTF.device)
+        chunk_size = normalise_reset(chunk_size, time)
+        modules = _choose(
+            xz_BTF, forward, lengths, conv_state, ssm_state, chunk_size, backend, conv_backend
+        )
+        if hasattr(modules[0], "backward") and hasattr(modules[1], "conv_backward"):
+            y_BTE, *states = fused.mamba_inner(
+                xz_BTF, forward, backward, lengths, conv_state, ssm_state, chunk_size, modules
+            )
+            return (y_BTE, *states) if return_state else (y_BTE, None, None)
+    y_BTE, *states = composed.mamba_inner(
+        xz_BTF,
+        forward,
+        backward,
+        lengths,
+        conv_state,
+        ssm_state,
+        chunk_size,
+        return_state,
+        (backend, conv_backend),
+    )
+    return (y_BTE, *states) if return_state else (y_BTE, None, None)
+
+
+def _choose(
+    xz_BTF: Tensor,
+    direction: Direction,
+    lengths: Tensor | None,
+    conv_state: Tensor | None,
+    ssm_state: Tensor | None,
+    chunk_size: int | None,
+    scan_backend: str,
+    conv_backend: str,
+) -> tuple[ModuleType, ModuleType]:
+    """The modules that take calls like those to come; of u, B and C only the kind is known yet."""
+    x_BET, z_BET = xz_BTF.transpose(1, 2).chunk(2, dim=1)
+    batch, _, time = x_BET.shape
+    projection = xz_BTF.new_empty(1).expand(batch, 1, direction.A_log.shape[1], time)
+    scan = SCAN_BACKENDS.choose(
+        scan_backend,
+        xz_BTF.device,
+        (
+            x_BET,
+            x_BET,
+            direction.A,
+            projection,
+            projection,
+            direction.D,
+            z_BET,
+            direction.dt_bias,
+            True,
+            lengths,
+            False,
+            ssm_state,
+            chunk_size,
+        ),
+    )
+    conv = CONV_BACKENDS.choose(
+        conv_backend,
+        xz_BTF.device,
+        (
+            x_BET,
+            direction.conv_weight,
+            direction.conv_bias,
+            "silu",
+            lengths,
+            False,
+            conv_state,
+            chunk_size,
+        ),
+    )
+    return scan, conv

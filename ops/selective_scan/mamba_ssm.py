@@ -1,0 +1,76 @@
+"""mamba_ssm's CUDA kernel, where it is installed, for the calls that it can take."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+from torch import Tensor
+
+from ops.selective_scan.arguments import ScanArguments
+
+_MAX_STATE = 256
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why this backend cannot be used on this machine; None if it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        _interface()
+    except Exception as error:
+        # A build for another torch or CUDA fails in its own ways, ImportError being only one.
+        return f"mamba_ssm's CUDA kernel cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+def unsupported(*arguments) -> str | None:
+    """Why a call does not fit mamba_ssm's function of 2.x; None if it does."""
+    call = ScanArguments(*arguments)
+    for name in ("lengths", "initial_state", "reset_every"):
+        if getattr(call, name) is not None:
+            return f"mamba_ssm has no {name}"
+    if call.reverse:
+        return "mamba_ssm scans forward only"
+    if call.u.device.type != "cuda":
+        return f"mamba_ssm computes on CUDA only, the input is on {call.u.device}"
+    if call.u.dtype == torch.float64:
+        return "mamba_ssm has no float64"
+    if call.A.shape[1] > _MAX_STATE:
+        return f"mamba_ssm takes up to {_MAX_STATE} states, not {call.A.shape[1]}"
+    sequences = {"delta": call.delta, "z": call.z}
+    sequences |= {name: x for name, x in (("B", call.B), ("C", call.C)) if x.dim() == 4}
+    for name, x in sequences.items():
+        if x is not None and x.dtype != call.u.dtype:
+            return f"mamba_ssm wants u and {name} in one dtype, not {call.u.dtype} and {x.dtype}"
+    parameters = {"A": call.A, "D": call.D, "delta_bias": call.delta_bias}
+    parameters |= {name: x for name, x in (("B", call.B), ("C", call.C)) if x.dim() == 2}
+    for name, x in parameters.items():
+        if x is not None and x.dtype != torch.float32:
+            return f"mamba_ssm wants {name} in float32, not {x.dtype}"
+    return None
+
+
+def scan(*arguments) -> tuple[Tensor, Tensor]:
+    """`reference.scan` by ``mamba_ssm.ops.selective_scan_interface.selective_scan_fn``."""
+    call = ScanArguments(*arguments)
+    return _interface().selective_scan_fn(
+        call.u,
+        call.delta,
+        call.A,
+        call.B,
+        call.C,
+        call.D,
+        call.z,
+        call.delta_bias,
+        call.delta_softplus,
+        return_last_state=True,
+    )
+
+
+def _interface():
+    # The extension is imported first: newer versions import the interface without it.
+    importlib.import_module("selective_scan_cuda")
+    return importlib.import_module("mamba_ssm.ops.selective_scan_interface")

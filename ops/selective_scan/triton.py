@@ -1,0 +1,111 @@
+"""The backend called ``triton``: GPU kernels without a CUDA toolchain, one launch for both ways.
+
+`triton_forward` and `triton_backward` say how the kernels work, `triton_launch` prepares what they
+need. Triton is imported at the first call. With TRITON_INTERPRET=1 in the environment before that,
+the kernels run on the CPU, slowly: this is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ops.native import empty_like
+from ops.selective_scan.arguments import ScanArguments, Way, WayGradients
+from ops.selective_scan.operator import register
+
+# Frames between two kept states: a tile of the kernels.
+TILE_FRAMES = 16
+# Programs along the second and third axis of a CUDA grid.
+MAX_GRID = 65535
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on, which computes on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str | None:
+    """Why this backend cannot be used on this machine, None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not torch.cuda.is_available() and not interpreted():
+        return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests only)"
+    return None
+
+
+def unsupported(*arguments) -> str | None:
+    """Why a call does not fit, None if it does."""
+    call = ScanArguments(*arguments)
+    batch, _, time = call.u.shape
+    states = call.A.shape[1]
+    if call.u.dtype == torch.float64:
+        return "it computes in float32, the inputs are float64"
+    if call.u.device.type != "cuda" and not interpreted():
+        return f"the inputs are on {call.u.device}, it needs a CUDA device"
+    if call.u.numel() == 0 or states == 0:
+        return "there is nothing to scan"
+    if batch > MAX_GRID:
+        return f"the batch of {batch} exceeds {MAX_GRID} items"
+    if (time + TILE_FRAMES) * states >= 2**31:
+        return f"{time} frames of {states} states exceed 32-bit indices; scan in pieces"
+    return None
+
+
+def forward(
+    ways: list[Way], z: Tensor | None, softplus: bool, lengths: Tensor | None, save: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The scan in one direction, or the mean over two.
+
+    Returns:
+        y, and for each way the last state and the states in front of every tile of frames that
+        `backward` wants, empty unless ``save``.
+    """
+    from ops.selective_scan.triton_launch import launch_forward
+
+    y, last_states, states = _new_outputs(ways, z, softplus, lengths, save)
+    launch_forward(ways, z, softplus, lengths, y, last_states, states if save else None)
+    return y, last_states, states
+
+
+def _new_outputs(
+    ways: list[Way], z: Tensor | None, softplus: bool, lengths: Tensor | None, save: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    u, num_states = ways[0].u, ways[0].A.shape[1]
+    batch, dim, time = u.shape
+    num_tiles = (time + TILE_FRAMES - 1) // TILE_FRAMES
+    kept = (batch, num_tiles, num_states, dim) if save else (0,)
+    return (
+        empty_like(u),
+        [u.new_empty(batch, num_states, dim, dtype=torch.float32).transpose(1, 2) for _ in ways],
+        [u.new_empty(kept, dtype=torch.float32) for _ in ways],
+    )
+
+
+def backward(
+    grad_y: Tensor,
+    grad_last_states: list[Tensor | None],
+    states: list[Tensor],
+    ways: list[Way],
+    z: Tensor | None,
+    softplus: bool,
+    lengths: Tensor | None,
+) -> tuple[list[WayGradients], Tensor | None]:
+    """Gradients of everything in ``ways``, and of ``z``."""
+    from ops.selective_scan.triton_launch import launch_backward
+
+    return launch_backward(grad_y, grad_last_states, states, ways, z, softplus, lengths)
+
+
+def _new_gradient(x: Tensor) -> Tensor:
+    """Memory laid out like the gradient of ``x``: only sequences and states keep their layout."""
+    return empty_like(x) if x.dim() == 3 else x.new_empty(x.shape)
+
+
+scan, bidirectional_scan = register(
+    "mamba_asr::selective_scan_triton", forward, backward, _new_outputs, _new_gradient
+)

@@ -1,0 +1,255 @@
+"""What the Triton kernels of the scan share: arguments, rows of frames, step sizes.
+
+A tile of a (batch, dim, time) tensor is a tuple of rows, one per frame in scan order, each a block
+(1, channels): frames are registers, never lanes, so that time needs no exchange between threads.
+
+Tiles lie on multiples of their size in time, whatever the direction and wherever blocks of
+``reset_every`` frames begin. Frames of a tile that lie outside the block at hand get a step size of
+0, which hands the state on unchanged; instead of what they hold, the block's outermost frame is
+read.
+"""
+
+# Triton's compiler has no unpacking within a tuple.
+# ruff: noqa: RUF005
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ops.selective_scan.triton import TILE_FRAMES
+
+# Frames between two kept states, and of a tile of the backward.
+TILE = tl.constexpr(TILE_FRAMES)
+# Lanes of a warp.
+WARP = tl.constexpr(32)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Sequence(NamedTuple):
+    """A tensor (batch, dim, time) of any type and layout, with its strides in elements."""
+
+    pointer: torch.Tensor
+    batch: int
+    channel: int
+    frame: int
+
+
+class WayPointers(NamedTuple):
+    """One direction of a scan.
+
+    A and constant B, C are (state, dim); time-varying B, C come from `pack_projection_kernel`; D
+    and bias are (dim,), states (batch, tiles, state, dim), initial and last state (batch, state,
+    dim). All of these are contiguous float32, or None.
+    """
+
+    u: Sequence
+    delta: Sequence
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor | None
+    bias: torch.Tensor | None
+    states: torch.Tensor | None
+    initial_state: torch.Tensor | None
+    last_state: torch.Tensor | None
+    block_frames: int
+
+
+@triton.jit
+def channels_of_program(dim, num_groups, CHANNELS: tl.constexpr, FULL: tl.constexpr):
+    """Group of the program, its channels (1, CHANNELS) and which of them exist (FULL: all)."""
+    group_channels = dim // num_groups
+    blocks = tl.cdiv(group_channels, CHANNELS)
+    group = tl.program_id(0) // blocks
+    within = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    if CHANNELS < WARP:
+        # Else a store of states, by four channels a thread, would decide how threads compute.
+        within = tl.max_contiguous(within, [1, 1])
+    # A mask known to be true leaves no trace in the code.
+    exists = tl.full(within.shape, True, tl.int1) if FULL else within < group_channels
+    return group, group * group_channels + within, exists
+
+
+@triton.jit
+def num_valid_frames(lengths, time):
+    """Valid frames of the program's item."""
+    valid = time
+    if lengths is not None:
+        valid = tl.load(lengths + tl.program_id(2)).to(tl.int32)
+    return valid
+
+
+@triton.jit
+def pointers_at(sequence, channel):
+    """Pointers to frame 0 of the program's item and channels."""
+    item = tl.program_id(2).to(tl.int64)
+    return sequence.pointer + item * sequence.batch + channel.to(tl.int64) * sequence.channel
+
+
+@triton.jit
+def nearest_frame(t, lo, hi):
+    """The frame of the block lo .. hi nearest to ``t``; the block's first where it is empty."""
+    return tl.maximum(tl.minimum(t, hi - 1), lo)
+
+
+@triton.jit
+def _split_columns(tile, FRAMES: tl.constexpr, SIGN: tl.constexpr):
+    """The columns of a tile (channels, FRAMES), 8 or 16 of them, as rows in scan order."""
+    parts = (tile,)
+    for level in tl.static_range(4):
+        if FRAMES >> level > 1:
+            halves = ()
+            for i in tl.static_range(1 << level):
+                part = tl.reshape(parts[i], [tile.shape[0], 2, FRAMES >> (level + 1)])
+                low, high = tl.split(tl.permute(part, [0, 2, 1]))
+                halves = halves + (low, high)
+            parts = halves
+    rows = ()
+    for i in tl.static_range(FRAMES):
+        row = tl.reshape(parts[i if SIGN > 0 else FRAMES - 1 - i], [1, tile.shape[0]])
+        rows = rows + (row,)
+    return rows
+
+
+@triton.jit
+def _join_columns(rows, FRAMES: tl.constexpr, SIGN: tl.constexpr):
+    """Rows in scan order as a tile (channels, FRAMES) in the order of time."""
+    parts = ()
+    for i in tl.static_range(FRAMES):
+        row = rows[i if SIGN > 0 else FRAMES - 1 - i]
+        parts = parts + (tl.reshape(row, [row.shape[1], 1]),)
+    for level in tl.static_range(4):
+        if FRAMES >> level > 1:
+            pairs = ()
+            for i in tl.static_range(FRAMES >> (level + 1)):
+                low = parts[2 * i]
+                pair = tl.permute(tl.join(low, parts[2 * i + 1]), [0, 2, 1])
+                pairs = pairs + (tl.reshape(pair, [low.shape[0], 2 << level]),)
+            parts = pairs
+    return parts[0]
+
+
+@triton.jit
+def load_rows(
+    sequence, channel, channel_mask, start, lo, hi,
+    FRAMES: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """FRAMES rows in float32 from frame ``start`` on, in direction SIGN."""
+    if channel.shape[1] == WARP:
+        # As one tile, whose threads follow memory order, then dealt out.
+        earliest = start if SIGN > 0 else start - (FRAMES - 1)
+        t = nearest_frame(earliest + tl.arange(0, FRAMES)[None, :], lo, hi)
+        frame = (t.to(tl.int64) if WIDE else t) * sequence.frame
+        pointers = pointers_at(sequence, tl.trans(channel)) + frame
+        tile = tl.load(pointers, mask=tl.trans(channel_mask), other=0.0)
+        rows = _split_columns(tile.to(tl.float32), FRAMES, SIGN)
+    else:
+        # With lanes left over, the threads of a tile would not agree with those of the states.
+        first = pointers_at(sequence, channel)
+        rows = ()
+        for j in tl.static_range(FRAMES):
+            t = nearest_frame(start + SIGN * j, lo, hi)
+            row = first + (t.to(tl.int64) if WIDE else t) * sequence.frame
+            rows = rows + (tl.load(row, mask=channel_mask, other=0.0).to(tl.float32),)
+    return rows
+
+
+@triton.jit
+def store_rows(
+    sequence, rows, channel, channel_mask, start, lo, hi,
+    FRAMES: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes those of the rows that lie within lo .. hi; see `load_rows`."""
+    if channel.shape[1] == WARP:
+        earliest = start if SIGN > 0 else start - (FRAMES - 1)
+        t = earliest + tl.arange(0, FRAMES)[None, :]
+        frame = (t.to(tl.int64) if WIDE else t) * sequence.frame
+        pointers = pointers_at(sequence, tl.trans(channel)) + frame
+        tile = _join_columns(rows, FRAMES, SIGN)
+        tl.store(pointers, tile, mask=tl.trans(channel_mask) & (t >= lo) & (t < hi))
+    else:
+        first = pointers_at(sequence, channel)
+        for j in tl.static_range(FRAMES):
+            t = start + SIGN * j
+            row = first + (t.to(tl.int64) if WIDE else t) * sequence.frame
+            tl.store(row, rows[j], mask=channel_mask & (t >= lo) & (t < hi))
+
+
+@triton.jit
+def store_zeros(sequence, channel, channel_mask, lo, hi):
+    """Zeros in the frames lo .. hi."""
+    row = pointers_at(sequence, channel) + lo.to(tl.int64) * sequence.frame
+    zeros = tl.zeros(channel.shape, tl.float32)
+    for _ in range(lo, hi):
+        tl.store(row, zeros, mask=channel_mask)
+        row += sequence.frame
+
+
+@triton.jit
+def load_parameter(pointer, channel, channel_mask):
+    """A parameter (dim,) of the program's channels, zeros for None."""
+    row = tl.zeros(channel.shape, tl.float32)
+    if pointer is not None:
+        row = tl.load(pointer + channel, mask=channel_mask, other=0.0)
+    return row
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
+
+
+@triton.jit
+def step_size(delta, bias, inside, SOFTPLUS: tl.constexpr):
+    """The step size of a row and its derivative with respect to delta; 0 outside the block."""
+    x = delta + bias
+    if SOFTPLUS:
+        # log(1 + exp(x)) = max(x, 0) + log1p(e), log1p(e) = 2 artanh(e / (2 + e)): small step sizes
+        # keep their digits, which log(1 + e) would lose. The argument is at most 1/3, where seven
+        # terms of the series are enough.
+        e = tl.exp2(tl.abs(x) * -LOG2E)
+        s = e / (2.0 + e)
+        q = s * s
+        series = 1.0 + q * (
+            1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13)))))
+        )
+        dt = tl.maximum(x, 0.0) + 2.0 * s * series
+        slope = tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
+    else:
+        dt = x
+        slope = tl.full(x.shape, 1.0, tl.float32)
+    return tl.where(inside, dt, 0.0), tl.where(inside, slope, 0.0)
+
+
+@triton.jit
+def packed_projection(packed, group, num_groups, time, NUM_STATE: tl.constexpr):
+    """Where B or C of the program's item and group begins in packed memory."""
+    frames = tl.cdiv(time, TILE) * TILE
+    item = tl.program_id(2).to(tl.int64)
+    return packed + (item * num_groups + group) * frames * NUM_STATE
+
+
+@triton.jit
+def pack_projection_kernel(
+    source, packed, lengths, time, num_groups, stride_batch, stride_group, stride_state,
+    stride_frame, NUM_STATE: tl.constexpr, STATES: tl.constexpr, FRAMES: tl.constexpr,
+):  # fmt: skip
+    """B or C (batch, groups, state, time) to float32 (batch, groups, tiles * TILE, state).
+
+    A thread then reads the states of a frame as vectors. Padding becomes zero, which spares the
+    scans a mask. Grid (blocks of FRAMES, groups, batch).
+    """
+    item = tl.program_id(2).to(tl.int64)
+    group = tl.program_id(1)
+    t = tl.program_id(0) * FRAMES + tl.arange(0, FRAMES)[None, :]
+    n = tl.arange(0, STATES)[:, None]
+    source += item * stride_batch + group.to(tl.int64) * stride_group
+    values = tl.load(
+        source + n.to(tl.int64) * stride_state + t.to(tl.int64) * stride_frame,
+        mask=(n < NUM_STATE) & (t < num_valid_frames(lengths, time)),
+        other=0.0,
+    )
+    target = packed_projection(packed, group, num_groups, time, NUM_STATE) + t * NUM_STATE + n
+    tl.store(target, values, mask=(n < NUM_STATE) & (t < tl.cdiv(time, TILE) * TILE))

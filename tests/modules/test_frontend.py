@@ -1,0 +1,101 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from speechbrain.lobes.models.convolution import ConvolutionFrontEnd as SpeechBrainFrontEnd
+
+from modules.frontend import ConvolutionFrontEnd
+from modules.lengths import halved
+
+BINS = 12
+
+
+def front_end(**options) -> ConvolutionFrontEnd:
+    torch.manual_seed(3)
+    return ConvolutionFrontEnd((1, 10, BINS), out_channels=(6, 4), dropout=0.0, **options).eval()
+
+
+def test_unpadded_output_is_speechbrains_with_the_same_weights():
+    theirs = SpeechBrainFrontEnd(
+        (1, 10, BINS),
+        num_blocks=2,
+        num_layers_per_block=2,
+        out_channels=[6, 4],
+        kernel_sizes=[3, 5],
+        strides=[2, 2],
+        residuals=[True, False],
+    ).eval()
+    ours = front_end(num_layers_per_block=2, kernel_sizes=(3, 5), residuals=(True, False))
+    ours.load_state_dict(theirs.state_dict())
+    feats_BTM = torch.randn(2, 21, BINS)
+    wanted = theirs(feats_BTM)
+    torch.testing.assert_close(ours(feats_BTM), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ours(feats_BTM, torch.tensor([21, 21])), wanted, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("padding", ["same", "causal"])
+@pytest.mark.parametrize("filling", [1e3, float("nan")])
+def test_an_item_in_a_batch_equals_the_item_alone(padding, filling):
+    net = front_end(padding=padding)
+    lengths = [23, 16, 9, 2, 1]
+    feats_BTM = torch.randn(5, 23, BINS)
+    single, single_gradients = [], None
+    for row, length in zip(feats_BTM, lengths, strict=True):
+        single.append(net(row[None, :length])[0])
+        single[-1].square().sum().backward()
+        row[length:] = filling
+    single_gradients = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    out_BTFC = net(feats_BTM, torch.tensor(lengths))
+    out_BTFC.square().sum().backward()
+    for out, wanted in zip(out_BTFC, single, strict=True):
+        torch.testing.assert_close(out[: len(wanted)], wanted, atol=1e-5, rtol=1e-4)
+        assert not out[len(wanted) :].any()
+    for parameter, wanted in zip(net.parameters(), single_gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_a_causal_output_frame_has_no_gradient_to_later_frames():
+    net = front_end(padding="causal")
+    feats_BTM = torch.randn(1, 24, BINS, requires_grad=True)
+    frame = 3
+    # The last input of a frame: the centre of both strides.
+    last_input = 4 * frame
+    net(feats_BTM)[:, : frame + 1].square().sum().backward()
+    assert not feats_BTM.grad[:, last_input + 1 :].any()
+    assert feats_BTM.grad[:, last_input].any()
+
+
+@pytest.mark.parametrize("padding", ["same", "causal"])
+@settings(max_examples=20, deadline=None)
+@given(pieces=st.lists(st.integers(0, 9), min_size=1, max_size=8))
+def test_streamed_in_any_cutting_equals_the_whole(padding, pieces):
+    net = front_end(padding=padding)
+    feats_BTM = torch.randn(2, max(sum(pieces), 1), BINS)
+    cuts = feats_BTM.split(pieces if sum(pieces) else [1], dim=1)
+    state, outputs = None, []
+    for i, piece in enumerate(cuts):
+        out, state = net.forward_streaming(piece, state, final=i == len(cuts) - 1)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, 1), net(feats_BTM), atol=1e-5, rtol=1e-4)
+
+
+def test_stream_state_does_not_grow():
+    net, state = front_end(), None
+    for _ in range(30):
+        _, state = net.forward_streaming(torch.randn(1, 7, BINS), state)
+    assert all(conv.frames_BTFC.shape[1] <= 2 for conv in state.convs)
+
+
+def test_defaults_are_the_published_front_end():
+    out_BTFC = ConvolutionFrontEnd((8, 10, 80))(torch.randn(1, 101, 80))
+    assert out_BTFC.shape == (1, halved(halved(101)), 20, 32)
+
+
+def test_errors_say_what_to_do():
+    with pytest.raises(ValueError, match="same, causal"):
+        front_end(padding="valid")
+    with pytest.raises(ValueError, match="residuals=False"):
+        front_end(residuals=(True, False)).forward_streaming(torch.randn(1, 8, BINS))

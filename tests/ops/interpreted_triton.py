@@ -1,0 +1,338 @@
+"""What the Triton kernels compute, by Triton's interpreter; `test_triton` runs this file.
+
+Uninitialised memory holds NaN here, so that everything must be written before it is read.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton.runtime.interpreter as interpreter
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ops.causal_conv1d import causal_conv1d_fn
+from ops.mamba_inner import Direction, mamba_inner_fn
+from ops.selective_scan import bidirectional_scan_fn, selective_scan_fn, triton_launch
+from tests.ops.scans import (
+    assert_close,
+    in_double,
+    plain_loop,
+    random_inputs,
+    relative_error,
+    run,
+    with_gradients,
+)
+
+TOLERANCE = 1e-5
+few = settings(
+    max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture(autouse=True)
+def _memory_holds_nan():
+    torch.use_deterministic_algorithms(True)
+    probe = torch.empty(64)
+    assert probe.isnan().all(), "memory is not filled"
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def _rounding(monkeypatch):
+    """Conversions to 16 bits round to nearest as on a GPU; the interpreter cuts digits off."""
+    convert = interpreter._convert_float
+
+    def rounded(values, input_dtype, output_dtype, rounding_mode):
+        if output_dtype.name != "bf16" or input_dtype.name != "fp32":
+            return convert(values, input_dtype, output_dtype, rounding_mode)
+        bits = torch.from_numpy(values.copy()).to(torch.bfloat16).view(torch.int16)
+        return bits.numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+def poisoned(inputs, lengths):
+    """``inputs`` with NaN where the lengths say that nothing counts."""
+    inputs = dict(inputs)
+    for name in ("u", "delta", "z", "B", "C", "x"):
+        if name in inputs and inputs[name].dim() > 2:
+            inputs[name] = inputs[name].clone()
+            for item, length in enumerate(lengths.tolist()):
+                inputs[name][item, ..., length:] = float("nan")
+    return inputs
+
+
+def check_scan(inputs, **options):
+    wanted = in_double(inputs, **options)
+    if options.get("lengths") is not None:
+        inputs = poisoned(inputs, options["lengths"])
+    assert_close(run("triton", inputs, **options), wanted, TOLERANCE)
+
+
+@pytest.mark.parametrize("time", [1, 2, 16, 17, 37])
+def test_scan_of_any_length(time):
+    check_scan(random_inputs(time, batch=1, dim=3, state=2, channels_last=time % 2 == 0))
+
+
+@pytest.mark.parametrize(
+    ("reverse", "entered", "reset_every"), itertools.product([0, 1], [0, 1], [None, 10])
+)
+def test_scan_options(reverse, entered, reset_every):
+    inputs = random_inputs(18, batch=2, dim=2, state=1)
+    if not entered:
+        del inputs["initial_state"]
+    lengths = torch.tensor([17, 0] if entered else [18, 7])
+    check_scan(inputs, lengths=lengths, reverse=bool(reverse), reset_every=reset_every)
+
+
+@given(st.data())
+@few
+def test_scan_of_any_call(data):
+    time = data.draw(st.integers(1, 20))
+    inputs = random_inputs(
+        time,
+        batch=2,
+        dim=data.draw(st.sampled_from([1, 4])),
+        state=data.draw(st.sampled_from([1, 3])),
+        constant=data.draw(st.sampled_from(["", "", "B", "C", "BC"])),
+        channels_last=data.draw(st.booleans()),
+    )
+    for name in ("D", "z", "delta_bias", "initial_state"):
+        if data.draw(st.booleans()):
+            del inputs[name]
+    lengths = data.draw(st.lists(st.integers(0, time), min_size=2, max_size=2) | st.none())
+    check_scan(
+        inputs,
+        lengths=None if lengths is None else torch.tensor(lengths),
+        reverse=data.draw(st.booleans()),
+        reset_every=data.draw(st.integers(1, time) | st.none()),
+    )
+
+
+@pytest.mark.parametrize(("multiprocessors", "channels_last"), [(0, False), (1000, True)])
+def test_scan_with_any_block_size(multiprocessors, channels_last, monkeypatch):
+    monkeypatch.setattr(triton_launch, "_num_multiprocessors", lambda _: multiprocessors)
+    inputs = random_inputs(9, batch=1, dim=68, state=3, groups=2, channels_last=channels_last)
+    check_scan(inputs, reverse=True)
+
+
+def test_scan_cut_into_more_blocks_than_a_program_takes(monkeypatch):
+    monkeypatch.setattr(triton_launch, "_FRAMES_PER_PROGRAM", 10)
+    for reverse in (False, True):
+        inputs = random_inputs(17, batch=2, dim=2, state=1)
+        check_scan(inputs, lengths=torch.tensor([17, 6]), reset_every=7, reverse=reverse)
+
+
+def test_scan_with_many_states():
+    check_scan(random_inputs(3, batch=1, dim=9, state=33))
+
+
+def test_scan_without_softplus_and_with_extreme_steps():
+    inputs = random_inputs(18, batch=1, dim=4, state=2)
+    inputs["delta"] = torch.tensor([1e-6, 20.0, 0.3, 1e-6])[:, None].expand(4, 18)[None].clone()
+    del inputs["delta_bias"]
+
+    def outcome(backend, dtype):
+        leaves = {name: x.to(dtype).detach().requires_grad_() for name, x in inputs.items()}
+        y, last = selective_scan_fn(**leaves, return_last_state=True, backend=backend)
+        return with_gradients(y, last, leaves)
+
+    wanted = outcome("reference", torch.float64)
+    assert_close(outcome("triton", torch.float32), wanted, TOLERANCE)
+    # Softplus gives the same steps: its small results must keep their digits.
+    inputs["delta"] = torch.log(torch.expm1(inputs["delta"].double())).float()
+    check_scan(inputs)
+
+
+@pytest.mark.usefixtures("_rounding")
+def test_scan_of_narrow_types():
+    inputs = random_inputs(18, batch=1, dim=4, state=3, dtype=torch.bfloat16)
+    exact = in_double(inputs)
+    found = run("triton", inputs)
+    leaves = {name: x.bfloat16().detach().requires_grad_() for name, x in inputs.items()}
+    loop = with_gradients(*plain_loop(**leaves), leaves)
+    for name, wanted in exact.items():
+        bound = 2 * relative_error(loop[name], wanted)
+        assert relative_error(found[name], wanted) < bound, name
+
+
+def test_scan_of_mixed_types():
+    inputs = random_inputs(18, batch=1, dim=4, state=2)
+    inputs |= {"delta": inputs["delta"].half(), "B": inputs["B"].bfloat16()}
+    inputs |= {"z": inputs["z"].half(), "A": inputs["A"].half()}
+    wanted = in_double(inputs)
+    found = run("triton", inputs)
+    for name in ("y", "last_state", "du", "dC", "dD", "ddelta_bias", "dinitial_state"):
+        assert relative_error(found[name], wanted[name]) < TOLERANCE, name
+    for name in ("ddelta", "dA", "dB", "dz"):
+        # The gradient is rounded, or cut off by the interpreter, to the type of its tensor.
+        assert relative_error(found[name], wanted[name]) < 2**-7, name
+
+
+def test_scan_writes_the_same_bits_again():
+    inputs = random_inputs(5, batch=1, dim=34, state=2)
+    first, second = run("triton", inputs), run("triton", inputs)
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+@pytest.mark.parametrize(("lengths", "reset_every"), [(None, None), ([19, 0], 7)])
+def test_scan_in_both_directions(lengths, reset_every):
+    lengths = None if lengths is None else torch.tensor(lengths)
+    forward, backward = (
+        random_inputs(19, batch=2, dim=3, state=2, channels_last=True, seed=seed) for seed in (0, 1)
+    )
+    if lengths is not None:
+        forward, backward = poisoned(forward, lengths), poisoned(backward, lengths)
+
+    def outcome(backend, dtype):
+        leaves = {"z": forward["z"].to(dtype).detach().requires_grad_()}
+        for suffix, inputs in (("f", forward), ("b", backward)):
+            for name in ("u", "delta", "A", "B", "C", "D", "delta_bias"):
+                leaves[f"{name}_{suffix}"] = inputs[name].to(dtype).detach().requires_grad_()
+        y = bidirectional_scan_fn(
+            **leaves, delta_softplus=True, lengths=lengths, reset_every=reset_every, backend=backend
+        )
+        return with_gradients(y, y.new_zeros(1), leaves)
+
+    wanted = outcome("reference", torch.float64)
+    assert_close(outcome("triton", torch.float32), wanted, TOLERANCE)
+
+
+def test_scan_in_a_mixer_with_states_and_chunks():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    batch, time, inner, states, rank, width = 2, 19, 4, 2, 1, 4
+    leaves = {"xz": normal(batch, time, 2 * inner)}
+    leaves |= {"conv": normal(batch, inner, width - 1), "ssm": normal(batch, inner, states)}
+    for way in ("f", "b"):
+        leaves |= {
+            f"conv_weight_{way}": normal(inner, width),
+            f"conv_bias_{way}": normal(inner),
+            f"x_proj_{way}": normal(rank + 2 * states, inner),
+            f"dt_proj_{way}": normal(inner, rank),
+            f"dt_bias_{way}": normal(inner),
+            f"A_log_{way}": torch.rand(inner, states, generator=generator),
+            f"D_{way}": normal(inner),
+        }
+
+    def outcome(backend, dtype):
+        own = {name: x.to(dtype).detach().requires_grad_() for name, x in leaves.items()}
+        ways = [
+            Direction(**{field: own[f"{field}_{way}"] for field in Direction._fields})
+            for way in ("f", "b")
+        ]
+        y, conv_state, ssm_state = mamba_inner_fn(
+            own["xz"], *ways, lengths=torch.tensor([19, 6]), conv_state=own["conv"],
+            ssm_state=own["ssm"], chunk_size=8, return_state=True, backend=backend,
+        )  # fmt: skip
+        return with_gradients(y, torch.cat([conv_state, ssm_state], dim=-1), own)
+
+    wanted = outcome("reference", torch.float64)
+    assert_close(outcome("triton", torch.float32), wanted, TOLERANCE)
+
+
+def test_scan_is_an_operator_with_a_fake():
+    inputs = random_inputs(5, batch=1, dim=2, state=2, channels_last=True)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    operator = torch.ops.mamba_asr.selective_scan_triton.default
+    tensors = [leaves[n] for n in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
+    arguments = [*tensors, *[None] * 7, leaves["z"], leaves["initial_state"], True, None, False]
+    torch.library.opcheck(
+        operator,
+        (*arguments, None, None, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def random_convolution(time, width=4, dim=3, channels_last=False):
+    generator = torch.Generator().manual_seed(width)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x = normal(3, time, dim).transpose(1, 2) if channels_last else normal(3, dim, time)
+    state = normal(3, dim, width - 1)
+    return {"x": x, "weight": normal(dim, width), "bias": normal(dim), "initial_state": state}
+
+
+def check_convolution(inputs, lengths=None, activation="silu", **options):
+    def outcome(backend, dtype, inputs):
+        leaves = {name: x.to(dtype).detach().requires_grad_() for name, x in inputs.items()}
+        y, state = causal_conv1d_fn(
+            **leaves, lengths=lengths, activation=activation, return_last_state=True,
+            backend=backend, **options,
+        )  # fmt: skip
+        return with_gradients(y, state, leaves)
+
+    wanted = outcome("reference", torch.float64, inputs)
+    if lengths is not None:
+        inputs = poisoned(inputs, lengths)
+    assert_close(outcome("triton", torch.float32, inputs), wanted, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("reverse", "entered", "reset_every"), itertools.product([0, 1], [0, 1], [None, 9])
+)
+def test_convolution_options(reverse, entered, reset_every):
+    inputs = random_convolution(20, channels_last=bool(reverse))
+    if not entered:
+        del inputs["initial_state"]
+    lengths = torch.tensor([20, 0, 2])
+    check_convolution(inputs, lengths, reverse=bool(reverse), reset_every=reset_every)
+
+
+@given(st.data())
+@few
+def test_convolution_of_any_call(data):
+    time = data.draw(st.sampled_from([1, 2, 5, 64, 65]))
+    inputs = random_convolution(
+        time, width=data.draw(st.integers(1, 5)), dim=data.draw(st.sampled_from([1, 33]))
+    )
+    for name in ("bias", "initial_state"):
+        if data.draw(st.booleans()):
+            del inputs[name]
+    lengths = data.draw(st.lists(st.integers(0, time), min_size=3, max_size=3) | st.none())
+    check_convolution(
+        inputs,
+        None if lengths is None else torch.tensor(lengths),
+        activation=data.draw(st.sampled_from([None, "silu"])),
+        reverse=data.draw(st.booleans()),
+        reset_every=data.draw(st.integers(1, time) | st.none()),
+    )
+
+
+@pytest.mark.usefixtures("_rounding")
+def test_convolution_of_narrow_types():
+    inputs = random_convolution(12)
+    inputs["x"] = inputs["x"].bfloat16()
+    double = {name: x.double() for name, x in inputs.items()}
+    wanted = causal_conv1d_fn(**double, activation="silu", backend="reference")
+    found = causal_conv1d_fn(**inputs, activation="silu", backend="triton")
+    assert found.dtype == torch.bfloat16
+    padded = torch.cat([inputs["initial_state"].bfloat16(), inputs["x"]], dim=-1)
+    loop = F.silu(
+        sum(
+            padded[..., tap : tap + 12] * inputs["weight"].bfloat16()[:, tap, None]
+            for tap in range(4)
+        )
+        + inputs["bias"].bfloat16()[:, None]
+    )
+    bound = 2 * relative_error(loop.double(), wanted)
+    assert relative_error(found.double(), wanted) < bound
+
+
+def test_convolution_is_an_operator_with_a_fake():
+    inputs = {name: x.requires_grad_() for name, x in random_convolution(5).items()}
+    torch.library.opcheck(
+        torch.ops.mamba_asr.causal_conv1d_triton.default,
+        (inputs["x"], inputs["weight"], inputs["bias"], "silu", None, False,
+         inputs["initial_state"], None),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )  # fmt: skip

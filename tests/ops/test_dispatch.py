@@ -1,0 +1,183 @@
+"""Who computes a call: the caller's word, the environment's, the fastest; and what is refused."""
+
+import logging
+import re
+import types
+
+import pytest
+import torch
+
+from ops import doctor
+from ops.backends import Backends
+from ops.causal_conv1d import causal_conv1d_fn
+from ops.selective_scan import mamba_ssm, selective_scan_fn
+from ops.selective_scan.arguments import normalise
+from ops.selective_scan.dispatch import BACKENDS
+from tests.ops.scans import random_inputs
+
+
+def scan(**changes):
+    inputs = random_inputs(6)
+    arguments = {**inputs, "delta_softplus": True, **changes}
+    return selective_scan_fn(**arguments)
+
+
+def stub(unavailable=None, unsupported=None, failure=None):
+    module = types.SimpleNamespace(
+        unavailable=lambda: unavailable, unsupported=lambda *arguments: unsupported
+    )
+    if failure is not None:
+        module.prepare = lambda: failure
+    return module
+
+
+@pytest.fixture
+def backends(monkeypatch):
+    """Three backends, fastest first: cpu, torch, reference."""
+    monkeypatch.delenv("MAMBA_ASR_SCAN", raising=False)
+
+    stubs = {name: stub() for name in ("reference", "torch", "cpu")}
+    return Backends("stubs", stubs, {None: ("cpu", "torch", "reference")})
+
+
+def choose(backends, requested="auto"):
+    return backends.name(backends.choose(requested, torch.device("cpu"), ()))
+
+
+def test_auto_takes_the_first_that_is_available_supports_the_call_and_builds(backends):
+    assert choose(backends) == "cpu"
+    for obstacle in ("unavailable", "unsupported", "failure"):
+        backends.modules["cpu"] = stub(**{obstacle: "because"})
+        assert choose(backends) == "torch"
+    backends.modules["torch"] = stub(unsupported="because")
+    assert choose(backends) == "reference"
+
+
+def test_auto_says_once_which_it_takes(backends, caplog):
+    with caplog.at_level(logging.INFO, logger="ops.backends"):
+        choose(backends)
+        choose(backends)
+    assert [record.message for record in caplog.records] == ["stubs: backend cpu on cpu"]
+
+
+def test_the_environment_overrides_auto_but_not_the_caller(backends, monkeypatch):
+    monkeypatch.setenv("MAMBA_ASR_SCAN", "torch")
+    assert choose(backends) == "torch"
+    assert choose(backends, "reference") == "reference"
+    # A name that only another operation has.
+    monkeypatch.setenv("MAMBA_ASR_SCAN", "mamba_ssm")
+    assert choose(backends) == "cpu"
+
+
+def test_an_override_that_does_not_fit_a_call_is_reported_once(backends, monkeypatch, caplog):
+    monkeypatch.setenv("MAMBA_ASR_SCAN", "torch")
+    backends.modules["torch"] = stub(unsupported="it is Friday")
+    assert choose(backends) == "cpu"
+    assert choose(backends) == "cpu"
+    warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings == ["stubs: MAMBA_ASR_SCAN=torch does not fit a call: it is Friday"]
+
+
+def test_an_override_that_cannot_be_used_is_an_error(backends, monkeypatch):
+    monkeypatch.setenv("MAMBA_ASR_SCAN", "torch")
+    backends.modules["torch"] = stub(unavailable="no such machine")
+    with pytest.raises(ValueError, match=r"torch \(MAMBA_ASR_SCAN=torch\).*no such machine"):
+        choose(backends)
+    monkeypatch.setenv("MAMBA_ASR_SCAN", "fast")
+    with pytest.raises(ValueError, match="MAMBA_ASR_SCAN=fast; wanted one of auto, reference"):
+        choose(backends)
+
+
+def test_a_backend_asked_for_must_be_able_to(backends):
+    for obstacle in ("unavailable", "unsupported", "failure"):
+        backends.modules["cpu"] = stub(**{obstacle: "a reason"})
+        with pytest.raises(ValueError, match=r"cpu.*a reason"):
+            choose(backends, "cpu")
+    with pytest.raises(ValueError, match="unknown stubs backend 'gpu'; wanted auto, reference"):
+        choose(backends, "gpu")
+
+
+def test_both_operations_obey_the_override(monkeypatch):
+    monkeypatch.setenv("MAMBA_ASR_SCAN", "nonsense")
+    with pytest.raises(ValueError, match="MAMBA_ASR_SCAN=nonsense"):
+        scan()
+    with pytest.raises(ValueError, match="MAMBA_ASR_SCAN=nonsense"):
+        causal_conv1d_fn(torch.randn(1, 2, 3), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"u": torch.randn(3, 6)}, r"u has shape \(3, 6\); wanted \(batch, dim, time\)"),
+        ({"A": torch.randn(6)}, r"A has shape \(6,\); wanted \(dim, state\)"),
+        ({"A": torch.randn(6, 5, dtype=torch.complex64)}, "A has dtype torch.complex64"),
+        ({"A": torch.randn(6, 5).double()}, "A in float64 but u, "),
+        ({"delta": torch.randn(3, 6, 7)}, r"delta has shape \(3, 6, 7\)"),
+        ({"B": torch.randn(3, 5, 7)}, r"B has shape \(3, 5, 7\); wanted \(batch, state, time\)"),
+        ({"C": torch.randn(3, 4, 5, 6)}, "C has 4 groups, which do not divide dim 6"),
+        (
+            {"B": torch.randn(3, 2, 5, 6), "C": torch.randn(3, 3, 5, 6)},
+            "B has 2 groups and C 3; wanted the same number",
+        ),
+        ({"B": torch.randn(5)}, r"B has shape \(5,\)"),
+        ({"D": torch.randn(5)}, r"D has shape \(5,\)"),
+        ({"initial_state": torch.randn(3, 5, 6)}, "initial_state has shape"),
+        ({"lengths": torch.tensor([1, 2])}, r"lengths has shape \(2,\); wanted \(batch,\)"),
+        ({"lengths": torch.tensor([0.5, 1, 1])}, "lengths has dtype torch.float32; wanted"),
+        ({"lengths": torch.tensor([1, 7, 2])}, "lengths run from 1 to 7; wanted values between 0"),
+        ({"lengths": torch.tensor([1, -1, 2])}, "lengths run from -1 to 2"),
+        ({"reset_every": 0}, "reset_every is 0; wanted a positive number of frames"),
+        ({"reset_every": 2.5}, "reset_every is 2.5"),
+        ({"backend": "cuda"}, "unknown selective_scan backend 'cuda'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        scan(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.randn(3, 6)}, r"x has shape \(3, 6\)"),
+        ({"weight": torch.randn(6, 1, 4)}, "drop its middle axis"),
+        ({"weight": torch.randn(5, 4)}, r"weight has shape \(5, 4\)"),
+        ({"activation": "relu"}, "activation is 'relu'; wanted None or 'silu'"),
+        ({"initial_state": torch.randn(2, 6, 4)}, "initial_state has shape"),
+        ({"bias": torch.randn(2)}, "bias has shape"),
+        ({"reset_every": True}, "reset_every is True"),
+    ],
+)
+def test_convolution_arguments_that_do_not_fit_are_named(changes, message):
+    arguments = {"x": torch.randn(2, 6, 9), "weight": torch.randn(6, 4), **changes}
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d_fn(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lengths": torch.tensor([6, 6, 6])}, "no lengths"),
+        ({"reverse": True}, "forward only"),
+        ({"initial_state": torch.zeros(3, 6, 5)}, "no initial_state"),
+        ({"reset_every": 2}, "no reset_every"),
+        ({}, "computes on CUDA only"),
+    ],
+)
+def test_mamba_ssm_is_left_out_of_calls_it_cannot_take(changes, reason):
+    inputs = random_inputs(6)
+    del inputs["initial_state"]
+    rest = {"lengths": None, "reverse": False, "initial_state": None, "reset_every": None}
+    arguments = normalise(**inputs, delta_softplus=True, **{**rest, **changes})
+    assert reason in mamba_ssm.unsupported(*arguments)
+
+
+def test_the_doctor_names_every_backend_and_the_choice(capsys, monkeypatch):
+    monkeypatch.setenv("MAMBA_ASR_SCAN", "torch")
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    for name in BACKENDS.names:
+        assert f"  {name} " in printed
+    assert re.search(r"selective_scan +cpu +torch", printed)
+    monkeypatch.setenv("MAMBA_ASR_SCAN", "nonsense")
+    assert doctor.main() == 1

@@ -1,0 +1,93 @@
+"""Imports point down only: scripts -> training, inference -> decoding -> modules -> ops."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+MAY_IMPORT = {
+    "ops": set(),
+    "corpora": set(),
+    "modules": {"ops"},
+    "decoding": {"modules", "ops"},
+    "inference": {"decoding", "modules", "ops"},
+    "training": {"decoding", "modules", "ops", "corpora", "librispeech_prepare"},
+    "librispeech_prepare": {"corpora"},
+    "transcribe": {"inference", "decoding", "modules", "ops"},
+    "train_CTC": {"training", "decoding", "modules", "ops", "corpora", "librispeech_prepare"},
+}
+MAY_IMPORT |= dict.fromkeys(("train_S2S", "train_LM"), MAY_IMPORT["train_CTC"])
+UPPERMOST = {"tests", "benchmarks", "tools"}
+"""These may import everything, and nothing imports them."""
+
+OPTIONAL_IN_OPS = {"triton", "mamba_ssm", "causal_conv1d", "selective_scan_cuda"}
+NO_MODEL_CODE = {"torch", "speechbrain", "torchaudio", "sentencepiece"}
+
+
+def top_level_names() -> dict[str, list[Path]]:
+    """Every package and script of the repository with its source files."""
+    units = {path.stem: [path] for path in REPOSITORY.glob("*.py")}
+    for folder in REPOSITORY.iterdir():
+        if not folder.name.startswith(".") and any(folder.glob("*.py")):
+            units[folder.name] = sorted(folder.rglob("*.py"))
+    return units
+
+
+UNITS = top_level_names()
+
+
+def imports_of(source: Path) -> set[str]:
+    """First components of all names that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = source.relative_to(REPOSITORY).parts[0]
+            names.add(node.module.split(".")[0] if node.level == 0 else package)
+    return names
+
+
+def sources(*units: str) -> list[Path]:
+    return [source for unit in units for source in UNITS.get(unit, [])]
+
+
+def name_of(source: Path) -> str:
+    return str(source.relative_to(REPOSITORY))
+
+
+def test_every_part_has_its_place_in_the_rule():
+    assert UNITS.keys() <= MAY_IMPORT.keys() | UPPERMOST
+    assert {"ops", "modules", "decoding", "training", "corpora", "train_CTC"} <= UNITS.keys()
+
+
+@pytest.mark.parametrize("source", sources(*(MAY_IMPORT.keys() & UNITS.keys())), ids=name_of)
+def test_imports_point_down(source):
+    unit = source.relative_to(REPOSITORY).parts[0].removesuffix(".py")
+    own = imports_of(source) & (UNITS.keys() | UPPERMOST)
+    assert own <= MAY_IMPORT[unit] | {unit}
+
+
+@pytest.mark.parametrize("source", sources("ops"), ids=name_of)
+def test_ops_imports_torch_alone(source):
+    allowed = {"torch", "ops"} | OPTIONAL_IN_OPS | sys.stdlib_module_names
+    assert imports_of(source) <= allowed
+
+
+@pytest.mark.parametrize("source", sources("corpora", "librispeech_prepare"), ids=name_of)
+def test_preparing_a_corpus_needs_no_model_code(source):
+    assert not imports_of(source) & NO_MODEL_CODE
+
+
+@pytest.mark.parametrize(
+    "source",
+    [path for unit in UNITS.values() for path in unit if path.parent == REPOSITORY],
+    ids=name_of,
+)
+def test_importing_a_script_runs_nothing(source):
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        assert not isinstance(node, ast.For | ast.While | ast.With)
+        assert not isinstance(node, ast.Expr) or isinstance(node.value, ast.Constant)

@@ -1,0 +1,350 @@
+"""What train_CTC.py does beyond training: evaluation, mistakes, loggers, odd data, Python use."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import speechbrain as sb
+import torch
+
+import train_CTC
+from corpora.manifest import read_manifest
+from tests.ctc_runs import (
+    REPOSITORY,
+    checkpoints,
+    command_line,
+    metrics,
+    train,
+    untouched_process,
+    weights_of,
+)
+from tests.generated_corpus import make_corpus
+from training.cli import load_hparams, parse_command_line, run_options
+from training.errors import EXIT_USER_ERROR
+
+ONE_BATCH = {"max_batch_length_train": 1000, "num_bucket": 10}
+"""Puts the training set into a batch or two, for tests that need no more steps."""
+
+
+@pytest.fixture(scope="module")
+def run(tone_corpus, tmp_path_factory):
+    """Folder of a finished run that has not learnt to be silent yet; read only."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert train(command_line(tone_corpus, folder, lr_adam=1e-4)) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "elsewhere" / "copy")
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def texts_of(folder, split):
+    with open(folder / f"hyp_{split}.tsv", encoding="utf-8", newline="") as stream:
+        return {row["id"]: row["hypothesis"] for row in csv.DictReader(stream, delimiter="\t")}
+
+
+def test_a_run_leaves_the_files_that_the_design_names(run):
+    reports = [f"{kind}_{split}" for kind in ("wer", "cer", "errors") for split in ("test-clean",)]
+    names = ["hyperparams.yaml", "train_log.txt", "results.json", "curves.png", "save/averaged"]
+    names += ["save/tokenizer.model", "hyp_test-clean.tsv", "hyp_test-other.tsv"]
+    assert [name for name in names if not (run / name).exists()] == []
+    assert [name for name in reports if not (run / f"{name}.txt").is_file()] == []
+    for split in ("test-clean", "test-other"):
+        assert (run / f"wer_{split}.txt").read_text(encoding="utf-8").startswith("%WER ")
+    assert not (run / "skipped.csv").exists()
+
+
+def test_results_say_what_was_run(run, tone_corpus):
+    results = results_of(run)
+    assert results["splits"].keys() == {"test-clean", "test-other"}
+    clean = results["splits"]["test-clean"]
+    assert clean["utterances"] == 3
+    assert clean["words"] == 2 + 3 + 4
+    assert clean["audio_s"] > 1
+    weights = torch.load(run / "save" / "averaged" / "model.ckpt", weights_only=True)
+    names = [name for name in weights if "positional" not in name]
+    assert results["model"]["parameters"] == sum(weights[name].numel() for name in names)
+    assert results["run"]["precision"] == "fp32"
+    assert results["run"]["device"] == "cpu"
+    assert str(tone_corpus) in str(results["run"]["command"])
+
+
+def test_manifests_can_be_moved_with_their_corpus(run):
+    assert all(row.wav.startswith("$data_root/") for row in read_manifest(run / "train.csv"))
+
+
+def test_test_only_needs_nothing_but_the_split_and_the_run(copy, tmp_path):
+    other = make_corpus(tmp_path / "other", {"test-clean": 2}, num_words=1)
+    for checkpoint in checkpoints(copy):
+        shutil.rmtree(checkpoint)
+    for manifest in copy.glob("*.csv"):
+        manifest.unlink()
+    before = results_of(copy)["splits"]["test-other"]
+    hyperparams = (copy / "hyperparams.yaml").read_bytes()
+    arguments = command_line(other, copy, flags=["--test_only"], test_splits="[test-clean]")
+    assert train(arguments) == 0
+    results = results_of(copy)["splits"]
+    assert results["test-clean"]["utterances"] == 2
+    assert results["test-clean"]["words"] == 3
+    assert results["test-other"] == before
+    assert (copy / "hyperparams.yaml").read_bytes() == hyperparams
+    assert not (copy / "train.csv").exists()
+
+
+def test_texts_do_not_depend_on_the_batch(copy, run, tone_corpus):
+    for seconds in (0.1, 100):
+        arguments = command_line(
+            tone_corpus,
+            copy,
+            flags=["--test_only"],
+            max_batch_length_val=seconds,
+            max_batch_ex=16,
+            num_bucket=40,
+        )
+        assert train(arguments) == 0
+        for split in ("test-clean", "test-other"):
+            assert texts_of(copy, split) == texts_of(run, split)
+    assert any(texts_of(copy, "test-clean").values())
+
+
+def test_a_run_can_be_evaluated_from_python(run, tone_corpus):
+    with untouched_process():
+        hparams = load_hparams(str(run / "hyperparams.yaml"), {})
+        loaders = train_CTC.dataio_prepare(hparams, test_only=True)
+        hparams["tokenizer"] = loaders.tokenizer
+        options = run_options(parse_command_line(["-"], ""), hparams)
+        brain = train_CTC.ASR(hparams["modules"], None, hparams, options, hparams["checkpointer"])
+        brain.checkpointer.recover_if_possible(min_key="WER")
+        batch = next(iter(brain.make_dataloader(loaders.tests["test-clean"], sb.Stage.VALID)))
+        brain.modules.eval()
+        with torch.no_grad():
+            outputs = brain.compute_forward(batch, sb.Stage.VALID)
+            texts = brain.decode(outputs, batch, sb.Stage.VALID)
+    assert len(texts) == len(batch.id)
+    assert outputs.log_probs_BTV.isfinite().all()
+
+
+def test_training_starts_from_given_weights(run, tone_corpus, tmp_path):
+    source = run / "save" / "averaged" / "model.ckpt"
+    folder = tmp_path / "started"
+    arguments = command_line(
+        tone_corpus, folder, lr_adam=0.0, number_of_epochs=1, test_splits="[]", **ONE_BATCH
+    )
+    assert train([*arguments, "--init_from", str(source)]) == 0
+    torch.testing.assert_close(
+        weights_of(checkpoints(folder)[-1])["model"],
+        torch.load(source, weights_only=True),
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_weights_of_another_architecture_are_named(run, tone_corpus, tmp_path, capsys):
+    source = run / "save" / "averaged" / "model.ckpt"
+    arguments = command_line(tone_corpus, tmp_path / "started", d_ffn=48)
+    assert train([*arguments, "--init_from", str(source)]) == EXIT_USER_ERROR
+    assert "(32, 16) in the file, (48, 16) in the model" in capsys.readouterr().err
+
+
+def test_training_stops_when_validation_no_longer_improves(tone_corpus, tmp_path):
+    folder = tmp_path / "run"
+    keys = {
+        "lr_adam": 0.0,
+        "number_of_epochs": 6,
+        "test_splits": "[]",
+        "optimizer_step_limit": None,
+    }
+
+    def epochs():
+        return [entry["epoch"] for entry in metrics(folder) if "valid_loss" in entry]
+
+    assert train(command_line(tone_corpus, folder, early_stop_patience=1, **keys)) == 0
+    assert epochs() == [1, 2]
+    assert train(command_line(tone_corpus, folder, early_stop_patience=1, **keys)) == 0
+    assert epochs() == [1, 2]
+    assert train(command_line(tone_corpus, folder, early_stop_patience=3, **keys)) == 0
+    assert epochs() == [1, 2, 3, 4]
+
+
+def test_a_loss_that_stays_infinite_ends_the_run_and_names_utterances(
+    tone_corpus, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    arguments = command_line(tone_corpus, folder, lr_adam=1e30, max_grad_norm=1e30)
+    assert train([*arguments, "--nonfinite_patience", "2"]) == EXIT_USER_ERROR
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("error: The ")
+    assert "was not finite 3 times in epoch 1" in captured.err
+    assert "101-1-00" in captured.err
+    assert captured.out.count("is not finite; step skipped. Batch: 101-1-00") == 2
+    assert checkpoints(folder) == []
+
+
+def test_a_step_with_an_infinite_loss_changes_nothing(tone_corpus, tmp_path, monkeypatch, capsys):
+    spoiled = "101-1-0004"
+    whole = train_CTC.ASR.compute_objectives
+    seen = []
+
+    def objectives(self, predictions, batch, stage):
+        loss = whole(self, predictions, batch, stage)
+        return loss * float("nan") if spoiled in batch.id and stage == sb.Stage.TRAIN else loss
+
+    def step(self, batch, outputs, loss, should_step):
+        weights = torch.cat([p.detach().flatten() for p in self.modules.parameters()])
+        seen.append((spoiled in batch.id, self.optimizer_step, weights))
+
+    monkeypatch.setattr(train_CTC.ASR, "compute_objectives", objectives)
+    monkeypatch.setattr(train_CTC.ASR, "on_fit_batch_end", step)
+    arguments = command_line(tone_corpus, tmp_path / "run", number_of_epochs=1, test_splits="[]")
+    assert train(arguments) == 0
+    assert "step skipped. Batch: " in capsys.readouterr().out
+    (index,) = [i for i, (was_spoiled, _, _) in enumerate(seen) if was_spoiled]
+    for i in range(1, len(seen)):
+        same = torch.equal(seen[i][2], seen[i - 1][2])
+        assert same == (i == index)
+        assert seen[i][1] == seen[i - 1][1] + (i != index)
+    assert seen[-1][2].isfinite().all()
+
+
+def test_utterances_too_short_for_their_tokens_are_listed_and_do_not_count(tone_corpus, tmp_path):
+    data = shutil.copytree(tone_corpus, tmp_path / "LibriSpeech")
+    (transcript,) = data.glob("train-clean-100/*/*/*.trans.txt")
+    lines = transcript.read_text(encoding="utf-8").splitlines()
+    lines[0] = lines[0].split()[0] + " " + "TOO " * 40
+    transcript.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    folder = tmp_path / "run"
+    arguments = command_line(data, folder, number_of_epochs=1, test_splits="[]", **ONE_BATCH)
+    assert train(arguments) == 0
+    with open(folder / "skipped.csv", encoding="utf-8", newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert row["id"] == lines[0].split()[0]
+    assert "frames for" in row["reason"]
+    assert all(entry["train_loss"] > 1 for entry in metrics(folder) if "train_loss" in entry)
+
+
+def test_an_utterance_that_speed_makes_too_short_is_listed_once_and_weighs_nothing(
+    tone_corpus, tmp_path, monkeypatch
+):
+    losses = []
+    whole = train_CTC.mean_over_feasible
+
+    def mean(loss_B, feasible_B):
+        losses.append((loss_B.detach(), feasible_B))
+        return whole(loss_B, feasible_B)
+
+    monkeypatch.setattr(train_CTC, "mean_over_feasible", mean)
+    folder = tmp_path / "run"
+    # Four times as fast: six frames for a word's letters at 0.1 s each.
+    arguments = command_line(
+        tone_corpus, folder, test_splits="[]", speed_perturb="{speeds: [400]}", **ONE_BATCH
+    )
+    assert train(arguments) == 0
+    with open(folder / "skipped.csv", encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len({row["id"] for row in rows}) == len(rows) == 10
+    assert all("after speed perturbation" in row["reason"] for row in rows)
+    training = [(loss_B, feasible_B) for loss_B, feasible_B in losses if not feasible_B.any()]
+    assert training
+    assert all((loss_B == 0).all() for loss_B, _ in training)
+
+
+def test_tensorboard_and_wandb_get_the_figures_of_epochs_and_test_splits(
+    tone_corpus, tmp_path, monkeypatch
+):
+    pytest.importorskip("wandb", reason="needs pip install -e '.[wandb]'")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="needs pip install -e '.[tensorboard]'",
+    )
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = tmp_path / "run"
+    keys = {
+        "use_wandb": True,
+        "use_tensorboard": True,
+        "wandb_project": "tones",
+        "test_splits": "[test-other]",
+        **ONE_BATCH,
+    }
+    try:
+        assert train(command_line(tone_corpus, folder, number_of_epochs=1, **keys)) == 0
+        assert wandb.run.project == "tones"
+        assert wandb.run.summary["test-other"]["WER"] > 0
+    finally:
+        wandb.finish()
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+
+    keys["use_wandb"] = False
+    assert train(command_line(tone_corpus, folder, number_of_epochs=2, **keys)) == 0
+    events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"loss/train", "loss/valid", "WER/valid", "lr", "WER/test-other"} <= set(tags)
+    assert [event.step for event in events.Scalars("WER/valid")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "fp16"}, "--precision fp16 needs a CUDA device"),
+        (
+            {"encoder_module": "conmanba"},
+            "known are branchformer, conformer, conmamba, mamba",
+        ),
+        ({"d_modle": 8}, "has no key 'd_modle'. Did you mean d_model"),
+        ({"data_folder": "/nowhere"}, "/nowhere does not exist"),
+        ({"data_folder": REPOSITORY / "docs"}, "is not LibriSpeech"),
+        ({"test_splits": "[test-all]"}, "missing in"),
+        ({"dev_splits": "[]"}, "dev_splits"),
+        ({"train_splits": "[]"}, "train_splits"),
+        ({"device": "gpu"}, "--device gpu: there is none here"),
+        ({"token_type": "letters"}, "char, unigram, bpe"),
+        ({"output_neurons": 8}, "--output_neurons"),
+        ({"sorting": "length"}, "random, ascending or descending"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_one_message_and_status_2(tone_corpus, tmp_path, capsys, changes, message):
+    assert train(command_line(tone_corpus, tmp_path / "run", **changes)) == EXIT_USER_ERROR
+    stderr = capsys.readouterr().err
+    # Above it stand the progress bars of the preparation.
+    last = stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in stderr
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_a_data_folder_is_required(tmp_path, capsys):
+    arguments = command_line(None, tmp_path / "run")
+    assert train(arguments) == EXIT_USER_ERROR
+    assert "--data_folder /path/to/LibriSpeech" in capsys.readouterr().err
+
+
+def test_test_only_without_a_trained_run_says_so(tone_corpus, tmp_path, capsys):
+    arguments = command_line(tone_corpus, tmp_path / "nothing", flags=["--test_only"])
+    assert train(arguments) == EXIT_USER_ERROR
+    assert "--test_only needs the output_folder of a trained run" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*.csv")) == []
+
+
+def test_a_split_may_be_given_without_brackets(tone_corpus, tmp_path):
+    folder = tmp_path / "run"
+    arguments = command_line(
+        tone_corpus,
+        folder,
+        train_splits="dev-clean",
+        dev_splits="test-other",
+        test_splits="test-other",
+        number_of_epochs=1,
+        **ONE_BATCH,
+    )
+    assert train(arguments) == 0
+    assert results_of(folder)["splits"].keys() == {"test-other"}

@@ -1,0 +1,288 @@
+"""Language models: text is streamed, a run resumes to the bit and leaves what decoding loads."""
+
+import gzip
+import json
+import math
+
+import pytest
+import sentencepiece
+import torch
+from speechbrain.lobes.models.transformer.TransformerLM import (
+    TransformerLM as SpeechBrainTransformerLM,
+)
+
+from modules.lm import MambaLM
+from train_LM import main
+from training.cli import load_hparams
+from training.errors import Interrupted, UserError
+from training.lm_brain import LMBrain
+from training.lm_data import TextBatches, read_sentences
+from training.optim import count_parameters
+from training.tokenizer import BOS_ID, EOS_ID, train_tokenizer
+
+WORDS = "ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN".split()  # noqa: SIM905
+SENTENCES = [
+    " ".join(WORDS[(start + k) % 10] for k in range(1 + start % 6)) for start in range(120)
+]
+OVERRIDES = {
+    "transformer_small": ["--d_model", "16", "--nhead", "2", "--num_layers", "1", "--d_ffn", "32"],
+    "mamba_small": ["--d_model", "16", "--num_layers", "1", "--mamba_config", "{d_state: 4}"],
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Training text (gzip), validation text, a tokenizer."""
+    folder = tmp_path_factory.mktemp("text")
+    with gzip.open(folder / "train.txt.gz", "wt", encoding="utf-8") as stream:
+        stream.write("\n".join(SENTENCES))
+    (folder / "valid.txt").write_text("\n".join(SENTENCES[::7]) + "\n", encoding="utf-8")
+    train_tokenizer(SENTENCES, folder / "tok.model", token_type="char", output_neurons=24)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(files):
+    return sentencepiece.SentencePieceProcessor(model_file=str(files / "tok.model"))
+
+
+def run(files, output_folder, name, *arguments):
+    """train_LM.py on a tiny network; its results.json."""
+    main(
+        [
+            f"hparams/LM/{name}.yaml",
+            *("--train_text", str(files / "train.txt.gz")),
+            *("--valid_text", str(files / "valid.txt")),
+            *("--output_folder", str(output_folder)),
+            *("--tokenizer_path", str(files / "tok.model")),
+            *("--output_neurons", "24", "--max_batch_tokens", "200", "--num_workers", "0"),
+            *("--avg_checkpoints", "1", "--n_warmup_steps", "10", "--device", "cpu"),
+            *("--precision", "fp32", "--noprogressbar"),
+            *OVERRIDES[name],
+            *arguments,
+        ]
+    )
+    return json.loads((output_folder / "results.json").read_text(encoding="utf-8"))
+
+
+def weights(output_folder):
+    return torch.load(output_folder / "lm" / "lm.ckpt", weights_only=True)
+
+
+@pytest.fixture
+def _no_plots(monkeypatch):
+    """Curves are tested elsewhere and take longer than these runs."""
+    monkeypatch.setattr("training.run_brain.plot_curves", lambda *args, **kwargs: None)
+
+
+@pytest.mark.usefixtures("_no_plots")
+class TestRun:
+    @pytest.mark.parametrize("name", OVERRIDES)
+    def test_it_learns_and_leaves_what_decoding_loads(self, name, files, tmp_path):
+        results = run(files, tmp_path, name, "--number_of_epochs", "4", "--lr_adam", "0.01")
+        perplexity = results["splits"]["valid"]["perplexity"]
+        tokens = results["splits"]["valid"]["tokens"]
+        # The unigram perplexity of this text is about 15; it takes context to fall below 9.
+        assert perplexity < 9
+        assert tokens == sum(len(s) + 2 for s in SENTENCES[::7])
+        lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        validations = [entry for entry in map(json.loads, lines) if "valid_loss" in entry]
+        assert len(validations) == 4
+        assert math.exp(validations[-1]["valid_loss"]) == pytest.approx(validations[-1]["ppl"])
+        exported = tmp_path / "lm"
+        assert sorted(path.name for path in exported.iterdir()) == ["lm.ckpt", "tokenizer.ckpt"]
+        assert (exported / "tokenizer.ckpt").read_bytes() == (files / "tok.model").read_bytes()
+
+    def test_a_run_stopped_inside_an_epoch_ends_where_the_unbroken_one_ends(
+        self, files, tmp_path, monkeypatch
+    ):
+        run(files, tmp_path / "whole", "transformer_small", "--number_of_epochs", "2")
+
+        def stop_at_step_13(brain, batch, outputs, loss, should_step):
+            end_of_batch(brain, batch, outputs, loss, should_step)
+            if brain.optimizer_step == 13:
+                brain.stop_request.signal_number = 2
+
+        end_of_batch = LMBrain.on_fit_batch_end
+        with monkeypatch.context() as patch:
+            patch.setattr(LMBrain, "on_fit_batch_end", stop_at_step_13)
+            # The flag is set after the step that asked for it and honoured after the next.
+            with pytest.raises(Interrupted):
+                run(files, tmp_path / "broken", "transformer_small", "--number_of_epochs", "2")
+        assert not (tmp_path / "broken" / "results.json").exists()
+        run(files, tmp_path / "broken", "transformer_small", "--number_of_epochs", "2")
+        whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+        assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+    def test_an_evaluation_alone_needs_a_trained_run(self, files, tmp_path):
+        with pytest.raises(UserError, match="trained run"):
+            run(files, tmp_path, "transformer_small", "--test_only")
+
+    def test_a_tokenizer_is_trained_where_none_is_given(self, files, tmp_path):
+        setting = ["--tokenizer_path", "null", "--token_type", "char", "--number_of_epochs", "1"]
+        run(files, tmp_path, "transformer_small", *setting)
+        trained = sentencepiece.SentencePieceProcessor(
+            model_file=str(tmp_path / "lm" / "tokenizer.ckpt")
+        )
+        assert trained.encode("TEN", out_type=str) == ["▁", "T", "E", "N"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--train_text", "nowhere.txt"], "no text file nowhere.txt"),
+            (["--tokenizer_path", "nowhere.model"], "tokenizer_path nowhere.model"),
+            (["--output_neurons", "5"], "belongs to another model"),
+            (["--valid_text", "null"], "valid_text is empty"),
+        ],
+    )
+    def test_what_the_user_got_wrong_is_said(self, arguments, message, files, tmp_path):
+        with pytest.raises(UserError, match=message):
+            run(files, tmp_path, "transformer_small", *arguments)
+
+
+class TestFiles:
+    def test_the_large_one_has_the_published_size_and_class(self):
+        with torch.device("meta"):
+            hparams = load_hparams(
+                "hparams/LM/transformer_large.yaml", {"train_text": "-", "valid_text": "-"}
+            )
+        assert isinstance(hparams["model"], SpeechBrainTransformerLM)
+        assert count_parameters([hparams["model"]]) == 93_333_128
+
+    def test_the_small_transformer_is_what_the_small_recognisers_expect(self):
+        hparams = load_hparams(
+            "hparams/LM/transformer_small.yaml",
+            {"train_text": "-", "valid_text": "-", "output_neurons": 50},
+        )
+        for recogniser in ("an4", "demo"):
+            expected = load_hparams(
+                f"hparams/S2S/{recogniser}.yaml", {"data_folder": "-", "output_neurons": 50}
+            )["lm_model"]()
+            shapes = {name: value.shape for name, value in expected.state_dict().items()}
+            assert shapes == {
+                name: value.shape for name, value in hparams["model"].state_dict().items()
+            }
+
+    def test_the_mamba_is_one(self):
+        hparams = load_hparams(
+            "hparams/LM/mamba_small.yaml", {"train_text": "-", "valid_text": "-"}
+        )
+        assert isinstance(hparams["model"], MambaLM)
+
+
+class TestText:
+    def batches(self, files, tokenizer, **options):
+        defaults = {"max_batch_tokens": 200, "seed": 1, "chunk_sentences": 50}
+        return TextBatches([files / "train.txt.gz"], tokenizer, **(defaults | options))
+
+    def sentences(self, batches, tokenizer):
+        found = []
+        for batch in batches:
+            for row, count in zip(batch.tokens_bos, batch.num_tokens_B.tolist(), strict=True):
+                found.append(tokenizer.decode(row[1:count].tolist()))
+        return found
+
+    def test_an_epoch_has_every_sentence_once(self, files, tokenizer):
+        found = self.sentences(self.batches(files, tokenizer), tokenizer)
+        assert sorted(found) == sorted(SENTENCES)
+
+    def test_input_and_target_are_shifted_by_one(self, files, tokenizer):
+        for batch in self.batches(files, tokenizer):
+            ends = batch.num_tokens_B - 1
+            assert (batch.tokens_bos[:, 0] == BOS_ID).all()
+            assert (batch.tokens_eos.gather(1, ends[:, None]) == EOS_ID).all()
+            for row, end in enumerate(ends.tolist()):
+                assert batch.tokens_bos[row, 1 : end + 1].equal(batch.tokens_eos[row, :end])
+                assert not batch.tokens_bos[row, end + 1 :].any()
+
+    def test_batches_keep_to_their_bound(self, files, tokenizer):
+        batches = list(self.batches(files, tokenizer, max_batch_tokens=60))
+        assert all(
+            batch.tokens_bos.numel() <= 60 or len(batch.tokens_bos) == 1 for batch in batches
+        )
+        assert max(len(batch.tokens_bos) for batch in batches) > 1
+
+    def test_the_text_is_read_as_it_is_needed(self, files, tokenizer, monkeypatch):
+        read = 0
+
+        def counted(paths):
+            nonlocal read
+            for sentence in read_sentences(paths):
+                read += 1
+                yield sentence
+
+        monkeypatch.setattr("training.lm_data.read_sentences", counted)
+        next(iter(self.batches(files, tokenizer, chunk_sentences=10)))
+        assert read == 10
+
+    def test_epochs_differ_and_repeat(self, files, tokenizer):
+        batches = self.batches(files, tokenizer)
+        first = self.sentences(batches, tokenizer)
+        batches.set_position(epoch=2, first_batch=0)
+        second = self.sentences(batches, tokenizer)
+        batches.set_position(epoch=1, first_batch=0)
+        assert first != second
+        assert self.sentences(batches, tokenizer) == first
+
+    @pytest.mark.parametrize("first_batch", [0, 1, 5])
+    def test_an_epoch_can_be_entered_at_any_batch(self, first_batch, files, tokenizer):
+        batches = self.batches(files, tokenizer)
+        whole = [batch.tokens_bos for batch in batches]
+        batches.set_position(epoch=1, first_batch=first_batch)
+        rest = [batch.tokens_bos for batch in batches]
+        assert len(rest) == len(whole) - first_batch
+        assert all(a.equal(b) for a, b in zip(rest, whole[first_batch:], strict=True))
+
+    def test_processes_share_an_epoch_in_equal_numbers(self, files, tokenizer):
+        shares = []
+        for rank in range(3):
+            batches = self.batches(files, tokenizer)
+            batches.set_position(epoch=1, first_batch=0, rank=rank, num_ranks=3)
+            shares.append(list(batches))
+        everything = list(self.batches(files, tokenizer))
+        assert len({len(share) for share in shares}) == 1
+        assert len(shares[0]) == len(everything) // 3
+        assert shares[1][0].tokens_bos.equal(everything[1].tokens_bos)
+
+    def test_workers_change_nothing(self, files, tokenizer):
+        alone = [batch.tokens_bos for batch in self.batches(files, tokenizer)]
+        batches = self.batches(files, tokenizer)
+        batches.set_position(epoch=1, first_batch=3)
+        loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=2)
+        loaded = [batch.tokens_bos for batch in loader]
+        assert all(a.equal(b) for a, b in zip(loaded, alone[3:], strict=True))
+
+    def test_parts_of_the_text_make_up_the_whole(self, files, tokenizer):
+        batches = self.batches(files, tokenizer, num_parts=3, chunk_sentences=20)
+        found = []
+        for epoch in (1, 2, 3):
+            batches.set_position(epoch, first_batch=0)
+            found += self.sentences(batches, tokenizer)
+        assert sorted(found) == sorted(SENTENCES)
+
+    def test_without_a_seed_the_order_is_the_same_in_every_epoch(self, files, tokenizer):
+        batches = self.batches(files, tokenizer, seed=None)
+        first = self.sentences(batches, tokenizer)
+        batches.set_position(epoch=2, first_batch=0)
+        assert self.sentences(batches, tokenizer) == first
+
+    def test_long_sentences_are_cut(self, files, tokenizer):
+        batches = self.batches(files, tokenizer, max_sentence_tokens=4)
+        assert max(int(batch.num_tokens_B.max()) for batch in batches) == 5
+
+    def test_text_without_known_characters_is_an_error(self, tmp_path, tokenizer):
+        path = tmp_path / "other.txt"
+        path.write_text("αβγ\n", encoding="utf-8")
+        batches = TextBatches([path], tokenizer, max_batch_tokens=100)
+        # The space before a word is a token that every tokenizer knows.
+        assert self.sentences(batches, tokenizer) == [""]
+        empty = tmp_path / "empty.txt"
+        empty.write_text("\n", encoding="utf-8")
+        with pytest.raises(UserError, match="fewer batches"):
+            list(TextBatches([empty], tokenizer, max_batch_tokens=100))
+
+    def test_a_damaged_file_is_an_error(self, files, tmp_path):
+        broken = tmp_path / "broken.txt.gz"
+        broken.write_bytes((files / "train.txt.gz").read_bytes()[:-20])
+        with pytest.raises(UserError, match="damaged"):
+            list(read_sentences([broken]))

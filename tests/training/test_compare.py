@@ -1,0 +1,202 @@
+"""Comparison of runs: what it measures, and what it refuses to compare."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from training.compare import compare, main, resample_counts
+from training.reports import update_results, write_split_report
+
+UTTERANCES = 300
+WORDS = "ONE TWO THREE FOUR"
+
+
+def make_run(folder, wrong_words, splits=("test-clean",), reference=WORDS, ids=None, **model):
+    """A run whose i-th utterance of four words has ``wrong_words[i]`` wrong ones."""
+    ids = ids or [f"1-1-{i:04d}" for i in range(len(wrong_words))]
+    words = reference.split()
+    hypotheses = [" ".join(["WRONG"] * n + words[n:]) for n in wrong_words]
+    scores = {
+        split: write_split_report(
+            folder, split, ids, [reference] * len(ids), hypotheses, audio_s=100, decode_s=4
+        )
+        for split in splits
+    }
+    update_results(folder, scores, {"parameters": 1234567} | model, {})
+    return folder
+
+
+@pytest.fixture
+def wrong_words():
+    return np.random.default_rng(1).integers(0, 3, UTTERANCES)
+
+
+def cells(report, row):
+    """The cells of the table row that begins with the names in ``row``, table by table."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines()]
+    return [found for found in rows if tuple(found[: len(row)]) == row]
+
+
+def interval(cell):
+    return [float(number) for number in cell.split(" to ")]
+
+
+def test_scores_and_their_interval(tmp_path, wrong_words):
+    run = make_run(tmp_path / "a", wrong_words)
+    (row,) = cells(compare([run], samples=4000), ("a", "test-clean"))
+    wer = 100 * wrong_words.sum() / (4 * UTTERANCES)
+    assert row[2:4] == [str(UTTERANCES), f"{wer:.2f}"]
+    assert row[6:] == ["1,234,567", "0.040"]
+    # All utterances have four words, so that the WER is a mean: its standard error is known.
+    error = 100 * wrong_words.std() / 4 / math.sqrt(UTTERANCES)
+    low, high = interval(row[4])
+    assert low == pytest.approx(wer - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(wer + 1.96 * error, abs=0.15 * error)
+
+
+def test_pairing_sees_a_difference_that_the_intervals_alone_do_not(tmp_path, wrong_words):
+    better = wrong_words - (np.arange(UTTERANCES) % 10 == 0) * (wrong_words > 0)
+    runs = [make_run(tmp_path / "a", wrong_words), make_run(tmp_path / "b", better)]
+    report = compare(runs)
+    first, second = (interval(cells(report, (name, "test-clean"))[0][4]) for name in "ab")
+    assert second[1] > first[0]
+    difference = cells(report, ("b", "test-clean"))[1]
+    gained = 100 * (better - wrong_words).sum() / (4 * UTTERANCES)
+    assert float(difference[2]) == pytest.approx(gained, abs=0.005)
+    low, high = interval(difference[3])
+    assert low < gained < high < 0
+    assert difference[4] == "100.0 %"
+
+
+def test_runs_that_err_alike_are_even(tmp_path, wrong_words):
+    runs = [make_run(tmp_path / name, wrong_words) for name in "ab"]
+    difference = cells(compare(runs), ("b", "test-clean"))[1]
+    assert difference[2:] == ["+0.00", "+0.00 to +0.00", "50.0 %"]
+
+
+def test_the_report_depends_on_the_seed_alone(tmp_path, wrong_words):
+    runs = [make_run(tmp_path / "a", wrong_words), make_run(tmp_path / "b", wrong_words[::-1])]
+    assert compare(runs, seed=3) == compare(runs, seed=3)
+    assert compare(runs, seed=3) != compare(runs, seed=4)
+
+
+def test_the_order_of_utterances_in_a_file_does_not_matter(tmp_path, wrong_words):
+    ids = [f"1-1-{i:04d}" for i in range(UTTERANCES)]
+    runs = [
+        make_run(tmp_path / "a", wrong_words, ids=ids),
+        make_run(tmp_path / "b", wrong_words[::-1], ids=ids[::-1]),
+    ]
+    difference = cells(compare(runs), ("b", "test-clean"))[1]
+    assert difference[2:] == ["+0.00", "+0.00 to +0.00", "50.0 %"]
+
+
+def test_resampled_sums_do_not_depend_on_how_they_are_batched(monkeypatch):
+    counts = np.arange(14).reshape(7, 2)
+    whole = resample_counts(counts, 50, np.random.default_rng(0))
+    monkeypatch.setattr("training.compare._ENTRIES_AT_ONCE", 20)
+    np.testing.assert_array_equal(resample_counts(counts, 50, np.random.default_rng(0)), whole)
+    # The second column exceeds the first by one in each of the seven utterances that are drawn.
+    np.testing.assert_array_equal(whole[:, 1] - whole[:, 0], np.full(50, 7))
+
+
+def test_empty_references_and_missing_facts(tmp_path):
+    folder = make_run(tmp_path / "a", [0, 0], reference="")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results["model"] = {}
+    results["splits"]["test-clean"]["audio_s"] = 0
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    (row,) = cells(compare([folder]), ("a", "test-clean"))
+    assert row[3:] == ["0.00", "0.00 to 0.00", "0.00", "-", "-"]
+
+
+def test_splits_that_only_one_run_has_are_named(tmp_path, wrong_words):
+    runs = [
+        make_run(tmp_path / "a", wrong_words, ["test-clean", "dev-clean"]),
+        make_run(tmp_path / "b", wrong_words, ["test-clean", "test-other"]),
+    ]
+    report = compare(runs)
+    assert "Not in both a and b: dev-clean, test-other." in report
+    assert len(cells(report, ("b", "test-other"))) == 1
+    assert len(cells(report, ("b", "test-clean"))) == 2
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path, wrong_words):
+    runs = [make_run(tmp_path / name / "3407", wrong_words) for name in ("small", "large")]
+    report = compare(runs)
+    assert cells(report, ("small/3407", "test-clean"))
+    assert cells(report, ("against small/3407",))
+
+
+def test_command_prints_and_writes_the_table(tmp_path, wrong_words, capsys):
+    run = make_run(tmp_path / "a", wrong_words)
+    main([str(run), "--markdown", str(tmp_path / "table.md"), "--samples", "100"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("| run | split ")
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == printed
+
+
+def break_run(folder, how):
+    if how == "no folder":
+        return folder / "missing"
+    if how == "no results":
+        (folder / "results.json").unlink()
+    elif how == "no json":
+        (folder / "results.json").write_text("{", encoding="utf-8")
+    elif how == "no split":
+        (folder / "results.json").write_text('{"splits": {}}', encoding="utf-8")
+    elif how == "no hypotheses":
+        (folder / "hyp_test-clean.tsv").unlink()
+    elif how == "other hypotheses":
+        hypotheses = folder / "hyp_test-clean.tsv"
+        text = hypotheses.read_text(encoding="utf-8")
+        hypotheses.write_text(text.replace("WRONG", "ONE", 1), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no folder", "there is no folder"),
+        ("no results", "no results.json"),
+        ("no json", "not valid JSON"),
+        ("no split", "no split has been evaluated"),
+        ("no hypotheses", "hyp_test-clean.tsv is missing"),
+        ("other hypotheses", "not from one evaluation"),
+    ],
+)
+def test_a_folder_that_is_no_evaluated_run_gives_one_message(tmp_path, capsys, how, message):
+    run = break_run(make_run(tmp_path / "a", [1, 1, 1]), how)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run)])
+    assert stopped.value.code not in (0, None)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": ["1-1-0000", "9-9-9999"]}, r"test-clean: a and b were not scored on the same"),
+        ({"reference": "SOMETHING ELSE"}, r"test-clean: a and b have different references for 2"),
+        ({"splits": ["dev-clean"]}, "a and b have no split in common"),
+    ],
+)
+def test_runs_that_do_not_match_are_refused_by_name(tmp_path, changes, message):
+    runs = [make_run(tmp_path / "a", [1, 1]), make_run(tmp_path / "b", [1, 1], **changes)]
+    with pytest.raises(ValueError, match=message):
+        compare(runs)
+
+
+def test_a_run_is_not_compared_with_itself(tmp_path):
+    run = make_run(tmp_path / "a", [1])
+    with pytest.raises(ValueError, match="with itself"):
+        compare([run, run])
+
+
+def test_at_least_one_bootstrap_sample(tmp_path):
+    with pytest.raises(ValueError, match="at least 1"):
+        compare([make_run(tmp_path / "a", [1])], samples=0)

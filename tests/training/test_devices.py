@@ -1,0 +1,76 @@
+"""Where a run computes."""
+
+import pytest
+import torch
+
+from training.devices import (
+    check_device,
+    check_precision,
+    choose_device,
+    distributed_backend_for,
+    peak_memory_gib,
+)
+from training.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "local_rank", "expected"),
+    [
+        (True, True, None, "cuda:0"),
+        (True, False, "3", "cuda:3"),
+        (False, True, None, "mps"),
+        (False, False, None, "cpu"),
+        (False, False, "1", "cpu"),
+    ],
+)
+def test_cuda_before_mps_before_cpu(monkeypatch, cuda, mps, local_rank, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert choose_device() == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "gloo"), ("mps", "gloo"), ("cuda", "nccl"), ("cuda:1", "nccl")],
+)
+def test_processes_speak_nccl_between_gpus_alone(device, backend):
+    assert distributed_backend_for(device) == backend
+
+
+def test_what_is_here_is_accepted():
+    check_device("cpu")
+    check_device(choose_device())
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:9", "cpu:1", "cuda:x", "", "mps:7"])
+def test_a_device_that_is_not_here_lists_the_usable_ones(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=r"Usable: .*cpu"):
+        check_device(device)
+
+
+def test_gpus_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda")
+    check_device("cuda:1")
+    with pytest.raises(UserError, match="Usable: cpu, cuda"):
+        check_device("cuda:2")
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_fp16_without_cuda_is_one_error_that_names_what_works(device):
+    with pytest.raises(UserError, match="Use --precision bf16 or fp32"):
+        check_precision(device, "fp16")
+    check_precision(device, "bf16")
+    check_precision(device, "fp32")
+
+
+def test_fp16_is_for_cuda():
+    check_precision("cuda:0", "fp16")
+
+
+def test_peak_memory_of_this_process_is_between_the_interpreter_and_the_machine():
+    assert 0.01 < peak_memory_gib("cpu") < 10_000

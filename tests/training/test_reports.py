@@ -1,0 +1,323 @@
+"""The files an evaluation leaves, and the numbers in them."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from training import reports
+from training.reports import (
+    SplitScore,
+    read_hypotheses,
+    results_table,
+    run_record,
+    update_results,
+    write_split_report,
+)
+
+IDS = ["5-1-0000", "5-1-0001", "6-1-0000", "6-1-0001", "6-1-0002"]
+REFERENCES = ["THE CAT SAT ON THE MAT", "", "മലയാളം ഒരു ഭാഷ", "YES", "NO ONE"]
+HYPOTHESES = ["THE CAT SAT AT MAT NOW", "UH", "മലയാളം ഭാഷ", "", "NO ONE"]
+
+
+def score(**changes) -> SplitScore:
+    fields = {
+        "wer": 12.5,
+        "cer": 4.25,
+        "ins": 1,
+        "del_": 2,
+        "sub": 3,
+        "words": 48,
+        "utterances": 9,
+        "audio_s": 100.0,
+        "decode_s": 25.0,
+    }
+    return SplitScore(**(fields | changes))
+
+
+def write(folder, references=REFERENCES, hypotheses=HYPOTHESES, ids=IDS):
+    return write_split_report(
+        folder, "test-other", ids, references, hypotheses, audio_s=20, decode_s=5
+    )
+
+
+def test_score_counts_every_kind_of_error(tmp_path):
+    result = write(tmp_path)
+    # Counted by hand: ON -> AT, THE, YES and the Malayalam word lost, NOW and UH invented.
+    assert (result.sub, result.del_, result.ins) == (1, 3, 2)
+    assert (result.words, result.utterances) == (12, 5)
+    assert result.wer == pytest.approx(50.0)
+    assert (result.audio_s, result.decode_s, result.real_time_factor) == (20.0, 5.0, 0.25)
+
+
+def test_cer_counts_the_boundary_between_words_as_a_character(tmp_path):
+    # "_B" is missing from the four characters "A_B" + "C".
+    result = write(tmp_path, ["A B", "C"], ["A", "C"], ["x", "y"])
+    assert result.cer == pytest.approx(100 * 2 / 4)
+    assert result.wer == pytest.approx(100 * 1 / 3)
+
+
+def test_error_rate_files_begin_with_the_rate_and_align_every_utterance(tmp_path):
+    result = write(tmp_path)
+    lines = (tmp_path / "wer_test-other.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "%WER 50.00 [ 6 / 12, 2 ins, 3 del, 1 sub ]"
+    start = next(i for i, line in enumerate(lines) if line.startswith("5-1-0000, %WER"))
+    assert [cell.strip() for cell in lines[start + 1].split(";")] == [
+        *["THE", "CAT", "SAT", "ON", "THE", "MAT"],
+        "<eps>",
+    ]
+    assert "".join(lines[start + 2].split(";")).split() == ["=", "=", "=", "S", "D", "=", "I"]
+    assert sum(line.split(",")[0] in IDS for line in lines) == len(IDS)
+    characters = (tmp_path / "cer_test-other.txt").read_text(encoding="utf-8")
+    assert characters.startswith(f"%WER {result.cer:.2f} [")
+
+
+def test_hypotheses_are_read_back_as_written(tmp_path):
+    references = ["  two  blanks ", 'a "quoted" word', "മലയാളം", "", "x"]
+    hypotheses = ["two blanks", "", "മല യാളം", "a\tb\nc", "x"]
+    write(tmp_path, references, hypotheses)
+    found = read_hypotheses(tmp_path / "hyp_test-other.tsv")
+    assert list(found) == IDS
+    assert [pair[0] for pair in found.values()] == [text.split() for text in references]
+    assert [pair[1] for pair in found.values()] == [text.split() for text in hypotheses]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "first line"),
+        ("id,reference,hypothesis\n", "first line"),
+        ("id\treference\thypothesis\nx\ty\n", "line 2: 2 columns"),
+        ("id\treference\thypothesis\nx\ty\tz\nx\ty\tz\n", "line 3: x is there twice"),
+    ],
+)
+def test_damaged_hypotheses_are_refused(tmp_path, content, message):
+    path = tmp_path / "hyp_x.tsv"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_hypotheses(path)
+
+
+def test_error_analysis_ranks_words_and_utterances(tmp_path):
+    references = ["FIVE NINE", "FIVE", "THE FIVE", "THE END", "GOOD DAY"]
+    hypotheses = ["NINE NINE", "NINE", "FIVE", "A END OH", "GOOD DAY"]
+    write(tmp_path, references, hypotheses)
+    text = (tmp_path / "errors_test-other.txt").read_text(encoding="utf-8")
+    assert text.startswith("%WER 55.56: 5 errors in 9 words; 4 of 5 utterances")
+    substitutions, deletions, insertions, worst = text.split("\n\n", 4)[1:]
+    assert [line.split(maxsplit=1) for line in substitutions.splitlines()[2:]] == [
+        ["2", "FIVE -> NINE"],
+        ["1", "THE -> A"],
+    ]
+    assert deletions.splitlines()[2:] == ["     1  THE (2)"]
+    assert insertions.splitlines()[2:] == ["     1  OH"]
+    shown = [line.split(",")[0] for line in worst.splitlines() if ", %WER" in line]
+    # Of the two at 100 % the one with more errors leads; the correct one is not shown.
+    assert shown == ["6-1-0001", "5-1-0001", "5-1-0000", "6-1-0000"]
+
+
+def test_error_analysis_shows_where_nothing_was_recognised(tmp_path):
+    write(tmp_path)
+    text = (tmp_path / "errors_test-other.txt").read_text(encoding="utf-8")
+    assert "3 by WER, then 1 in which nothing was recognised" in text
+    assert text.rstrip("\n").splitlines()[-4].startswith("6-1-0001, %WER 100.00")
+
+
+def test_error_analysis_is_cut_at_the_commonest(tmp_path):
+    references = [f"W{i}" for i in range(40)]
+    write(tmp_path, references, ["X"] * 40, [f"{i:02d}" for i in range(40)])
+    text = (tmp_path / "errors_test-other.txt").read_text(encoding="utf-8")
+    assert "SUBSTITUTIONS: 40, 40 different" in text
+    assert text.count(" -> X") == 30
+    assert "... and 10 more" in text
+    assert sum(", %WER" in line for line in text.splitlines()) == 20
+
+
+def test_flawless_split(tmp_path):
+    result = write(tmp_path, REFERENCES, REFERENCES)
+    assert (result.wer, result.cer) == (0.0, 0.0)
+    text = (tmp_path / "errors_test-other.txt").read_text(encoding="utf-8")
+    assert "every utterance is right" in text
+
+
+def test_split_without_any_reference_word_has_rate_zero_and_counts_insertions(tmp_path):
+    result = write(tmp_path, ["", ""], ["OH NO", ""], ["x", "y"])
+    assert (result.wer, result.words, result.ins) == (0.0, 0, 2)
+    update_results(tmp_path, {"test-other": result}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("ids", "references", "hypotheses", "message"),
+    [
+        ([], [], [], "no utterance"),
+        (["x"], ["A", "B"], ["A"], "1 ids, 2 references and 1 hypotheses"),
+        (["x", "y", "x"], ["A"] * 3, ["A"] * 3, "more than once: x$"),
+        (["x\ty"], ["A"], ["A"], "without tabs"),
+        (["x\ny"], ["A"], ["A"], "one line"),
+    ],
+)
+def test_utterances_that_cannot_be_reported_are_refused_before_anything_is_written(
+    tmp_path, ids, references, hypotheses, message
+):
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, references, hypotheses, ids)
+    assert not list(tmp_path.iterdir())
+
+
+def test_reports_replace_older_ones_and_leave_nothing_else(tmp_path):
+    write(tmp_path, REFERENCES, REFERENCES)
+    write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "wer_test-other.txt",
+        "cer_test-other.txt",
+        "hyp_test-other.tsv",
+        "errors_test-other.txt",
+    }
+    assert "50.00" in (tmp_path / "wer_test-other.txt").read_text(encoding="utf-8")
+
+
+def test_results_have_the_agreed_keys(tmp_path):
+    path = update_results(tmp_path, {"test-clean": score()}, {"parameters": 7}, {"seed": 1})
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert results == {
+        "splits": {
+            "test-clean": {
+                "wer": 12.5,
+                "cer": 4.25,
+                "ins": 1,
+                "del": 2,
+                "sub": 3,
+                "words": 48,
+                "utterances": 9,
+                "audio_s": 100.0,
+                "decode_s": 25.0,
+            }
+        },
+        "model": {"parameters": 7},
+        "run": {"seed": 1},
+    }
+    assert SplitScore.from_json(results["splits"]["test-clean"]) == score()
+
+
+def test_results_of_earlier_evaluations_stay(tmp_path):
+    update_results(
+        tmp_path, {"a": score(wer=1.0), "b": score(wer=2.0)}, {"parameters": 7}, {"x": 1}
+    )
+    path = update_results(tmp_path, {"b": score(wer=3.0)}, {"parameters": 8}, {"seed": 2})
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert {name: entry["wer"] for name, entry in results["splits"].items()} == {"a": 1.0, "b": 3.0}
+    assert (results["model"], results["run"]) == ({"parameters": 8}, {"seed": 2})
+
+
+def test_a_failed_update_leaves_the_results_as_they_were(tmp_path):
+    path = update_results(tmp_path, {"a": score()}, {}, {})
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        update_results(tmp_path, {"b": score()}, {"parameters": object()}, {})
+    assert path.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("content", ['{"splits": {', "[]", "{}"])
+def test_unreadable_results_are_set_aside_not_lost(tmp_path, caplog, content):
+    (tmp_path / "results.json").write_text(content, encoding="utf-8")
+    path = update_results(tmp_path, {"a": score()}, {}, {})
+    assert list(json.loads(path.read_text(encoding="utf-8"))["splits"]) == ["a"]
+    assert (tmp_path / "results.json.unreadable").read_text(encoding="utf-8") == content
+    assert "kept as" in caplog.text
+
+
+def test_a_score_with_unknown_keys_is_refused():
+    with pytest.raises(ValueError, match="not the scores of a split"):
+        SplitScore.from_json({"wer": 1.0})
+
+
+def test_run_record_tells_versions_and_a_command_that_can_be_pasted():
+    record = run_record(
+        seed=3, precision="bf16", device="cpu", command=["train.py", "a b", "--x=1"]
+    )
+    assert record.keys() == {"seed", "commit", "versions", "precision", "device", "command"}
+    assert record["command"] == "train.py 'a b' --x=1"
+    assert record["versions"].keys() == {"python", "torch", "speechbrain", "mamba_asr"}
+    assert all(record["versions"][name] for name in ("python", "torch", "speechbrain"))
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository of one commit that stands in for ours."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "file.py").write_text("x = 1\n")
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "-c", "user.name=x", "-c", "user.email=x@localhost", "commit", "-q", "-m", "x")
+    monkeypatch.setattr(reports, "_REPOSITORY", folder.resolve())
+    return folder
+
+
+def git(folder, *arguments):
+    subprocess.run(["git", "-C", str(folder), *arguments], check=True)
+
+
+def commit_of_record():
+    return run_record(seed=0, precision="fp32", device="cpu", command="x")["commit"]
+
+
+def test_commit_says_whether_tracked_files_differ(repository):
+    (repository / "notes.txt").write_text("not tracked\n")
+    clean = commit_of_record()
+    assert len(clean) == 40
+    (repository / "file.py").write_text("x = 2\n")
+    assert commit_of_record() == f"{clean}+dirty"
+
+
+def test_a_copy_inside_another_repository_is_not_given_that_ones_commit(repository, monkeypatch):
+    copy = repository / "copy"
+    copy.mkdir()
+    monkeypatch.setattr(reports, "_REPOSITORY", copy.resolve())
+    assert commit_of_record() is None
+
+
+def test_no_commit_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert commit_of_record() is None
+
+
+SPLITS = {
+    "test-clean": score(wer=2.0, audio_s=7384.0, decode_s=738.4),
+    "x": score(audio_s=59.94, decode_s=6.0),
+    "empty": score(audio_s=0.0, decode_s=0.0),
+}
+
+
+def test_terminal_table_is_aligned():
+    lines = results_table(SPLITS).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [line.split() for line in lines[2:]] == [
+        ["test-clean", "2.00", "4.25", "2", "h", "03", "min", "0.100"],
+        ["x", "12.50", "4.25", "59.9", "s", "0.100"],
+        ["empty", "12.50", "4.25", "0.0", "s", "-"],
+    ]
+
+
+def test_markdown_table_has_one_cell_per_column():
+    lines = results_table(SPLITS | {"a|b": score()}, markdown=True).splitlines()
+    assert [line.replace("\\|", "").count("|") for line in lines] == [6] * 6
+    assert set(lines[1]) == set("| -:")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 00 s"),
+        (294, "4 min 54 s"),
+        (3599.6, "1 h 00 min"),
+    ],
+)
+def test_durations(seconds, text):
+    assert reports.format_duration(seconds) == text

@@ -1,0 +1,44 @@
+"""The n-gram that a recipe names is one of its own tokens."""
+
+import pytest
+import sentencepiece
+
+from tools.make_ngram import main as make_ngram
+from training.errors import UserError
+from training.language_model import load_token_ngram
+from training.tokenizer import train_tokenizer
+
+kenlm = pytest.importorskip("kenlm", reason="kenlm is not installed: pip install -e '.[ngram]'")
+
+
+@pytest.fixture(scope="module")
+def hparams(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ngram")
+    sentences = ["ABBA BA", "BAAB", "AB AB"] * 10
+    (folder / "text.txt").write_text("\n".join(sentences), encoding="utf-8")
+    train_tokenizer(sentences, folder / "tok.model", token_type="char", output_neurons=10)
+    paths = [str(folder / "text.txt"), "--tokenizer", str(folder / "tok.model")]
+    assert make_ngram([*paths, "--order", "3", "--output", str(folder / "tokens.arpa")]) == 0
+    return {
+        "tokenizer": sentencepiece.SentencePieceProcessor(model_file=str(folder / "tok.model")),
+        "output_neurons": 10,
+        "token_ngram_path": str(folder / "tokens.arpa"),
+    }
+
+
+def test_every_token_of_the_recogniser_is_known_to_the_ngram(hparams):
+    scorer = load_token_ngram(hparams)
+    size = hparams["tokenizer"].get_piece_size()
+    assert len(scorer.id2char) == 10 > size
+    # unk (0) and bos (1) are never predicted; all other pieces stand in the file.
+    assert all(piece in scorer.lm for piece in scorer.id2char[2:size])
+    assert not any(piece in scorer.lm for piece in scorer.id2char[size:])
+
+
+def test_no_path_is_no_ngram(hparams):
+    assert load_token_ngram(hparams | {"token_ngram_path": None}) is None
+
+
+def test_a_missing_file_is_named(hparams, tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        load_token_ngram(hparams | {"token_ngram_path": str(tmp_path / "nowhere.arpa")})

@@ -1,0 +1,217 @@
+"""Estimate a smoothed n-gram from text and write it as ARPA, for fusion at decoding time.
+
+    python -m tools.make_ngram train.txt --order 3 --output lm.arpa
+    python -m tools.make_ngram train.csv --order 4 --output tokens.arpa --tokenizer tokenizer.model
+
+Text is one sentence per line, plain or gzip, or a manifest (.csv) whose transcripts are taken. With
+a tokenizer the n-gram is one of tokens (for the S2S script), without one of words (for the CTC
+script). Counts are held in memory: about 1 GB for 10 million words at order 3. For billions of
+words use lmplz of kenlm, which writes the same format.
+
+Interpolated modified Kneser-Ney smoothing: Chen and Goodman 1999; the ARPA file stores the
+interpolated probabilities, so that backing off gives exactly the interpolated model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from corpora.files import atomic_write
+from training.errors import EXIT_USER_ERROR
+from training.lm_data import read_sentences
+from training.tokenizer import UNK_ID
+from training.tokenizer import load_tokenizer as load_sentencepiece
+
+BOS, EOS, UNK = "<s>", "</s>", "<unk>"
+FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
+"""For counts 1, 2 and more, where the text is too small to estimate them (as lmplz has it)."""
+
+NGram = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NGramModel:
+    """A back-off model: log10 probabilities, and log10 back-off weights of contexts.
+
+    Attributes:
+        log_probs: per order, of every n-gram that was seen.
+        log_backoffs: of every context that was seen, up to one word less than the order.
+        used_fallback: orders whose discounts could not be estimated.
+    """
+
+    log_probs: tuple[dict[NGram, float], ...]
+    log_backoffs: dict[NGram, float]
+    used_fallback: tuple[int, ...] = ()
+
+    @property
+    def order(self) -> int:
+        return len(self.log_probs)
+
+    @property
+    def words(self) -> list[str]:
+        """What the model can predict: every word, the end of a sentence, and the unknown word."""
+        return [word for (word,) in self.log_probs[0] if word != BOS]
+
+    def log_prob(self, word: str, context: Sequence[str] = ()) -> float:
+        """Log10 probability of ``word`` after ``context`` (the latest word last)."""
+        word = word if (word,) in self.log_probs[0] else UNK
+        history = tuple(context)[max(0, len(context) - self.order + 1) :]
+        log_backoff = 0.0
+        while (*history, word) not in self.log_probs[len(history)]:
+            log_backoff += self.log_backoffs.get(history, 0.0)
+            history = history[1:]
+        return log_backoff + self.log_probs[len(history)][(*history, word)]
+
+
+def estimate(sentences: Iterable[Sequence[str]], order: int) -> NGramModel:
+    """Estimates an interpolated modified Kneser-Ney model.
+
+    Args:
+        sentences: words of each sentence, without sentence marks.
+        order: words in the longest n-gram.
+
+    Raises:
+        ValueError: no words, an order below 1, or a sentence mark among the words.
+    """
+    if order < 1:
+        raise ValueError(f"The order is {order}; it must be at least 1.")
+    counts = _adjusted_counts(_sentence_ngrams(sentences, order), order)
+    words = {word for (word,) in counts[0]}
+    if words <= {EOS}:
+        raise ValueError("The text has no words: an n-gram cannot be estimated.")
+
+    uniform = 1 / (len(words) + 1)
+    lower = {(UNK,): 0.0}
+    probs, log_backoffs, used_fallback = [], {}, []
+    for length, counts_of_length in enumerate(counts, start=1):
+        discounts = _discounts(counts_of_length.values())
+        if discounts is None:
+            discounts = FALLBACK_DISCOUNTS
+            used_fallback.append(length)
+        totals, discounted = defaultdict(int), defaultdict(float)
+        for ngram, count in counts_of_length.items():
+            totals[ngram[:-1]] += count
+            discounted[ngram[:-1]] += discounts[min(count, 3) - 1]
+        current = {}
+        for ngram, count in counts_of_length.items():
+            context = ngram[:-1]
+            backed_off = lower[ngram[1:]] if length > 1 else uniform
+            seen = count - discounts[min(count, 3) - 1] + discounted[context] * backed_off
+            current[ngram] = seen / totals[context]
+        if length == 1:
+            current[(UNK,)] = discounted[()] * uniform / totals[()]
+        else:
+            log_backoffs |= {
+                context: math.log10(discounted[context] / totals[context]) for context in totals
+            }
+        probs.append(current)
+        lower = current
+    log_probs = [{ngram: math.log10(p) for ngram, p in of.items()} for of in probs]
+    # Nothing ever predicts the start of a sentence.
+    log_probs[0][(BOS,)] = -99.0
+    return NGramModel(tuple(log_probs), log_backoffs, tuple(used_fallback))
+
+
+def write_arpa(model: NGramModel, stream: TextIO) -> None:
+    """Writes a model in the ARPA format."""
+    stream.write("\\data\\\n")
+    for length, log_probs in enumerate(model.log_probs, start=1):
+        stream.write(f"ngram {length}={len(log_probs)}\n")
+    for length, log_probs in enumerate(model.log_probs, start=1):
+        stream.write(f"\n\\{length}-grams:\n")
+        for ngram, log_prob in log_probs.items():
+            line = f"{log_prob:.7g}\t{' '.join(ngram)}"
+            if length < model.order:
+                line += f"\t{model.log_backoffs.get(ngram, 0.0):.7g}"
+            stream.write(line + "\n")
+    stream.write("\n\\end\\\n")
+
+
+def _sentence_ngrams(sentences: Iterable[Sequence[str]], order: int) -> Counter[NGram]:
+    """Counts of the longest n-grams, and of the shorter ones that begin a sentence."""
+    counts: Counter[NGram] = Counter()
+    for words in sentences:
+        marks = {BOS, EOS, UNK}.intersection(words)
+        if marks:
+            raise ValueError(
+                f"The text contains {sorted(marks)[0]!r} as a word, in {' '.join(words)[:80]!r}; "
+                "sentence marks are added by this command and must not be in the text."
+            )
+        sentence = (BOS, *words, EOS)
+        counts.update(sentence[:n] for n in range(1, min(order - 1, len(sentence)) + 1))
+        counts.update(sentence[i : i + order] for i in range(len(sentence) - order + 1))
+    return counts
+
+
+def _adjusted_counts(counts: Counter[NGram], order: int) -> list[dict[NGram, int]]:
+    """Per order, shortest first: how often the longest and sentence-initial n-grams occur, and
+    after how many different words all others do."""
+    by_length: list[dict[NGram, int]] = [{} for _ in range(order)]
+    for ngram, count in counts.items():
+        by_length[len(ngram) - 1][ngram] = count
+    for length in range(order - 1, 0, -1):
+        shorter = by_length[length - 1]
+        for ngram in by_length[length]:
+            shorter[ngram[1:]] = shorter.get(ngram[1:], 0) + 1
+    by_length[0].pop((BOS,), None)
+    return by_length
+
+
+def _discounts(counts: Iterable[int]) -> tuple[float, float, float] | None:
+    """Discounts of the counts 1, 2 and from 3 on; None where the text does not determine them."""
+    types = Counter(count for count in counts if count <= 4)
+    if not all(types[count] for count in (1, 2, 3, 4)):
+        return None
+    y = types[1] / (types[1] + 2 * types[2])
+    discounts = tuple(k - (k + 1) * y * types[k + 1] / types[k] for k in (1, 2, 3))
+    return discounts if all(0 < d <= k for k, d in enumerate(discounts, start=1)) else None
+
+
+def _split(sentences: Iterable[str], tokenizer_file: str | None) -> Iterator[list[str]]:
+    if tokenizer_file is None:
+        yield from (sentence.split() for sentence in sentences)
+        return
+    tokenizer = load_sentencepiece(tokenizer_file, sys.maxsize)
+    for sentence in sentences:
+        tokens = (token for token in tokenizer.encode(sentence) if token != UNK_ID)
+        yield [tokenizer.id_to_piece(token) for token in tokens]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("text", nargs="+", help="text files, plain or .gz, or manifests (.csv)")
+    parser.add_argument("--order", type=int, default=3, help="words in the longest n-gram")
+    parser.add_argument("--output", required=True, type=Path, help="the ARPA file to write")
+    parser.add_argument("--tokenizer", help="sentencepiece model: an n-gram of its tokens")
+    arguments = parser.parse_args(argv)
+    try:
+        sentences = _split(read_sentences(arguments.text), arguments.tokenizer)
+        model = estimate(sentences, arguments.order)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(arguments.output) as stream:
+        write_arpa(model, stream)
+    if model.used_fallback:
+        print(
+            f"Too little text for the discounts of order {', '.join(map(str, model.used_fallback))}"
+            f": {FALLBACK_DISCOUNTS} are used there."
+        )
+    sizes = ", ".join(f"{len(of)} {n}-grams" for n, of in enumerate(model.log_probs, start=1))
+    print(f"{arguments.output}: {sizes}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

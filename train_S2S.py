@@ -1,0 +1,178 @@
+"""Train a joint CTC/attention recogniser and score it on the test splits.
+
+python train_S2S.py hparams/S2S/conmambamamba_small.yaml --data_folder LibriSpeech --no_lm True
+torchrun --nproc-per-node=4 train_S2S.py hparams/S2S/conmamba_large.yaml --data_folder LibriSpeech
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import speechbrain as sb
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.nnet.losses import kldiv_loss
+from speechbrain.utils.Accuracy import AccuracyStats
+from torch import Tensor
+
+from decoding.beam_search import CachedBeamSearcher
+from decoding.ctc_prefix_scorer import CTCScorer
+from decoding.lm_scorers import CachedLMScorer, KenLMScorer
+from decoding.scorers import ScorerBuilder, scorer_key
+from training.brain import ASRBrain, Encoded
+from training.cli import run_script
+from training.data import Loaders
+from training.language_model import load_lm_scorer, load_token_ngram
+from training.losses import consistency_loss, ctc_loss, mean_over_feasible
+from training.recipe import dataio_prepare, run_recipe
+
+__all__ = ["ASR", "dataio_prepare", "main"]
+
+
+@dataclass
+class S2SOutputs:
+    """Encoder output (B, T, D), log probabilities of both branches, and their input."""
+
+    encoder_BTD: Tensor
+    ctc_log_probs_BTV: Tensor
+    seq_log_probs_BUV: Tensor
+    encoded: Encoded
+
+
+class ASR(ASRBrain):
+    """Joint CTC and label-smoothed attention training (``ctc_weight``)."""
+
+    best_metric = "ACC"
+    best_is = "max"
+
+    def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> S2SOutputs:
+        """Waveforms and the tokens so far to log probabilities."""
+        batch = batch.to(self.device)
+        copies = 2 if self.hparams.consistency_weight else 1
+        encoded = self.features(batch, stage, copies)
+        tokens_BU = batch.tokens_bos.data.repeat(encoded.copies, 1)
+        encoder_BTD, decoder_BUD = self.modules.Transformer(
+            encoded.feats, tokens_BU, encoded.wav_lens, pad_idx=self.hparams.pad_index
+        )
+        return S2SOutputs(
+            encoder_BTD,
+            self.modules.ctc_lin(encoder_BTD).float().log_softmax(-1),
+            self.modules.seq_lin(decoder_BUD).float().log_softmax(-1),
+            encoded,
+        )
+
+    def compute_objectives(
+        self, predictions: S2SOutputs, batch: PaddedBatch, stage: sb.Stage
+    ) -> Tensor:
+        """``ctc_weight`` times the CTC loss plus the rest of one times the attention loss."""
+        encoded, hparams = predictions.encoded, self.hparams
+        copies = encoded.copies
+        loss_B, feasible_B = ctc_loss(
+            predictions.ctc_log_probs_BTV,
+            batch.tokens.data.repeat(copies, 1),
+            encoded.num_frames_B,
+            self.num_tokens(batch).to(self.device).repeat(copies),
+            hparams.blank_index,
+        )
+        ctc = mean_over_feasible(loss_B, feasible_B)
+        seq = kldiv_loss(
+            predictions.seq_log_probs_BUV,
+            batch.tokens_eos.data.repeat(copies, 1),
+            length=batch.tokens_eos.lengths.repeat(copies),
+            label_smoothing=hparams.label_smoothing if stage == sb.Stage.TRAIN else 0.0,
+            reduction="batchmean",
+            pad_idx=hparams.pad_index,
+        )
+        if stage == sb.Stage.TRAIN:
+            self.note_infeasible(list(batch.id), feasible_B, encoded, batch)
+            if copies > 1:
+                ctc = ctc + hparams.consistency_weight * consistency_loss(
+                    predictions.ctc_log_probs_BTV, encoded.num_frames_B, feasible_B
+                )
+        else:
+            self.accuracy.append(
+                predictions.seq_log_probs_BUV, batch.tokens_eos.data, batch.tokens_eos.lengths
+            )
+        return hparams.ctc_weight * ctc + (1 - hparams.ctc_weight) * seq
+
+    def decode(self, outputs: S2SOutputs, batch: PaddedBatch, stage: sb.Stage) -> list[str] | None:
+        """Beam search; in validation every ``valid_search_interval`` epochs."""
+        if stage == sb.Stage.VALID and not self.searches_this_epoch():
+            return None
+        search = self.hparams.valid_search if stage == sb.Stage.VALID else self.hparams.test_search
+        tokens, _, _, _ = search(outputs.encoder_BTD, outputs.encoded.wav_lens)
+        size = self.tokenizer.get_piece_size()
+        return [self.tokenizer.decode([t for t in ids if t < size]) for ids in tokens]
+
+    def searches_this_epoch(self) -> bool:
+        """Whether this epoch's validation decodes; the last one's always does."""
+        hparams = self.hparams
+        return self.epoch % hparams.valid_search_interval == 0 or (
+            self.epoch == hparams.number_of_epochs
+        )
+
+    def on_scoring_start(self, stage: sb.Stage) -> None:
+        """Start counting correct tokens."""
+        self.accuracy = AccuracyStats()
+
+    def validation_stats(self, loss: float) -> dict[str, float]:
+        """Loss and token accuracy (percent); WER and CER of the epochs that decode."""
+        stats = super().validation_stats(loss) if self.searches_this_epoch() else {"loss": loss}
+        return {**stats, "ACC": 100 * self.accuracy.summarize()}
+
+
+def add_search(hparams: dict, loaders: Loaders) -> None:
+    """Build both searches; the language model joins that of the test splits unless ``no_lm``.
+
+    Without it nothing else changes: same beam, same temperature, same CTC weight.
+    """
+    del loaders
+    ctc = CTCScorer(
+        ctc_fc=hparams["ctc_lin"],
+        blank_index=hparams["blank_index"],
+        eos_index=hparams["eos_index"],
+    )
+    language_models = [] if hparams["no_lm"] else [load_lm_scorer(hparams)]
+    ngram = load_token_ngram(hparams)
+    hparams["valid_search"] = _search(hparams, hparams["valid_beam_size"], ctc, [])
+    hparams["test_search"] = _search(
+        hparams, hparams["test_beam_size"], ctc, language_models, ngram
+    )
+
+
+def _search(
+    hparams: dict,
+    beam_size: int,
+    ctc: CTCScorer,
+    language_models: list[CachedLMScorer],
+    ngram: KenLMScorer | None = None,
+) -> CachedBeamSearcher:
+    weights = {scorer_key(scorer): hparams["lm_weight"] for scorer in language_models}
+    weights["ctc"] = hparams["ctc_weight_decode"]
+    if ngram is not None:
+        weights["kenlm"] = hparams["token_ngram_weight"]
+    return CachedBeamSearcher(
+        modules=[hparams["Transformer"], hparams["seq_lin"]],
+        bos_index=hparams["bos_index"],
+        eos_index=hparams["eos_index"],
+        min_decode_ratio=hparams["min_decode_ratio"],
+        max_decode_ratio=hparams["max_decode_ratio"],
+        beam_size=beam_size,
+        temperature=hparams["temperature"],
+        using_eos_threshold=hparams["using_eos_threshold"],
+        eos_threshold=hparams["eos_threshold"],
+        length_normalization=hparams["length_normalization"],
+        scorer=ScorerBuilder(
+            full_scorers=language_models,
+            partial_scorers=[ctc] if ngram is None else [ctc, ngram],
+            weights=weights,
+            scorer_beam_scale=hparams["scorer_beam_scale"],
+        ),
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the recipe with these command-line arguments."""
+    run_recipe(argv, ASR, __doc__, add_search)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,70 @@
+"""Augmentation whose outcome depends on (seed, epoch, utterance) alone.
+
+The augmenters are SpeechBrain's; each utterance is augmented by itself, over its own frames, so
+that neither the batch it landed in nor its padding nor an interruption changes what is trained on.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from training.seeding import seeded
+
+
+class SpeedPerturbation:
+    """Speed perturbation of single waveforms, run in the loader's workers.
+
+    Args:
+        perturb: SpeechBrain's ``SpeedPerturb`` or anything that maps (1, S) to (1, S').
+        seed: of the run.
+
+    Set ``epoch`` before the loader's iterator is made: the workers get a copy then.
+    """
+
+    def __init__(self, perturb: torch.nn.Module, seed: int):
+        self.perturb = perturb
+        self.seed = seed
+        self.epoch = 0
+
+    def __call__(self, wav_S: torch.Tensor, utterance_id: str) -> torch.Tensor:
+        with seeded(self.seed, self.epoch, utterance_id, "speed"), torch.no_grad():
+            return self.perturb(wav_S[None])[0]
+
+
+class SpectrogramAugmentation:
+    """SpecAugment-style drops and warps, one utterance at a time.
+
+    Args:
+        augmentations: modules that map (1, T, M) to (1, T, M), applied in turn.
+        seed: of the run.
+    """
+
+    def __init__(self, augmentations: Sequence[torch.nn.Module], seed: int):
+        self.augmentations = list(augmentations)
+        self.seed = seed
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        feats_BTM: torch.Tensor,
+        num_frames_B: torch.Tensor,
+        ids: Sequence[str],
+        epoch: int,
+        view: int = 0,
+    ) -> torch.Tensor:
+        """Augmented copy; frames at and after an item's length are returned as they came.
+
+        Args:
+            num_frames_B: valid feature frames of each item.
+            view: number of the copy when an utterance is augmented more than once.
+        """
+        out_BTM = feats_BTM.clone()
+        lengths = num_frames_B.tolist()
+        for row, (utterance_id, frames) in enumerate(zip(ids, lengths, strict=True)):
+            with seeded(self.seed, epoch, utterance_id, view, "spectrogram"):
+                # Drawn on the CPU, whatever the device: the same masks everywhere.
+                item_1TM = out_BTM[row : row + 1, :frames].cpu()
+                for augment in self.augmentations:
+                    item_1TM = augment(item_1TM)
+                out_BTM[row, :frames] = item_1TM[0].to(out_BTM)
+        return out_BTM

@@ -1,0 +1,195 @@
+"""Command line of the training scripts: SpeechBrain's options, YAML overrides, one-line errors."""
+
+import argparse
+import difflib
+import errno
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ruamel.yaml
+from hyperpyyaml import load_hyperpyyaml
+from speechbrain.utils.run_opts import RunOptions
+
+from training.devices import choose_device, distributed_backend_for
+from training.errors import EXIT_USER_ERROR, Interrupted, UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What was asked for.
+
+    Attributes:
+        param_file: the YAML file.
+        run_options: SpeechBrain's run options (device, precision, ...) that were given.
+        overrides: YAML keys to replace, already parsed as YAML values.
+        resume: a checkpoint folder to go on from instead of the latest of the run.
+        init_from: a file of model weights to start from.
+    """
+
+    param_file: str
+    run_options: dict
+    overrides: dict
+    resume: str | None
+    init_from: str | None
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """SpeechBrain's parser with this repository's two additions."""
+    parser = RunOptions._create_parser()
+    # A YAML key that begins like an option is not that option.
+    parser.allow_abbrev = False
+    parser.description = description
+    for action in parser._actions:
+        if action.dest == "optimizer_step_limit":
+            # SpeechBrain's default of None leaves it a string, which no step count exceeds.
+            action.type = int
+    parser.epilog = (
+        "Any key of the YAML file can be overridden: --batch_size 8 "
+        "--train_splits '[train-clean-100]' --mamba_config '{d_state: 8}'. "
+        "Exit status: 0 done, 2 user error, 130 / 143 stopped by SIGINT / SIGTERM "
+        "(a checkpoint is saved: repeat the command to go on)."
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="CKPT_FOLDER",
+        help="Go on from this checkpoint folder instead of the latest one of the run.",
+    )
+    parser.add_argument(
+        "--init_from",
+        metavar="FILE",
+        help="Start from the model weights in this file (a model.ckpt); a resumed run ignores it.",
+    )
+    return parser
+
+
+def parse_command_line(argv: Sequence[str], description: str) -> CommandLine:
+    """Split the arguments into run options, our own options and YAML overrides.
+
+    Raises:
+        UserError: an argument that is neither an option nor ``--key value``.
+    """
+    parser = build_parser(description)
+    for action in parser._actions:
+        if action.dest != "help":
+            # Only what was typed may count as overridden: a run option in the YAML comes next.
+            action.default = argparse.SUPPRESS
+    known, rest = parser.parse_known_args(list(argv))
+    given = vars(known)
+    resume = given.pop("resume", None)
+    init_from = given.pop("init_from", None)
+    if given.get("ckpt_interval_steps", 0) > 0:
+        # SpeechBrain refuses both; the interval that was typed replaces the one of the YAML file.
+        given.setdefault("ckpt_interval_minutes", 0)
+    return CommandLine(
+        param_file=given["param_file"],
+        run_options=given,
+        overrides=parse_overrides(rest),
+        resume=resume,
+        init_from=init_from,
+    )
+
+
+def run_options(line: CommandLine, hparams: Mapping) -> RunOptions:
+    """Run options in force: the command line's, else the YAML file's, else what suits here."""
+    defaults = RunOptions().as_dict()
+    options = {name: hparams[name] for name in defaults if name in hparams} | line.run_options
+    if options.get("device") is None:
+        options["device"] = choose_device()
+    options.setdefault("distributed_backend", distributed_backend_for(options["device"]))
+    return RunOptions.from_dictionary(options)
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict:
+    """``["--a", "1", "--b=[x, y]"]`` becomes ``{"a": 1, "b": ["x", "y"]}``.
+
+    Raises:
+        UserError: a value without a key, a key without a value, or a value that is not YAML.
+    """
+    overrides: dict = {}
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if not argument.startswith("--"):
+            raise UserError(
+                f"Argument {argument!r} belongs to no option. Lists need quotes: "
+                "--train_splits '[train-clean-100, train-clean-360]'."
+            )
+        key, equals, text = argument[2:].partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise UserError(f"--{key} has no value. Write --{key} VALUE.")
+            text = queue.pop(0)
+        try:
+            # YAML 1.2, as the file is read: 1e-3 is a number.
+            overrides[key] = ruamel.yaml.YAML(typ="safe", pure=True).load(text)
+        except ruamel.yaml.YAMLError as error:
+            raise UserError(
+                f"The value of --{key} is not valid YAML: {text!r} ({error})."
+            ) from None
+    return overrides
+
+
+def load_hparams(param_file: str, overrides: dict) -> dict:
+    """Read a HyperPyYAML file with overrides and build its objects.
+
+    Raises:
+        UserError: no such file, not HyperPyYAML, an unknown key among the overrides, a required key
+            left open, or an object that refuses its arguments.
+    """
+    if not Path(param_file).is_file():
+        raise UserError(
+            f"No such hyperparameter file: {param_file}. See hparams/ for the ones at hand."
+        )
+    try:
+        keys = list(ruamel.yaml.YAML().load(Path(param_file).read_text(encoding="utf-8")).keys())
+    except (ruamel.yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(f"{param_file} is not a YAML file of keys and values: {error}") from None
+    for key in overrides:
+        if key not in keys:
+            close = difflib.get_close_matches(key, keys, n=3)
+            hint = (
+                f" Did you mean {' or '.join(close)}?" if close else f" It has: {', '.join(keys)}."
+            )
+            raise UserError(f"{param_file} has no key {key!r}.{hint}")
+    try:
+        with open(param_file, encoding="utf-8") as stream:
+            return load_hyperpyyaml(stream, overrides)
+    except ImportError as error:
+        raise UserError(f"{param_file}: {error}") from error
+    except ValueError as error:
+        if "PLACEHOLDER" in str(error):
+            raise UserError(
+                f"{param_file}: {error} Give it on the command line, for instance "
+                "--data_folder /path/to/LibriSpeech."
+            ) from None
+        raise UserError(f"{param_file}: {error}") from error
+
+
+def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Run a script's main function; end the process with the documented status.
+
+    A UserError, and a disk that is full, is printed as one message. Anything else is a fault of
+    the code and keeps its traceback.
+    """
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        logger.debug("User error", exc_info=True)
+        # From a loader's worker it arrives below that process's traceback.
+        print(f"error: {str(error).split('UserError: ')[-1].strip()}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: {error}. Checkpoints are whole: make room and repeat the command to go on.",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_USER_ERROR)
+    except Interrupted as interrupted:
+        sys.exit(interrupted.exit_status)

@@ -1,0 +1,318 @@
+"""Compare finished runs: ``python -m training.compare RUN...``.
+
+Prints one Markdown table of word error rates with bootstrap intervals, and what each run gains
+over the first one on the same utterances. A run is an output folder with ``results.json`` and
+``hyp_<split>.tsv``.
+
+Bootstrap over utterances, paired differences and probability of improvement: Bisani and Ney,
+"Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from speechbrain.utils.edit_distance import wer_details_for_batch
+
+from corpora.files import atomic_write
+from training.errors import EXIT_USER_ERROR
+from training.reports import (
+    SplitScore,
+    format_number,
+    markdown_table,
+    read_hypotheses,
+    read_results,
+)
+
+# Bounds the memory of one batch of resamples (8 bytes an entry, a few arrays at a time).
+_ENTRIES_AT_ONCE = 4_000_000
+_EXAMPLES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class EvaluatedSplit:
+    """Word errors of one run on one split, utterance by utterance in the order of their ids."""
+
+    score: SplitScore
+    ids: tuple[str, ...]
+    references: tuple[tuple[str, ...], ...]
+    errors: np.ndarray
+    words: np.ndarray
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """A run's evaluations; ``parameters`` is None where the run did not record it."""
+
+    name: str
+    parameters: int | None
+    splits: dict[str, EvaluatedSplit]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its central 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.compare",
+        description="Compare word error rates of finished runs, with bootstrap intervals.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a finished run")
+    parser.add_argument("--markdown", metavar="FILE", help="also write the tables to this file")
+    parser.add_argument(
+        "--samples", type=int, default=1000, help="bootstrap samples (default 1000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the resampling (default 0)")
+    options = parser.parse_args(arguments)
+    try:
+        report = compare(options.runs, samples=options.samples, seed=options.seed)
+        if options.markdown:
+            with atomic_write(options.markdown) as file:
+                file.write(report)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"training.compare: {error}\n")
+        sys.exit(EXIT_USER_ERROR)
+    sys.stdout.write(report)
+
+
+def compare(folders: Sequence[str | os.PathLike], *, samples: int = 1000, seed: int = 0) -> str:
+    """The comparison of the runs in ``folders`` as Markdown.
+
+    Args:
+        folders: output folders; every run is set against the first.
+        samples: number of bootstrap samples.
+        seed: seed of the resampling. An interval depends on it and on the run's own errors alone,
+            not on the other runs.
+
+    Raises:
+        FileNotFoundError: a run lacks a file.
+        ValueError: a file is damaged, runs do not hold the same utterances, or two runs have no
+            split in common.
+    """
+    if samples < 1:
+        raise ValueError(f"the number of bootstrap samples must be at least 1, not {samples}")
+    runs = [
+        read_run(folder, name) for folder, name in zip(folders, _run_names(folders), strict=True)
+    ]
+    for run in runs[1:]:
+        _check_comparable(runs[0], run)
+    rates = {
+        (run.name, split): _resampled_rates(evaluated, samples, seed)
+        for run in runs
+        for split, evaluated in run.splits.items()
+    }
+    blocks = [_score_table(runs, rates)]
+    if len(runs) > 1:
+        blocks.append(_difference_table(runs, rates))
+    blocks += _left_out(runs)
+    return "\n\n".join(blocks) + "\n"
+
+
+def read_run(folder: str | os.PathLike, name: str) -> EvaluatedRun:
+    """Read what a run's evaluation left in its folder.
+
+    Raises:
+        FileNotFoundError: it is not the folder of an evaluated run.
+        ValueError: a file is damaged, or a ``hyp_<split>.tsv`` is not the one that was scored.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if not (folder / "results.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no results.json: it is not the output folder of an evaluated run"
+        )
+    results = read_results(folder)
+    if not results["splits"]:
+        raise ValueError(f"{folder}: no split has been evaluated yet")
+    model = results.get("model") or {}
+    splits = {
+        split: _read_split(folder, split, SplitScore.from_json(entry))
+        for split, entry in results["splits"].items()
+    }
+    return EvaluatedRun(name, model.get("parameters"), splits)
+
+
+def resample_counts(counts: np.ndarray, samples: int, generator: np.random.Generator) -> np.ndarray:
+    """Sums of ``counts`` over resampled utterances.
+
+    Args:
+        counts: (utterances, kinds) numbers that belong to an utterance.
+        samples: how often as many utterances as there are are drawn with replacement.
+
+    Returns:
+        (samples, kinds) sums.
+    """
+    utterances = len(counts)
+    batch = max(1, _ENTRIES_AT_ONCE // utterances)
+    sums = []
+    for start in range(0, samples, batch):
+        size = min(batch, samples - start)
+        drawn = generator.integers(utterances, size=(size, utterances))
+        sums.append(np.stack([column[drawn].sum(axis=1) for column in counts.T], axis=1))
+    return np.concatenate(sums)
+
+
+def _resampled_rates(split: EvaluatedSplit, samples: int, seed: int) -> np.ndarray:
+    """WER in percent of every bootstrap sample.
+
+    A generator of the same seed draws the same utterances for every run, since utterances are in
+    the order of their ids: two runs' rates are paired sample by sample.
+    """
+    counts = np.stack([split.errors, split.words], axis=1)
+    errors, words = resample_counts(counts, samples, np.random.default_rng(seed)).T
+    return 100.0 * errors / np.maximum(words, 1)
+
+
+def _interval(value: float, resampled: np.ndarray) -> Interval:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Interval(value, float(low), float(high))
+
+
+def _probability_below_zero(differences: np.ndarray) -> float:
+    """Share of samples below zero; a tie counts half, so equal runs get 50 %."""
+    return float((differences < 0).mean() + 0.5 * (differences == 0).mean())
+
+
+def _read_split(folder: Path, split: str, score: SplitScore) -> EvaluatedSplit:
+    path = folder / f"hyp_{split}.tsv"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder}: results.json has {split}, but {path.name} is missing: evaluate it again"
+        )
+    utterances = dict(sorted(read_hypotheses(path).items()))
+    ids = list(utterances)
+    references, hypotheses = zip(*utterances.values(), strict=True) if ids else ((), ())
+    details = wer_details_for_batch(ids, references, hypotheses)
+    errors = np.array([detail["num_edits"] for detail in details], dtype=np.int64)
+    words = np.array([detail["num_ref_tokens"] for detail in details], dtype=np.int64)
+    found = (len(ids), int(errors.sum()), int(words.sum()))
+    recorded = (score.utterances, score.ins + score.del_ + score.sub, score.words)
+    if found != recorded:
+        raise ValueError(
+            f"{path} has {found[0]} utterances with {found[1]} errors in {found[2]} words, "
+            f"results.json has {recorded[0]} with {recorded[1]} in {recorded[2]}: they are not "
+            "from one evaluation, evaluate again"
+        )
+    return EvaluatedSplit(score, tuple(ids), tuple(map(tuple, references)), errors, words)
+
+
+def _run_names(folders: Sequence[str | os.PathLike]) -> list[str]:
+    """Short names: the folders below their common parent."""
+    paths = [Path(folder).resolve() for folder in folders]
+    repeated = sorted({str(path) for path in paths if paths.count(path) > 1})
+    if repeated:
+        raise ValueError(f"a run cannot be compared with itself: {', '.join(repeated)}")
+    parent = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(parent).as_posix() for path in paths]
+
+
+def _check_comparable(first: EvaluatedRun, other: EvaluatedRun) -> None:
+    common = [split for split in first.splits if split in other.splits]
+    if not common:
+        raise ValueError(
+            f"{first.name} and {other.name} have no split in common: the first has "
+            f"{', '.join(first.splits)}, the second {', '.join(other.splits)}"
+        )
+    for split in common:
+        ours, theirs = first.splits[split], other.splits[split]
+        only_first, only_other = set(ours.ids) - set(theirs.ids), set(theirs.ids) - set(ours.ids)
+        if only_first or only_other:
+            raise ValueError(
+                f"{split}: {first.name} and {other.name} were not scored on the same utterances: "
+                f"only in {first.name} {_examples(only_first)}; "
+                f"only in {other.name} {_examples(only_other)}"
+            )
+        changed = [
+            name
+            for name, a, b in zip(ours.ids, ours.references, theirs.references, strict=True)
+            if a != b
+        ]
+        if changed:
+            raise ValueError(
+                f"{split}: {first.name} and {other.name} have different references for "
+                f"{_examples(changed)}"
+            )
+
+
+def _examples(ids) -> str:
+    if not ids:
+        return "none"
+    shown = ", ".join(sorted(ids)[:_EXAMPLES_SHOWN])
+    return f"{len(ids)} ({shown}{', ...' if len(ids) > _EXAMPLES_SHOWN else ''})"
+
+
+def _score_table(runs: Sequence[EvaluatedRun], rates: dict) -> str:
+    header = ("run", "split", "utterances", "WER %", "95 % interval", "CER %", "parameters", "RTF")
+    rows = []
+    for run in runs:
+        for split, evaluated in run.splits.items():
+            score = evaluated.score
+            wer = _interval(score.wer, rates[run.name, split])
+            rows.append(
+                (
+                    run.name,
+                    split,
+                    str(score.utterances),
+                    f"{wer.value:.2f}",
+                    f"{wer.low:.2f} to {wer.high:.2f}",
+                    f"{score.cer:.2f}",
+                    "-" if run.parameters is None else f"{run.parameters:,}",
+                    format_number(score.real_time_factor, 3),
+                )
+            )
+    return markdown_table(header, rows, text_columns=2)
+
+
+def _difference_table(runs: Sequence[EvaluatedRun], rates: dict) -> str:
+    first, *others = runs
+    header = (
+        f"against {first.name}",
+        "split",
+        "WER difference",
+        "95 % interval",
+        "probability of being better",
+    )
+    rows = []
+    for run in others:
+        for split in first.splits:
+            if split not in run.splits:
+                continue
+            differences = rates[run.name, split] - rates[first.name, split]
+            gain = _interval(
+                run.splits[split].score.wer - first.splits[split].score.wer, differences
+            )
+            rows.append(
+                (
+                    run.name,
+                    split,
+                    f"{gain.value:+.2f}",
+                    f"{gain.low:+.2f} to {gain.high:+.2f}",
+                    f"{100 * _probability_below_zero(differences):.1f} %",
+                )
+            )
+    return markdown_table(header, rows, text_columns=2)
+
+
+def _left_out(runs: Sequence[EvaluatedRun]) -> list[str]:
+    first, *others = runs
+    lines = []
+    for run in others:
+        unmatched = sorted(set(first.splits) ^ set(run.splits))
+        if unmatched:
+            lines.append(f"Not in both {first.name} and {run.name}: {', '.join(unmatched)}.")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""From CSV manifests to batches of waveforms and tokens."""
+
+import csv
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import sentencepiece as spm
+import soundfile
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.dataio.sampler import DynamicBatchSampler, ReproducibleRandomSampler
+from speechbrain.utils.data_pipeline import DynamicItem
+from torch.utils.data import Sampler
+
+from corpora.manifest import DATA_ROOT, read_manifest
+from modules.lengths import num_frames
+from training.augment import SpeedPerturbation
+from training.errors import UserError
+from training.interrupts import UndisturbedWorker
+from training.losses import min_ctc_frames
+from training.tokenizer import BOS_ID, EOS_ID, tokens_of
+
+logger = logging.getLogger(__name__)
+
+
+class ReadAudio:
+    """Read a mono waveform of the expected rate; perturb it if asked to.
+
+    Callable objects rather than closures, so that loader workers can be spawned (macOS).
+    """
+
+    def __init__(self, sample_rate: int, perturbation: SpeedPerturbation | None = None):
+        self.sample_rate = sample_rate
+        self.perturbation = perturbation
+
+    def __call__(self, wav: str, utterance_id: str) -> torch.Tensor:
+        try:
+            samples, rate = soundfile.read(wav, dtype="float32")
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise UserError(f"{utterance_id}: {wav} cannot be read: {error}") from None
+        if rate != self.sample_rate or samples.ndim != 1:
+            channels = 1 if samples.ndim == 1 else samples.shape[1]
+            raise UserError(
+                f"{utterance_id}: {wav} has {rate} Hz and {channels} channel(s); "
+                f"{self.sample_rate} Hz mono is needed."
+            )
+        wav_S = torch.from_numpy(samples)
+        return wav_S if self.perturbation is None else self.perturbation(wav_S, utterance_id)
+
+
+class CountSamples:
+    """Length of a waveform in samples."""
+
+    def __call__(self, wav_S: torch.Tensor) -> int:
+        return wav_S.shape[0]
+
+
+class Tokenize:
+    """A transcript as CTC targets, decoder input (bos first) and decoder targets (eos last)."""
+
+    def __init__(self, tokenizer: spm.SentencePieceProcessor):
+        self.tokenizer = tokenizer
+
+    def __call__(self, wrd: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens = tokens_of(self.tokenizer, wrd)
+        return (
+            torch.tensor(tokens, dtype=torch.long),
+            torch.tensor([BOS_ID, *tokens], dtype=torch.long),
+            torch.tensor([*tokens, EOS_ID], dtype=torch.long),
+        )
+
+
+def read_rows(manifest: str | Path, data_root: str | Path) -> dict[str, dict]:
+    """Rows of a manifest by utterance id, ``$data_root`` replaced, ``duration`` in seconds.
+
+    Raises:
+        UserError: no such file, not a manifest, or no rows.
+    """
+    if not Path(manifest).is_file():
+        raise UserError(f"No manifest {manifest}. Run without --skip_prep to make it.")
+    try:
+        rows = read_manifest(manifest)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not rows:
+        raise UserError(f"{manifest} has no utterances.")
+    return {
+        row.ID: {
+            "wav": row.wav.replace(DATA_ROOT, str(data_root), 1),
+            "duration": row.duration,
+            "spk_id": row.spk_id,
+            "wrd": row.wrd,
+        }
+        for row in rows
+    }
+
+
+def unalignable(
+    rows: Mapping[str, dict], tokenizer: spm.SentencePieceProcessor, sample_rate: int
+) -> dict[str, str]:
+    """Utterances that CTC cannot learn from, with the reason, by id."""
+    reasons = {}
+    for utterance_id, row in rows.items():
+        ids = tokens_of(tokenizer, row["wrd"])
+        if not tokenizer.decode(ids).strip():
+            empty = not row["wrd"].strip()
+            reasons[utterance_id] = "empty transcript" if empty else "no known character"
+            continue
+        tokens = torch.tensor([ids])
+        frames = num_frames(round(row["duration"] * sample_rate))
+        needed = int(min_ctc_frames(tokens, torch.tensor([tokens.shape[1]])))
+        if frames < needed:
+            reasons[utterance_id] = f"{frames} frames for {needed} (tokens and repetitions)"
+    return reasons
+
+
+class SkippedUtterances:
+    """``skipped.csv`` (id, reason): utterances that weigh nothing, each written once."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.ids: set[str] = set()
+
+    def add(self, reasons: Mapping[str, str]) -> None:
+        """Append those that are not listed yet."""
+        if reasons.keys() <= self.ids:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+", encoding="utf-8", newline="") as stream:
+            # Another process of the run may have added to it.
+            stream.seek(0)
+            self.ids.update(row["id"] for row in csv.DictReader(stream))
+            writer = csv.writer(stream)
+            if stream.tell() == 0:
+                writer.writerow(["id", "reason"])
+            writer.writerows(
+                (key, reason) for key, reason in reasons.items() if key not in self.ids
+            )
+        self.ids.update(reasons)
+
+
+def make_dataset(
+    rows: Mapping[str, dict],
+    tokenizer: spm.SentencePieceProcessor,
+    sample_rate: int,
+    perturbation: SpeedPerturbation | None = None,
+) -> DynamicItemDataset:
+    """Dataset whose items have id, sig, num_samples, wrd, tokens, tokens_bos, tokens_eos."""
+    dataset = DynamicItemDataset(dict(rows))
+    dataset.add_dynamic_item(
+        DynamicItem(["wav", "id"], ReadAudio(sample_rate, perturbation), ["sig"])
+    )
+    dataset.add_dynamic_item(DynamicItem(["sig"], CountSamples(), ["num_samples"]))
+    dataset.add_dynamic_item(
+        DynamicItem(["wrd"], Tokenize(tokenizer), ["tokens", "tokens_bos", "tokens_eos"])
+    )
+    dataset.set_output_keys(
+        ["id", "sig", "num_samples", "wrd", "tokens", "tokens_bos", "tokens_eos", "duration"]
+    )
+    return dataset
+
+
+def _duration(row: Mapping) -> float:
+    return row["duration"]
+
+
+@dataclass
+class Loaders:
+    """Datasets and how to iterate them, in the form that Brain.fit and Brain.evaluate take."""
+
+    train: DynamicItemDataset | None
+    valid: DynamicItemDataset | None
+    tests: dict[str, DynamicItemDataset]
+    train_sampler: Sampler | None = None
+    train_kwargs: dict = field(default_factory=dict)
+    valid_kwargs: dict = field(default_factory=dict)
+    perturbation: SpeedPerturbation | None = None
+    tokenizer: spm.SentencePieceProcessor | None = None
+
+
+def training_batches(dataset: DynamicItemDataset, hparams: Mapping) -> tuple[Sampler, dict]:
+    """(sampler that needs set_epoch, loader arguments) for the training set.
+
+    ``sorting`` is random, ascending or descending (by duration).
+
+    Raises:
+        UserError: an unknown ``sorting``.
+    """
+    common = {
+        "num_workers": hparams["num_workers"],
+        "collate_fn": PaddedBatch,
+        "worker_init_fn": UndisturbedWorker(),
+    }
+    sorting = hparams["sorting"]
+    if sorting not in ("random", "ascending", "descending"):
+        raise UserError(f"sorting is {sorting!r}; it must be random, ascending or descending.")
+    if hparams["dynamic_batching"]:
+        sampler = DynamicBatchSampler(
+            dataset,
+            max_batch_length=hparams["max_batch_length_train"],
+            num_buckets=hparams["num_bucket"],
+            length_func=_duration,
+            shuffle=sorting == "random",
+            batch_ordering=sorting,
+            max_batch_ex=hparams["max_batch_ex"],
+            seed=hparams["seed"],
+        )
+        return sampler, {"batch_sampler": sampler, **common}
+    sampler = ReproducibleRandomSampler(dataset, seed=hparams["seed"])
+    if sorting == "random":
+        return sampler, {"batch_size": hparams["batch_size"], "sampler": sampler, **common}
+    return sampler, {"batch_size": hparams["batch_size"], "shuffle": False, **common}
+
+
+def evaluation_batches(dataset: DynamicItemDataset, hparams: Mapping) -> dict:
+    """Loader arguments for validation and test: longest first, so that little is padded."""
+    sampler = DynamicBatchSampler(
+        dataset,
+        max_batch_length=hparams["max_batch_length_val"],
+        num_buckets=hparams["num_bucket"],
+        length_func=_duration,
+        shuffle=False,
+        batch_ordering="descending",
+        max_batch_ex=hparams["max_batch_ex"],
+    )
+    return {
+        "batch_sampler": sampler,
+        "num_workers": hparams["num_workers"],
+        "collate_fn": PaddedBatch,
+        "worker_init_fn": UndisturbedWorker(),
+    }
+
+
+def sorted_by_duration(rows: Mapping[str, dict], sorting: str) -> dict[str, dict]:
+    """Rows in the order in which a loader without shuffling should see them."""
+    if sorting == "random":
+        return dict(rows)
+    ordered = sorted(
+        rows.items(), key=lambda item: item[1]["duration"], reverse=sorting == "descending"
+    )
+    return dict(ordered)
+
+
+def leave_out(rows: Mapping[str, dict], ids: Sequence[str] | set[str]) -> dict[str, dict]:
+    """Rows without the given ids.
+
+    Raises:
+        UserError: nothing would be left.
+    """
+    kept = {key: row for key, row in rows.items() if key not in ids}
+    if not kept:
+        raise UserError(
+            "No training utterance can be used: every one has an empty transcript or fewer frames "
+            "than tokens (see skipped.csv). Is token_type or the sample rate wrong?"
+        )
+    return kept

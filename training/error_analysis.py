@@ -1,0 +1,89 @@
+"""Which words a recogniser gets wrong, and in which utterances it gets most wrong."""
+
+import collections
+import io
+
+from speechbrain.dataio.wer import print_alignments
+from speechbrain.utils.edit_distance import EDIT_SYMBOLS, top_wer_utts, wer_summary
+
+
+def analyse_errors(scores: list[dict], *, top_words: int = 30, top_utterances: int = 20) -> str:
+    """Describe the errors of one split: commonest confusions and worst utterances.
+
+    Args:
+        scores: ``ErrorRateStats.scores``, alignments included.
+        top_words: how many substitutions, deletions and insertions are listed at most.
+        top_utterances: how many utterances are shown at most, once among those with a hypothesis
+            and once among those for which nothing was recognised.
+
+    Returns:
+        The text of ``errors_<split>.txt``. Equal counts are in alphabetical order, so that the
+        text depends on the hypotheses alone.
+    """
+    substitutions, deletions, insertions = _count_edits(scores)
+    occurrences = collections.Counter(word for score in scores for word in score["ref_tokens"])
+    summary = wer_summary(scores)
+    blocks = [
+        f"%WER {summary['WER']:.2f}: {summary['num_edits']} errors in "
+        f"{summary['num_scored_tokens']} words; "
+        f"{summary['num_erroneous_sents']} of {summary['num_scored_sents']} utterances "
+        "have at least one\n",
+        _ranking(
+            "SUBSTITUTIONS",
+            "reference -> hypothesis",
+            substitutions,
+            top_words,
+            lambda pair: f"{pair[0]} -> {pair[1]}",
+        ),
+        _ranking(
+            "DELETIONS",
+            "reference word (spoken so many times)",
+            deletions,
+            top_words,
+            lambda word: f"{word} ({occurrences[word]})",
+        ),
+        _ranking("INSERTIONS", "hypothesis word", insertions, top_words, str),
+        _worst_utterances(scores, top_utterances),
+    ]
+    return "\n".join(blocks)
+
+
+def _count_edits(scores: list[dict]) -> tuple[collections.Counter, ...]:
+    substitutions, deletions, insertions = (collections.Counter() for _ in range(3))
+    for score in scores:
+        reference, hypothesis = score["ref_tokens"], score["hyp_tokens"]
+        for operation, i, j in score["alignment"]:
+            if operation == EDIT_SYMBOLS["sub"]:
+                substitutions[reference[i], hypothesis[j]] += 1
+            elif operation == EDIT_SYMBOLS["del"]:
+                deletions[reference[i]] += 1
+            elif operation == EDIT_SYMBOLS["ins"]:
+                insertions[hypothesis[j]] += 1
+    return substitutions, deletions, insertions
+
+
+def _ranking(title: str, legend: str, counts: collections.Counter, limit: int, render) -> str:
+    shown = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
+    lines = [f"{title}: {counts.total()}, {len(counts)} different", f" count  {legend}"]
+    lines += [f"{count:6d}  {render(what)}" for what, count in shown]
+    if len(counts) > len(shown):
+        lines.append(f"        ... and {len(counts) - len(shown)} more")
+    return "\n".join(lines) + "\n"
+
+
+def _worst_utterances(scores: list[dict], limit: int) -> str:
+    # top_wer_utts keeps the order of equal rates: among them the utterance with most errors leads.
+    wrong = sorted(
+        (score for score in scores if score["num_edits"]),
+        key=lambda score: (-score["num_edits"], score["key"]),
+    )
+    if not wrong:
+        return "WORST UTTERANCES: every utterance is right\n"
+    with_output, without_output = top_wer_utts(wrong, top_k=limit)
+    text = io.StringIO()
+    text.write(
+        f"WORST UTTERANCES: {len(with_output)} by WER, "
+        f"then {len(without_output)} in which nothing was recognised\n"
+    )
+    print_alignments(with_output + without_output, text)
+    return text.getvalue()

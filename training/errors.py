@@ -1,0 +1,23 @@
+"""Errors that are the user's to mend, and the exit statuses of a run."""
+
+EXIT_USER_ERROR = 2
+EXIT_SIGINT = 130  # 128 + SIGINT, as shells report it
+EXIT_SIGTERM = 143  # 128 + SIGTERM
+
+
+class UserError(ValueError):
+    """Something outside the code is wrong; the message says what, where, and what to do.
+
+    A script ends with the message alone and status 2.
+    """
+
+
+class Interrupted(BaseException):
+    """A SIGINT or SIGTERM was honoured: the checkpoint is saved, the process may end.
+
+    Derives from BaseException so that no ``except Exception`` on the way swallows it.
+    """
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.exit_status = 128 + signal_number

@@ -1,0 +1,115 @@
+"""Language model and tokenizer from a folder or the hub, checked against the recogniser."""
+
+import logging
+from pathlib import Path
+
+import sentencepiece as spm
+from speechbrain.utils.fetching import fetch
+
+from decoding.lm_scorers import (
+    CachedLMScorer,
+    KenLMScorer,
+    MambaLMScorer,
+    TransformerLMScorer,
+)
+from modules.lm import MambaLM
+from training.checkpoints import load_model_weights
+from training.errors import UserError
+from training.tokenizer import vocabulary
+
+logger = logging.getLogger(__name__)
+
+LM_FILE = "lm.ckpt"
+TOKENIZER_FILE = "tokenizer.ckpt"
+
+
+def fetch_pretrained(source: str, name: str, folder: str | Path) -> Path:
+    """A file of a local folder, or of a hub repository, which is downloaded into ``folder``.
+
+    Raises:
+        UserError: the folder lacks the file, or the hub does not give it.
+    """
+    if Path(source).is_dir():
+        path = Path(source) / name
+        if not path.is_file():
+            raise UserError(
+                f"pretrained_lm_tokenizer_path {source} has no {name}; it needs {LM_FILE} and "
+                f"{TOKENIZER_FILE}, as train_LM.py leaves them."
+            )
+        return path
+    try:
+        return Path(fetch(name, source, savedir=str(folder)))
+    except Exception as error:
+        raise UserError(
+            f"pretrained_lm_tokenizer_path {source!r} is no folder here and its {name} could not "
+            f"be downloaded ({type(error).__name__}: {error}). Give a local folder, or "
+            "--no_lm True to go without a language model."
+        ) from None
+
+
+def uses_pretrained_tokenizer(hparams: dict) -> bool:
+    """Whether the tokenizer comes from the language model's source: always from a local folder,
+    from the hub only for a language model that is really used."""
+    source = hparams.get("pretrained_lm_tokenizer_path")
+    return bool(source) and (Path(source).is_dir() or not hparams["no_lm"])
+
+
+def load_lm_scorer(hparams: dict) -> CachedLMScorer:
+    """The scorer of the LM that ``lm_model`` describes and ``pretrained_lm_tokenizer_path`` holds.
+
+    Raises:
+        UserError: no source, weights of another architecture, or another vocabulary.
+    """
+    source = hparams["pretrained_lm_tokenizer_path"]
+    if not source:
+        raise UserError(
+            "no_lm is False but pretrained_lm_tokenizer_path is empty. Give a folder with "
+            f"{LM_FILE} and {TOKENIZER_FILE} (train_LM.py makes one), or --no_lm True."
+        )
+    folder = Path(hparams["save_folder"]) / "pretrained"
+    check_same_tokenizer(fetch_pretrained(source, TOKENIZER_FILE, folder), hparams)
+    model = hparams["lm_model"]()
+    load_model_weights(model, fetch_pretrained(source, LM_FILE, folder), "language model")
+    model.eval().requires_grad_(False)
+    scorer = MambaLMScorer if isinstance(model, MambaLM) else TransformerLMScorer
+    return scorer(language_model=model, temperature=hparams["temperature_lm"])
+
+
+def load_token_ngram(hparams: dict) -> KenLMScorer | None:
+    """The scorer of ``token_ngram_path``; None where the key is empty.
+
+    Raises:
+        UserError: kenlm is not installed, or the file is no n-gram.
+    """
+    path = hparams["token_ngram_path"]
+    if not path:
+        return None
+    tokens = vocabulary(hparams["tokenizer"])
+    # The output layer may be wider than the tokenizer.
+    spare = [f"<spare{i}>" for i in range(hparams["output_neurons"] - len(tokens))]
+    try:
+        return KenLMScorer(str(path), hparams["output_neurons"], [*tokens, *spare])
+    except ImportError:
+        raise UserError("--token_ngram_path needs kenlm: pip install -e '.[ngram]'") from None
+    except OSError as error:
+        raise UserError(f"token_ngram_path {path}: {error}") from None
+
+
+def check_same_tokenizer(model_file: Path, hparams: dict) -> None:
+    """Refuse a language model over other tokens than the recogniser's.
+
+    Raises:
+        UserError: names the first tokens that differ.
+    """
+    theirs = vocabulary(spm.SentencePieceProcessor(model_file=str(model_file)))
+    ours = vocabulary(hparams["tokenizer"])
+    if theirs == ours:
+        return
+    differing = [
+        f"{i}: {a!r} / {b!r}" for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b
+    ]
+    raise UserError(
+        f"The language model's tokenizer {model_file} ({len(theirs)} tokens) is not the "
+        f"recogniser's ({len(ours)} tokens); first differences (recogniser / language model): "
+        f"{'; '.join(differing[:3]) or 'one is longer'}. Both must be trained with one tokenizer."
+    )

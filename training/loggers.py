@@ -1,0 +1,78 @@
+"""TensorBoard and Weights & Biases, as far as a run asks for them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from speechbrain.utils.distributed import main_process_only
+from speechbrain.utils.train_logger import TensorboardLogger, TrainLogger, WandBLogger
+
+from training.errors import UserError
+
+
+class EpochTensorboardLogger(TensorboardLogger):
+    """SpeechBrain's logger with the epoch as the step, so that a resumed run's curve goes on."""
+
+    @main_process_only
+    def log_stats(
+        self, stats_meta, train_stats=None, valid_stats=None, test_stats=None, verbose=False
+    ):
+        """Scalars ``<name>/<stage>`` at the epoch; those of a test split without one."""
+        tagged = dict(stats_meta)
+        epoch = tagged.pop("epoch", None)
+        test_tag = tagged.pop("split", "test")
+        for tag, stats in (("train", train_stats), ("valid", valid_stats), (test_tag, test_stats)):
+            tagged |= {f"{name}/{tag}": value for name, value in (stats or {}).items()}
+        for name, value in tagged.items():
+            self.writer.add_scalar(name, value, epoch)
+        self.writer.flush()
+
+
+class RunWandBLogger(WandBLogger):
+    """SpeechBrain's logger; test splits go to the run's summary, where one number belongs."""
+
+    @main_process_only
+    def log_stats(
+        self, stats_meta, train_stats=None, valid_stats=None, test_stats=None, verbose=False
+    ):
+        """One point per epoch, one summary entry per test split."""
+        if "split" in stats_meta:
+            self.run.summary.update({stats_meta["split"]: test_stats})
+            return
+        super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
+
+
+def make_loggers(hparams: Mapping) -> list[TrainLogger]:
+    """The loggers that ``use_tensorboard`` and ``use_wandb`` ask for.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    loggers: list[TrainLogger] = []
+    folder = Path(hparams["output_folder"])
+    if hparams["use_tensorboard"]:
+        try:
+            loggers.append(EpochTensorboardLogger(str(folder / "tensorboard")))
+        except ImportError:
+            raise UserError(
+                "--use_tensorboard True needs: pip install -e '.[tensorboard]'"
+            ) from None
+    if hparams["use_wandb"]:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--use_wandb True needs: pip install -e '.[wandb]'") from None
+        plain = {k: v for k, v in hparams.items() if isinstance(v, (int, float, str, list, dict))}
+        loggers.append(
+            RunWandBLogger(
+                wandb.init,
+                entity=hparams["wandb_entity"],
+                project=hparams["wandb_project"],
+                name="-".join(folder.parts[-2:]),
+                # The same folder is the same run, also after an interruption.
+                id="-".join(folder.parts[-3:]).replace("/", "-") or None,
+                resume="allow",
+                dir=str(folder),
+                config=plain,
+            )
+        )
+    return loggers

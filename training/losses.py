@@ -1,0 +1,79 @@
+"""CTC losses that say which utterances could not be aligned."""
+
+import torch
+import torch.nn.functional as F
+
+
+def min_ctc_frames(tokens_BU: torch.Tensor, num_tokens_B: torch.Tensor) -> torch.Tensor:
+    """Fewest frames that a CTC path needs: one per token and one per adjacent repetition."""
+    positions_U = torch.arange(tokens_BU.shape[1], device=tokens_BU.device)
+    repeat_BU = torch.zeros_like(tokens_BU, dtype=torch.bool)
+    repeat_BU[:, 1:] = tokens_BU[:, 1:] == tokens_BU[:, :-1]
+    repeat_BU &= positions_U < num_tokens_B[:, None]
+    return num_tokens_B + repeat_BU.sum(1)
+
+
+def ctc_loss(
+    log_probs_BTV: torch.Tensor,
+    tokens_BU: torch.Tensor,
+    num_frames_B: torch.Tensor,
+    num_tokens_B: torch.Tensor,
+    blank: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log likelihood of each utterance.
+
+    Args:
+        log_probs_BTV: float32 log probabilities.
+        tokens_BU: targets without blanks, padded.
+        num_frames_B, num_tokens_B: integer lengths.
+
+    Returns:
+        (loss_B, feasible_B): an utterance with fewer frames than its tokens need has loss 0, no
+        gradient, and False in ``feasible_B``; one without tokens likewise.
+    """
+    feasible_B = (num_frames_B >= min_ctc_frames(tokens_BU, num_tokens_B)) & (num_tokens_B > 0)
+    # MPS has no CTC loss.
+    device = torch.device("cpu") if log_probs_BTV.device.type == "mps" else log_probs_BTV.device
+    loss_B = F.ctc_loss(
+        log_probs_BTV.transpose(0, 1).to(device),
+        tokens_BU.to(device),
+        num_frames_B.to(device),
+        num_tokens_B.to(device),
+        blank=blank,
+        reduction="none",
+        zero_infinity=True,
+    ).to(log_probs_BTV.device)
+    return torch.where(feasible_B, loss_B, torch.zeros_like(loss_B)), feasible_B
+
+
+def mean_over_feasible(loss_B: torch.Tensor, feasible_B: torch.Tensor) -> torch.Tensor:
+    """Mean of the losses that count; 0 (with a graph) when none does."""
+    return (loss_B * feasible_B).sum() / feasible_B.sum().clamp(min=1)
+
+
+def consistency_loss(
+    log_probs_BTV: torch.Tensor, num_frames_B: torch.Tensor, feasible_B: torch.Tensor
+) -> torch.Tensor:
+    """Symmetric divergence between the CTC outputs of two augmented copies of each utterance.
+
+    The batch holds the first copies, then the second ones in the same order; each copy learns from
+    the other's distribution, which gets no gradient. Summed over frames, mean over utterances.
+    CR-CTC, arXiv:2410.05101, equation 6.
+
+    Args:
+        log_probs_BTV: (2 * utterances, T, V) float32 log probabilities.
+        num_frames_B: (2 * utterances,) integers, both halves alike.
+    """
+    first_BTV, second_BTV = log_probs_BTV.chunk(2)
+    frames_B, counts_B = num_frames_B.chunk(2)[0], feasible_B.chunk(2)[0]
+    valid_BT = torch.arange(log_probs_BTV.shape[1], device=frames_B.device) < frames_B[:, None]
+    valid_BT = valid_BT & counts_B[:, None]
+
+    def divergence(student_BTV, teacher_BTV):
+        kl_BT = F.kl_div(student_BTV, teacher_BTV.detach(), reduction="none", log_target=True).sum(
+            -1
+        )
+        return torch.where(valid_BT, kl_BT, torch.zeros_like(kl_BT)).sum()
+
+    total = divergence(first_BTV, second_BTV) + divergence(second_BTV, first_BTV)
+    return 0.5 * total / counts_B.sum().clamp(min=1)

@@ -1,0 +1,209 @@
+"""From a command line to a trained and evaluated model; both scripts run through here."""
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from speechbrain.utils.distributed import if_main_process, run_on_main
+
+from corpora.files import atomic_write
+from corpora.librispeech import find_data_root
+from librispeech_prepare import prepare_librispeech
+from training.augment import SpeedPerturbation
+from training.brain import ASRBrain
+from training.checkpoints import load_model_weights
+from training.data import (
+    Loaders,
+    SkippedUtterances,
+    evaluation_batches,
+    leave_out,
+    make_dataset,
+    read_rows,
+    sorted_by_duration,
+    training_batches,
+    unalignable,
+)
+from training.errors import UserError
+from training.evaluation import evaluate_splits
+from training.language_model import TOKENIZER_FILE, fetch_pretrained, uses_pretrained_tokenizer
+from training.loggers import make_loggers
+from training.reports import results_table
+from training.start import make_output_folder, start_run
+from training.tokenizer import count_unknown_characters, load_tokenizer, train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+TRAIN_MANIFEST = "train.csv"
+
+
+def check_splits(hparams: dict, test_only: bool) -> None:
+    """Make lists of splits that were given as one name.
+
+    Raises:
+        UserError: there is nothing to train or to validate on.
+    """
+    for key in ("train_splits", "dev_splits", "test_splits"):
+        if isinstance(hparams[key], str):
+            hparams[key] = [hparams[key]]
+        if not hparams[key] and key != "test_splits" and not test_only:
+            raise UserError(f"{key} is empty. Name at least one split, such as '[dev-clean]'.")
+
+
+def prepare_manifests(hparams: dict, test_only: bool) -> None:
+    """Write the manifests that this run reads; of a test-only run, those of the test splits."""
+    train = [] if test_only else list(hparams["train_splits"])
+    dev = [] if test_only else list(hparams["dev_splits"])
+    # A split may be validated on and tested on: its manifest is one.
+    test = [split for split in hparams["test_splits"] if split not in [*train, *dev]]
+    try:
+        prepare_librispeech(
+            hparams["data_folder"],
+            hparams["output_folder"],
+            tr_splits=train,
+            dev_splits=dev,
+            te_splits=test,
+            merge_lst=train,
+            merge_name=TRAIN_MANIFEST if train else None,
+            skip_prep=hparams["skip_prep"],
+            skip_bad=hparams["skip_bad"],
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def tokenizer_file(hparams: dict) -> Path:
+    """Where the run keeps its sentencepiece model."""
+    return Path(hparams["save_folder"]) / "tokenizer.model"
+
+
+def prepare_tokenizer(hparams: dict) -> None:
+    """The run's tokenizer file: the language model's, or trained from the training transcripts."""
+    model_file = tokenizer_file(hparams)
+    if model_file.is_file():
+        return
+    if uses_pretrained_tokenizer(hparams):
+        source = hparams["pretrained_lm_tokenizer_path"]
+        pretrained = fetch_pretrained(source, TOKENIZER_FILE, model_file.parent / "pretrained")
+        with atomic_write(model_file, "wb") as stream:
+            stream.write(pretrained.read_bytes())
+        return
+    rows = read_rows(Path(hparams["output_folder"]) / TRAIN_MANIFEST, "")
+    train_tokenizer(
+        (row["wrd"] for row in rows.values()),
+        model_file,
+        token_type=hparams["token_type"],
+        output_neurons=hparams["output_neurons"],
+        character_coverage=hparams["character_coverage"],
+    )
+
+
+def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
+    """Datasets and batches of a run whose manifests and tokenizer exist.
+
+    Args:
+        hparams: of the recipe's YAML.
+        test_only: leave the training and validation sets out; nothing of them needs to exist.
+    """
+    folder = Path(hparams["output_folder"])
+    splits = list(hparams["test_splits"])
+    if not test_only:
+        splits = [*hparams["train_splits"], *hparams["dev_splits"], *splits]
+    try:
+        data_root = find_data_root(hparams["data_folder"], splits)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    tokenizer = load_tokenizer(tokenizer_file(hparams), hparams["output_neurons"])
+    sample_rate = hparams["sample_rate"]
+    tests = {
+        split: make_dataset(read_rows(folder / f"{split}.csv", data_root), tokenizer, sample_rate)
+        for split in hparams["test_splits"]
+    }
+    loaders = Loaders(train=None, valid=None, tests=tests, tokenizer=tokenizer)
+    if test_only:
+        return loaders
+
+    rows = read_rows(folder / TRAIN_MANIFEST, data_root)
+    unknown = count_unknown_characters(tokenizer, (row["wrd"] for row in rows.values()))
+    if unknown:
+        listed = ", ".join(f"{char!r} {count}" for char, count in unknown.most_common(20))
+        logger.warning("Characters that the tokenizer does not know are left out: %s", listed)
+    skipped = unalignable(rows, tokenizer, sample_rate)
+    if skipped and if_main_process():
+        SkippedUtterances(folder / "skipped.csv").add(skipped)
+        logger.warning("%d training utterances are left out: see skipped.csv", len(skipped))
+    rows = sorted_by_duration(leave_out(rows, set(skipped)), hparams["sorting"])
+    if hparams.get("speed_perturb") is not None:
+        loaders.perturbation = SpeedPerturbation(hparams["speed_perturb"], hparams["seed"])
+    loaders.train = make_dataset(rows, tokenizer, sample_rate, loaders.perturbation)
+    loaders.train_sampler, loaders.train_kwargs = training_batches(loaders.train, hparams)
+    dev = {}
+    for split in hparams["dev_splits"]:
+        dev.update(read_rows(folder / f"{split}.csv", data_root))
+    loaders.valid = make_dataset(dev, tokenizer, sample_rate)
+    loaders.valid_kwargs = evaluation_batches(loaders.valid, hparams)
+    return loaders
+
+
+def run_recipe(
+    argv: Sequence[str],
+    brain_class: type[ASRBrain],
+    description: str,
+    complete_hparams: Callable[[dict, Loaders], None] | None = None,
+) -> ASRBrain:
+    """Prepare, train (or resume), evaluate.
+
+    Args:
+        argv: arguments of the command line, the YAML file first.
+        brain_class: the recipe's Brain.
+        complete_hparams: adds to the hparams what needs the tokenizer (searchers, scorers).
+
+    Raises:
+        UserError: something that the user can mend.
+        Interrupted: SIGINT or SIGTERM; the run can be resumed.
+    """
+    line, hparams, run_opts = start_run(argv, description)
+    test_only = run_opts.test_only
+    check_splits(hparams, test_only)
+    if test_only and not tokenizer_file(hparams).is_file():
+        raise UserError(
+            f"{tokenizer_file(hparams)} is missing: --test_only needs the output_folder of a "
+            "trained run."
+        )
+    if not test_only:
+        hparams["checkpointer"].check_architecture()
+    make_output_folder(line, hparams, test_only)
+    run_on_main(prepare_manifests, args=[hparams, test_only])
+    run_on_main(prepare_tokenizer, args=[hparams])
+    loaders = dataio_prepare(hparams, test_only)
+    hparams["tokenizer"] = loaders.tokenizer
+    if complete_hparams is not None:
+        complete_hparams(hparams, loaders)
+    if line.init_from is not None and not test_only:
+        load_model_weights(hparams["model"], Path(line.init_from), "file")
+    brain = brain_class(
+        modules=hparams["modules"],
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=hparams["checkpointer"],
+    )
+    if not test_only:
+        brain.loggers += make_loggers(hparams)
+    brain.resume_from = line.resume
+    if not test_only:
+        brain.train_sampler = loaders.train_sampler
+        brain.perturbation = loaders.perturbation
+        brain.fit(
+            hparams["counter"],
+            loaders.train,
+            loaders.valid,
+            train_loader_kwargs=loaders.train_kwargs,
+            valid_loader_kwargs=loaders.valid_kwargs,
+        )
+    scores = evaluate_splits(brain, loaders.tests, [Path(sys.argv[0]).name, *argv])
+    if if_main_process():
+        print(f"\n{results_table(scores)}\n\nReports: {hparams['output_folder']}")
+        logger.info("Command: %s", shlex.join([Path(sys.argv[0]).name, *argv]))
+    return brain

@@ -1,0 +1,50 @@
+"""The first steps of every run: command line, YAML file, device, processes, output folder."""
+
+from collections.abc import Sequence
+
+import speechbrain as sb
+from speechbrain.utils.distributed import ddp_init_group
+from speechbrain.utils.run_opts import RunOptions
+
+from training.allocator import keep_freed_memory
+from training.cli import CommandLine, load_hparams, parse_command_line, run_options
+from training.devices import check_device, check_precision
+
+
+def start_run(argv: Sequence[str], description: str) -> tuple[CommandLine, dict, RunOptions]:
+    """Reads what was asked for and joins the other processes of the run.
+
+    Args:
+        argv: arguments of the command line, the YAML file first.
+        description: of the script, for ``--help``.
+
+    Returns:
+        the command line, the hyperparameters with their objects, and the run options in force.
+
+    Raises:
+        UserError: see ``parse_command_line`` and ``load_hparams``; or a device or a precision that
+            is not to be had here.
+    """
+    line = parse_command_line(argv, description)
+    hparams = load_hparams(line.param_file, line.overrides)
+    options = run_options(line, hparams)
+    check_device(options.device)
+    check_precision(options.device, options.precision)
+    check_precision(options.device, options.eval_precision)
+    if options.device == "cpu":
+        keep_freed_memory()
+    ddp_init_group(options)
+    return line, hparams, options
+
+
+def make_output_folder(line: CommandLine, hparams: dict, test_only: bool) -> None:
+    """Makes the output folder with its log and, of a training run, its hyperparameters.
+
+    The record of how a model was trained outlives an evaluation with other settings.
+    """
+    sb.create_experiment_directory(
+        experiment_directory=hparams["output_folder"],
+        hyperparams_to_save=None if test_only else line.param_file,
+        overrides=line.overrides,
+        save_env_desc=not test_only,
+    )
