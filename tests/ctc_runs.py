@@ -109,8 +109,15 @@ def metrics(output_folder: Path) -> list[dict]:
 
 
 def checkpoints(output_folder: Path) -> list[Path]:
-    """Checkpoint folders in the order in which they were written."""
-    return sorted((output_folder / "save").glob("CKPT+*"))
+    """Checkpoint folders in the order in which they were written.
+
+    Names alone do not tell it: within one second a name that rotation freed is given again.
+    """
+
+    def written(checkpoint: Path) -> float:
+        return yaml.safe_load((checkpoint / "CKPT.yaml").read_text(encoding="utf-8"))["unixtime"]
+
+    return sorted((output_folder / "save").glob("CKPT+*"), key=written)
 
 
 def weights_of(checkpoint: Path) -> dict:

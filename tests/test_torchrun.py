@@ -11,7 +11,7 @@ import torch
 
 from corpora.manifest import read_manifest
 from modules.lengths import num_feature_frames
-from tests.ctc_runs import REPOSITORY, command_line, metrics
+from tests.ctc_runs import REPOSITORY, checkpoints, command_line, metrics
 from tests.generated_corpus import make_corpus
 
 UTTERANCES = 8
@@ -108,7 +108,7 @@ def test_both_processes_end_with_identical_weights_optimisers_and_statistics(ran
 
 
 def test_the_checkpoint_holds_these_weights(finished, ranks):
-    latest = max((finished[0] / "save").glob("CKPT+*"))
+    latest = checkpoints(finished[0])[-1]
     torch.testing.assert_close(
         torch.load(latest / "model.ckpt", weights_only=True), ranks[0]["model"], rtol=0, atol=0
     )
