@@ -40,8 +40,7 @@ class ASR(ASRBrain):
     def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> CTCOutputs:
         """Waveforms to log probabilities."""
         batch = batch.to(self.device)
-        copies = 2 if self.hparams.consistency_weight else 1
-        encoded = self.features(batch, stage, copies)
+        encoded = self.features(batch, stage)
         encoder_BTD, _ = self.modules.Transformer(encoded.feats, None, encoded.wav_lens)
         logits_BTV = self.modules.ctc_lin(encoder_BTD)
         return CTCOutputs(logits_BTV.float().log_softmax(-1), encoded)

@@ -46,8 +46,7 @@ class ASR(ASRBrain):
     def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> S2SOutputs:
         """Waveforms and the tokens so far to log probabilities."""
         batch = batch.to(self.device)
-        copies = 2 if self.hparams.consistency_weight else 1
-        encoded = self.features(batch, stage, copies)
+        encoded = self.features(batch, stage)
         tokens_BU = batch.tokens_bos.data.repeat(encoded.copies, 1)
         encoder_BTD, decoder_BUD = self.modules.Transformer(
             encoded.feats, tokens_BU, encoded.wav_lens, pad_idx=self.hparams.pad_index

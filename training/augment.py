@@ -17,16 +17,20 @@ class SpeedPerturbation:
     Args:
         perturb: SpeechBrain's ``SpeedPerturb`` or anything that maps (1, S) to (1, S').
         seed: of the run.
+        from_epoch: audio of earlier epochs is returned as it came.
 
     Set ``epoch`` before the loader's iterator is made: the workers get a copy then.
     """
 
-    def __init__(self, perturb: torch.nn.Module, seed: int):
+    def __init__(self, perturb: torch.nn.Module, seed: int, from_epoch: int = 0):
         self.perturb = perturb
         self.seed = seed
+        self.from_epoch = from_epoch
         self.epoch = 0
 
     def __call__(self, wav_S: torch.Tensor, utterance_id: str) -> torch.Tensor:
+        if self.epoch < self.from_epoch:
+            return wav_S
         with seeded(self.seed, self.epoch, utterance_id, "speed"), torch.no_grad():
             return self.perturb(wav_S[None])[0]
 

@@ -69,13 +69,19 @@ class ASRBrain(RunBrain):
         """Seconds of audio; a perturbed utterance counts as what was read."""
         return float(sum(batch.duration))
 
-    def features(self, batch: PaddedBatch, stage: sb.Stage, copies: int = 1) -> Encoded:
-        """Filterbank, normalisation, augmentation (training only) and front end.
+    def augments(self, stage: sb.Stage) -> bool:
+        """Whether this stage is trained on augmented speech: from ``augment_from_epoch`` on."""
+        return stage == sb.Stage.TRAIN and self.epoch >= getattr(
+            self.hparams, "augment_from_epoch", 1
+        )
 
-        With ``copies`` > 1 a training batch is repeated that often, each copy augmented anew.
+    def features(self, batch: PaddedBatch, stage: sb.Stage) -> Encoded:
+        """Filterbank, normalisation, augmentation (see ``augments``) and front end.
+
+        With a ``consistency_weight`` what is augmented is repeated, each copy augmented anew.
         """
         hparams = self.hparams
-        training = stage == sb.Stage.TRAIN
+        copies = 1
         wav_BS = batch.sig.data
         num_samples_B = batch.num_samples.to(wav_BS.device)
         # Filterbank energies span more decades than bfloat16 has bits.
@@ -85,7 +91,8 @@ class ASRBrain(RunBrain):
             feats_BTM = self.modules.normalize(
                 feats_BTM, relative_lengths(frames_B, feats_BTM.shape[1]), epoch=self.epoch
             )
-        if training:
+        if self.augments(stage):
+            copies = 2 if hparams.consistency_weight else 1
             feats_BTM = torch.cat(
                 [
                     self.spectrogram_augmentation(feats_BTM, frames_B, batch.id, self.epoch, view)
@@ -94,12 +101,12 @@ class ASRBrain(RunBrain):
             )
             frames_B, num_samples_B = frames_B.repeat(copies), num_samples_B.repeat(copies)
         # From here on only dropout draws random numbers.
-        if training:
+        if stage == sb.Stage.TRAIN:
             seed_everything(hparams.seed, self.epoch, self.step, self.rank)
         return Encoded(
             self.modules.CNN(feats_BTM, frames_B),
             num_frames(num_samples_B),
-            copies if training else 1,
+            copies,
         )
 
     def note_infeasible(
