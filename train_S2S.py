@@ -23,6 +23,7 @@ from training.data import Loaders
 from training.language_model import load_lm_scorer, load_token_ngram
 from training.losses import consistency_loss, ctc_loss, mean_over_feasible
 from training.recipe import dataio_prepare, run_recipe
+from training.token_noise import replace_tokens
 
 __all__ = ["ASR", "dataio_prepare", "main"]
 
@@ -48,6 +49,14 @@ class ASR(ASRBrain):
         batch = batch.to(self.device)
         encoded = self.features(batch, stage)
         tokens_BU = batch.tokens_bos.data.repeat(encoded.copies, 1)
+        if stage == sb.Stage.TRAIN and getattr(self.hparams, "decoder_token_noise", 0):
+            tokens_BU = replace_tokens(
+                tokens_BU,
+                self.hparams.decoder_token_noise,
+                self.hparams.pad_index,
+                num_special=self.hparams.eos_index + 1,
+                vocabulary=self.hparams.output_neurons,
+            )
         encoder_BTD, decoder_BUD = self.modules.Transformer(
             encoded.feats, tokens_BU, encoded.wav_lens, pad_idx=self.hparams.pad_index
         )
