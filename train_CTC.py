@@ -16,7 +16,6 @@ from training.brain import ASRBrain, Encoded
 from training.cli import run_script
 from training.data import Loaders
 from training.errors import UserError
-from training.losses import consistency_loss, ctc_loss, mean_over_feasible
 from training.recipe import dataio_prepare, run_recipe
 from training.tokenizer import vocabulary
 
@@ -49,23 +48,7 @@ class ASR(ASRBrain):
         self, predictions: CTCOutputs, batch: PaddedBatch, stage: sb.Stage
     ) -> Tensor:
         """CTC loss per utterance, plus the consistency of the two copies."""
-        encoded = predictions.encoded
-        num_tokens_B = self.num_tokens(batch).to(self.device)
-        loss_B, feasible_B = ctc_loss(
-            predictions.log_probs_BTV,
-            batch.tokens.data.repeat(encoded.copies, 1),
-            encoded.num_frames_B,
-            num_tokens_B.repeat(encoded.copies),
-            self.hparams.blank_index,
-        )
-        loss = mean_over_feasible(loss_B, feasible_B)
-        if stage == sb.Stage.TRAIN:
-            self.note_infeasible(list(batch.id), feasible_B, encoded, batch)
-            if encoded.copies > 1:
-                loss = loss + self.hparams.consistency_weight * consistency_loss(
-                    predictions.log_probs_BTV, encoded.num_frames_B, feasible_B
-                )
-        return loss
+        return self.ctc_objective(predictions.log_probs_BTV, predictions.encoded, batch, stage)
 
     def decode(self, outputs: CTCOutputs, batch: PaddedBatch, stage: sb.Stage) -> list[str]:
         """Greedy in validation, beam search in test."""

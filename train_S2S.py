@@ -21,7 +21,6 @@ from training.brain import ASRBrain, Encoded
 from training.cli import run_script
 from training.data import Loaders
 from training.language_model import load_lm_scorer, load_token_ngram
-from training.losses import consistency_loss, ctc_loss, mean_over_feasible
 from training.recipe import dataio_prepare, run_recipe
 from training.token_noise import replace_tokens
 
@@ -73,14 +72,7 @@ class ASR(ASRBrain):
         """``ctc_weight`` times the CTC loss plus the rest of one times the attention loss."""
         encoded, hparams = predictions.encoded, self.hparams
         copies = encoded.copies
-        loss_B, feasible_B = ctc_loss(
-            predictions.ctc_log_probs_BTV,
-            batch.tokens.data.repeat(copies, 1),
-            encoded.num_frames_B,
-            self.num_tokens(batch).to(self.device).repeat(copies),
-            hparams.blank_index,
-        )
-        ctc = mean_over_feasible(loss_B, feasible_B)
+        ctc = self.ctc_objective(predictions.ctc_log_probs_BTV, encoded, batch, stage)
         seq = kldiv_loss(
             predictions.seq_log_probs_BUV,
             batch.tokens_eos.data.repeat(copies, 1),
@@ -89,13 +81,7 @@ class ASR(ASRBrain):
             reduction="batchmean",
             pad_idx=hparams.pad_index,
         )
-        if stage == sb.Stage.TRAIN:
-            self.note_infeasible(list(batch.id), feasible_B, encoded, batch)
-            if copies > 1:
-                ctc = ctc + hparams.consistency_weight * consistency_loss(
-                    predictions.ctc_log_probs_BTV, encoded.num_frames_B, feasible_B
-                )
-        else:
+        if stage != sb.Stage.TRAIN:
             self.accuracy.append(
                 predictions.seq_log_probs_BUV, batch.tokens_eos.data, batch.tokens_eos.lengths
             )

@@ -12,7 +12,13 @@ from torch import Tensor
 from modules.lengths import num_feature_frames, num_frames, relative_lengths
 from training.augment import SpectrogramAugmentation, SpeedPerturbation
 from training.data import SkippedUtterances
-from training.losses import min_ctc_frames
+from training.losses import (
+    consistency_loss,
+    ctc_loss,
+    flat_start_loss,
+    mean_over_feasible,
+    min_ctc_frames,
+)
 from training.run_brain import RunBrain
 from training.seeding import seed_everything
 
@@ -108,6 +114,31 @@ class ASRBrain(RunBrain):
             num_frames(num_samples_B),
             copies,
         )
+
+    def ctc_objective(
+        self, log_probs_BTV: Tensor, encoded: Encoded, batch: PaddedBatch, stage: sb.Stage
+    ) -> Tensor:
+        """CTC loss, mean over utterances; in training with the consistency of the two copies.
+
+        The first ``flat_start_epochs`` train with ``flat_start_loss`` in its place.
+        """
+        hparams, training = self.hparams, stage == sb.Stage.TRAIN
+        flat = training and self.epoch <= getattr(hparams, "flat_start_epochs", 0)
+        loss_B, feasible_B = (flat_start_loss if flat else ctc_loss)(
+            log_probs_BTV,
+            batch.tokens.data.repeat(encoded.copies, 1),
+            encoded.num_frames_B,
+            self.num_tokens(batch).to(self.device).repeat(encoded.copies),
+            hparams.blank_index,
+        )
+        loss = mean_over_feasible(loss_B, feasible_B)
+        if training:
+            self.note_infeasible(list(batch.id), feasible_B, encoded, batch)
+            if encoded.copies > 1:
+                loss = loss + hparams.consistency_weight * consistency_loss(
+                    log_probs_BTV, encoded.num_frames_B, feasible_B
+                )
+        return loss
 
     def note_infeasible(
         self, ids: list[str], feasible_B: Tensor, encoded: Encoded, batch: PaddedBatch

@@ -46,6 +46,39 @@ def ctc_loss(
     return torch.where(feasible_B, loss_B, torch.zeros_like(loss_B)), feasible_B
 
 
+def flat_start_loss(
+    log_probs_BTV: torch.Tensor,
+    tokens_BU: torch.Tensor,
+    num_frames_B: torch.Tensor,
+    num_tokens_B: torch.Tensor,
+    blank: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy with soft CTC alignments in which no token is likelier than another a priori.
+
+    CTC begins with a plateau: blank is the best single guess for every frame, alignments then
+    consist of blanks, and nothing is learnt of speech. Here alignments are computed from the
+    posteriors divided by their mean over the batch, as likelihoods of a hybrid recogniser are, so
+    that the first ones spread the tokens evenly over time: the flat start of Gaussian mixtures.
+    Label priors after arXiv:2406.02560, without a state: those of this batch.
+
+    Arguments and returns as in ``ctc_loss``; the loss is no likelihood, only its gradient counts.
+    """
+    frames_T = torch.arange(log_probs_BTV.shape[1], device=log_probs_BTV.device)
+    valid_BT1 = (frames_T < num_frames_B[:, None]).unsqueeze(-1)
+    given_BTV = log_probs_BTV.detach()
+    probs_BTV = torch.where(valid_BT1, given_BTV.exp(), torch.zeros_like(given_BTV))
+    prior_V = probs_BTV.sum((0, 1)) / valid_BT1.sum().clamp(min=1)
+    with torch.enable_grad():
+        scaled_BTV = (given_BTV - prior_V.clamp_min(1e-8).log()).log_softmax(-1).requires_grad_()
+        loss_B, feasible_B = ctc_loss(scaled_BTV, tokens_BU, num_frames_B, num_tokens_B, blank)
+        (grad_BTV,) = torch.autograd.grad(loss_B.sum(), scaled_BTV)
+    # torch gives the gradient as it is behind a softmax: probabilities less occupancies.
+    occupancy_BTV = scaled_BTV.detach().exp() - grad_BTV
+    counts_BT1 = valid_BT1 & feasible_B[:, None, None]
+    loss_BTV = torch.where(counts_BT1, -occupancy_BTV * log_probs_BTV, torch.zeros_like(given_BTV))
+    return loss_BTV.sum((1, 2)), feasible_B
+
+
 def mean_over_feasible(loss_B: torch.Tensor, feasible_B: torch.Tensor) -> torch.Tensor:
     """Mean of the losses that count; 0 (with a graph) when none does."""
     return (loss_B * feasible_B).sum() / feasible_B.sum().clamp(min=1)
