@@ -48,7 +48,7 @@ class ASR(ASRBrain):
         batch = batch.to(self.device)
         encoded = self.features(batch, stage)
         tokens_BU = batch.tokens_bos.data.repeat(encoded.copies, 1)
-        if stage == sb.Stage.TRAIN and getattr(self.hparams, "decoder_token_noise", 0):
+        if stage == sb.Stage.TRAIN and self.hparams.decoder_token_noise:
             tokens_BU = replace_tokens(
                 tokens_BU,
                 self.hparams.decoder_token_noise,

@@ -77,9 +77,7 @@ class ASRBrain(RunBrain):
 
     def augments(self, stage: sb.Stage) -> bool:
         """Whether this stage is trained on augmented speech: from ``augment_from_epoch`` on."""
-        return stage == sb.Stage.TRAIN and self.epoch >= getattr(
-            self.hparams, "augment_from_epoch", 1
-        )
+        return stage == sb.Stage.TRAIN and self.epoch >= self.hparams.augment_from_epoch
 
     def features(self, batch: PaddedBatch, stage: sb.Stage) -> Encoded:
         """Filterbank, normalisation, augmentation (see ``augments``) and front end.
@@ -123,7 +121,7 @@ class ASRBrain(RunBrain):
         The first ``flat_start_epochs`` train with ``flat_start_loss`` in its place.
         """
         hparams, training = self.hparams, stage == sb.Stage.TRAIN
-        flat = training and self.epoch <= getattr(hparams, "flat_start_epochs", 0)
+        flat = training and self.epoch <= hparams.flat_start_epochs
         loss_B, feasible_B = (flat_start_loss if flat else ctc_loss)(
             log_probs_BTV,
             batch.tokens.data.repeat(encoded.copies, 1),

@@ -66,7 +66,7 @@ def flat_start_loss(
     frames_T = torch.arange(log_probs_BTV.shape[1], device=log_probs_BTV.device)
     valid_BT1 = (frames_T < num_frames_B[:, None]).unsqueeze(-1)
     given_BTV = log_probs_BTV.detach()
-    probs_BTV = torch.where(valid_BT1, given_BTV.exp(), torch.zeros_like(given_BTV))
+    probs_BTV = given_BTV.exp().masked_fill(~valid_BT1, 0.0)
     prior_V = probs_BTV.sum((0, 1)) / valid_BT1.sum().clamp(min=1)
     with torch.enable_grad():
         scaled_BTV = (given_BTV - prior_V.clamp_min(1e-8).log()).log_softmax(-1).requires_grad_()
@@ -74,9 +74,9 @@ def flat_start_loss(
         (grad_BTV,) = torch.autograd.grad(loss_B.sum(), scaled_BTV)
     # torch gives the gradient as it is behind a softmax: probabilities less occupancies.
     occupancy_BTV = scaled_BTV.detach().exp() - grad_BTV
-    counts_BT1 = valid_BT1 & feasible_B[:, None, None]
-    loss_BTV = torch.where(counts_BT1, -occupancy_BTV * log_probs_BTV, torch.zeros_like(given_BTV))
-    return loss_BTV.sum((1, 2)), feasible_B
+    occupancy_BTV = occupancy_BTV.masked_fill(~(valid_BT1 & feasible_B[:, None, None]), 0.0)
+    log_probs_BTV = log_probs_BTV.masked_fill(~valid_BT1, 0.0)
+    return -(occupancy_BTV * log_probs_BTV).sum((1, 2)), feasible_B
 
 
 def mean_over_feasible(loss_B: torch.Tensor, feasible_B: torch.Tensor) -> torch.Tensor:

@@ -136,7 +136,7 @@ def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
     rows = sorted_by_duration(leave_out(rows, set(skipped)), hparams["sorting"])
     if hparams.get("speed_perturb") is not None:
         loaders.perturbation = SpeedPerturbation(
-            hparams["speed_perturb"], hparams["seed"], hparams.get("augment_from_epoch", 1)
+            hparams["speed_perturb"], hparams["seed"], hparams["augment_from_epoch"]
         )
     loaders.train = make_dataset(rows, tokenizer, sample_rate, loaders.perturbation)
     loaders.train_sampler, loaders.train_kwargs = training_batches(loaders.train, hparams)

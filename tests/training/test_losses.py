@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from training.losses import consistency_loss, ctc_loss, mean_over_feasible, min_ctc_frames
+from training.losses import (
+    consistency_loss,
+    ctc_loss,
+    flat_start_loss,
+    mean_over_feasible,
+    min_ctc_frames,
+)
 
 
 def batch_of(targets, frames, vocabulary=5, seed=0):
@@ -159,3 +165,68 @@ def test_padding_does_not_change_the_consistency():
     poisoned = torch.nn.functional.pad(logits_BTV.log_softmax(-1), (0, 0, 0, 3), value=math.nan)
     poisoned[1, 4:] = poisoned[3, 4:] = math.nan
     torch.testing.assert_close(consistency_loss(poisoned, frames_B, feasible_B), value)
+
+
+def flat_start_by_paths(log_probs_TV, target, prior_V):
+    """Occupancies summed over every path there is, each weighed by its scaled likelihood."""
+    frames, vocabulary = log_probs_TV.shape
+    occupancy_TV, total = torch.zeros(frames, vocabulary), 0.0
+    for path in itertools.product(range(vocabulary), repeat=frames):
+        if [t for t, _ in itertools.groupby(path) if t != 0] != target:
+            continue
+        weight = math.prod(
+            math.exp(log_probs_TV[t, token]) / float(prior_V[token]) for t, token in enumerate(path)
+        )
+        total += weight
+        for t, token in enumerate(path):
+            occupancy_TV[t, token] += weight
+    return -((occupancy_TV / total) * log_probs_TV).sum()
+
+
+def test_flat_start_weighs_every_path_by_posteriors_over_their_mean():
+    targets, frames = [[1, 1, 2], [2]], [6, 4]
+    logits_BTV, *rest = batch_of(targets, frames, vocabulary=3)
+    log_probs_BTV = logits_BTV.log_softmax(-1)
+    loss_B, feasible_B = flat_start_loss(log_probs_BTV, *rest)
+    valid = [log_probs_BTV[row, :count].detach() for row, count in enumerate(frames)]
+    prior_V = torch.cat(valid).exp().mean(0)
+    expected = [
+        flat_start_by_paths(item, target, prior_V)
+        for item, target in zip(valid, targets, strict=True)
+    ]
+    assert feasible_B.all()
+    torch.testing.assert_close(loss_B, torch.stack(expected), rtol=1e-5, atol=0)
+
+
+def test_flat_start_spreads_tokens_over_time_where_ctc_sees_blanks_alone():
+    """Posteriors that are the same in all frames, blank far ahead: CTC's plateau."""
+    log_probs_1TV = torch.tensor([0.94, 0.02, 0.02, 0.02]).log().expand(1, 30, 4)
+    rest = torch.tensor([[1, 2, 3]]), torch.tensor([30]), torch.tensor([3])
+
+    def frames_of_tokens(loss):
+        leaf = log_probs_1TV.clone().requires_grad_()
+        gradient_TV = torch.autograd.grad(loss(leaf.log_softmax(-1), *rest)[0].sum(), leaf)[0][0]
+        return (leaf[0].softmax(-1) - gradient_TV).detach()[:, 1:]
+
+    assert frames_of_tokens(ctc_loss).sum() < 6
+    occupancy_TU = frames_of_tokens(flat_start_loss)
+    assert occupancy_TU.sum() > 12
+    centres = (occupancy_TU * torch.arange(30.0)[:, None]).sum(0) / occupancy_TU.sum(0)
+    torch.testing.assert_close(centres, torch.tensor([7.25, 14.5, 21.75]), rtol=0, atol=2.0)
+
+
+def test_flat_start_ignores_padding_and_infeasible_utterances():
+    logits_BTV, *rest = batch_of([[1, 2], [1, 1, 1, 1]], [5, 6])
+    loss_B, feasible_B = flat_start_loss(logits_BTV.log_softmax(-1), *rest)
+    assert feasible_B.tolist() == [True, False]
+    assert loss_B[1] == 0
+    (gradient,) = torch.autograd.grad(loss_B.sum(), logits_BTV)
+    assert gradient[0, 5:].abs().sum() == 0
+    assert gradient[1].abs().sum() == 0
+    poisoned = logits_BTV.detach().clone()
+    poisoned[0, 5:] = math.nan
+    poisoned.requires_grad_()
+    again_B, _ = flat_start_loss(poisoned.log_softmax(-1), *rest)
+    torch.testing.assert_close(again_B, loss_B)
+    (again,) = torch.autograd.grad(again_B.sum(), poisoned)
+    torch.testing.assert_close(again[0, :5], gradient[0, :5])
