@@ -118,17 +118,22 @@ class ASRBrain(RunBrain):
     ) -> Tensor:
         """CTC loss, mean over utterances; in training with the consistency of the two copies.
 
-        The first ``flat_start_epochs`` train with ``flat_start_loss`` in its place.
+        The first ``flat_start_epochs`` train with ``flat_start_loss``, whose priors fade out in the
+        second half of them: set free at once, alignments can fall back to blanks.
         """
         hparams, training = self.hparams, stage == sb.Stage.TRAIN
-        flat = training and self.epoch <= hparams.flat_start_epochs
-        loss_B, feasible_B = (flat_start_loss if flat else ctc_loss)(
+        arguments = (
             log_probs_BTV,
             batch.tokens.data.repeat(encoded.copies, 1),
             encoded.num_frames_B,
             self.num_tokens(batch).to(self.device).repeat(encoded.copies),
             hparams.blank_index,
         )
+        if training and self.epoch <= hparams.flat_start_epochs:
+            remaining = 1 - (self.epoch - 1) / hparams.flat_start_epochs
+            loss_B, feasible_B = flat_start_loss(*arguments, prior_scale=min(1.0, 2 * remaining))
+        else:
+            loss_B, feasible_B = ctc_loss(*arguments)
         loss = mean_over_feasible(loss_B, feasible_B)
         if training:
             self.note_infeasible(list(batch.id), feasible_B, encoded, batch)

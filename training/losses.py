@@ -52,6 +52,7 @@ def flat_start_loss(
     num_frames_B: torch.Tensor,
     num_tokens_B: torch.Tensor,
     blank: int = 0,
+    prior_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy with soft CTC alignments in which no token is likelier than another a priori.
 
@@ -61,7 +62,9 @@ def flat_start_loss(
     that the first ones spread the tokens evenly over time: the flat start of Gaussian mixtures.
     Label priors after arXiv:2406.02560, without a state: those of this batch.
 
-    Arguments and returns as in ``ctc_loss``; the loss is no likelihood, only its gradient counts.
+    Args:
+        prior_scale: exponent of the mean that is divided by; with 0 the gradient is that of CTC.
+        Others, and what is returned, as in ``ctc_loss``. The loss is no likelihood.
     """
     frames_T = torch.arange(log_probs_BTV.shape[1], device=log_probs_BTV.device)
     valid_BT1 = (frames_T < num_frames_B[:, None]).unsqueeze(-1)
@@ -69,7 +72,8 @@ def flat_start_loss(
     probs_BTV = given_BTV.exp().masked_fill(~valid_BT1, 0.0)
     prior_V = probs_BTV.sum((0, 1)) / valid_BT1.sum().clamp(min=1)
     with torch.enable_grad():
-        scaled_BTV = (given_BTV - prior_V.clamp_min(1e-8).log()).log_softmax(-1).requires_grad_()
+        log_prior_V = prior_scale * prior_V.clamp_min(1e-8).log()
+        scaled_BTV = (given_BTV - log_prior_V).log_softmax(-1).requires_grad_()
         loss_B, feasible_B = ctc_loss(scaled_BTV, tokens_BU, num_frames_B, num_tokens_B, blank)
         (grad_BTV,) = torch.autograd.grad(loss_B.sum(), scaled_BTV)
     # torch gives the gradient as it is behind a softmax: probabilities less occupancies.
