@@ -1,10 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from speechbrain.lobes.models.convolution import ConvolutionFrontEnd as SpeechBrainFrontEnd
 
-from modules.frontend import ConvolutionFrontEnd
+from modules.frontend import ConvolutionFrontEnd, reflect_frequency
 from modules.lengths import halved
 
 BINS = 12
@@ -99,3 +100,17 @@ def test_errors_say_what_to_do():
         front_end(padding="valid")
     with pytest.raises(ValueError, match="residuals=False"):
         front_end(residuals=(True, False)).forward_streaming(torch.randn(1, 8, BINS))
+
+
+@pytest.mark.parametrize("amount", [1, 2, 4])
+def test_mirrored_bins_are_those_of_torch_gradients_included(amount):
+    torch.manual_seed(0)
+    x_BTFC = torch.randn(2, 3, 6, 5, requires_grad=True)
+    ours = reflect_frequency(x_BTFC, amount)
+    theirs = F.pad(x_BTFC.permute(0, 3, 1, 2), (amount, amount, 0, 0), mode="reflect")
+    assert torch.equal(ours, theirs.permute(0, 2, 3, 1))
+    grad_y = torch.randn_like(ours)
+    gradients = [
+        torch.autograd.grad(y, x_BTFC, grad_y)[0] for y in (ours, theirs.permute(0, 2, 3, 1))
+    ]
+    torch.testing.assert_close(*gradients)

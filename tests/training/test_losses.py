@@ -198,6 +198,18 @@ def test_flat_start_weighs_every_path_by_posteriors_over_their_mean():
     torch.testing.assert_close(loss_B, torch.stack(expected), rtol=1e-5, atol=0)
 
 
+def test_without_the_prior_flat_start_has_the_gradient_of_ctc():
+    logits_BTV, *rest = batch_of([[1, 1, 2], [3]], [8, 5])
+    gradients = [
+        torch.autograd.grad(loss_B.sum(), logits_BTV)[0]
+        for loss_B, _ in (
+            loss_of(logits_BTV, *rest),
+            flat_start_loss(logits_BTV.log_softmax(-1), *rest, prior_scale=0.0),
+        )
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+
+
 def test_flat_start_spreads_tokens_over_time_where_ctc_sees_blanks_alone():
     """Posteriors that are the same in all frames, blank far ahead: CTC's plateau."""
     log_probs_1TV = torch.tensor([0.94, 0.02, 0.02, 0.02]).log().expand(1, 30, 4)
