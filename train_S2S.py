@@ -20,6 +20,7 @@ from decoding.scorers import ScorerBuilder, scorer_key
 from training.brain import ASRBrain, Encoded
 from training.cli import run_script
 from training.data import Loaders
+from training.errors import UserError
 from training.language_model import load_lm_scorer, load_token_ngram
 from training.recipe import dataio_prepare, run_recipe
 from training.token_noise import replace_tokens
@@ -76,16 +77,25 @@ class ASR(ASRBrain):
         seq = kldiv_loss(
             predictions.seq_log_probs_BUV,
             batch.tokens_eos.data.repeat(copies, 1),
-            length=batch.tokens_eos.lengths.repeat(copies),
+            length=self.target_lens(batch).repeat(copies),
             label_smoothing=hparams.label_smoothing if stage == sb.Stage.TRAIN else 0.0,
             reduction="batchmean",
             pad_idx=hparams.pad_index,
         )
         if stage != sb.Stage.TRAIN:
             self.accuracy.append(
-                predictions.seq_log_probs_BUV, batch.tokens_eos.data, batch.tokens_eos.lengths
+                predictions.seq_log_probs_BUV, batch.tokens_eos.data, self.target_lens(batch)
             )
         return hparams.ctc_weight * ctc + (1 - hparams.ctc_weight) * seq
+
+    def target_lens(self, batch: PaddedBatch) -> Tensor:
+        """Decoder targets (tokens and eos) as a fraction of the longest.
+
+        SpeechBrain masks positions at or above this times the width: half a token less keeps
+        rounding from letting a padded one in.
+        """
+        num_targets_B = self.num_tokens(batch).to(self.device) + 1
+        return (num_targets_B - 0.5) / batch.tokens_eos.data.shape[1]
 
     def decode(self, outputs: S2SOutputs, batch: PaddedBatch, stage: sb.Stage) -> list[str] | None:
         """Beam search; in validation every ``valid_search_interval`` epochs."""
@@ -93,8 +103,9 @@ class ASR(ASRBrain):
             return None
         search = self.hparams.valid_search if stage == sb.Stage.VALID else self.hparams.test_search
         tokens, _, _, _ = search(outputs.encoder_BTD, outputs.encoded.wav_lens)
-        size = self.tokenizer.get_piece_size()
-        return [self.tokenizer.decode([t for t in ids if t < size]) for ids in tokens]
+        # Specials are no text, and the output layer may be wider than the tokenizer.
+        first, size = self.hparams.eos_index + 1, self.tokenizer.get_piece_size()
+        return [self.tokenizer.decode([t for t in ids if first <= t < size]) for ids in tokens]
 
     def searches_this_epoch(self) -> bool:
         """Whether this epoch's validation decodes; the last one's always does."""
@@ -140,6 +151,11 @@ def _search(
     ngram: KenLMScorer | None = None,
 ) -> CachedBeamSearcher:
     weights = {scorer_key(scorer): hparams["lm_weight"] for scorer in language_models}
+    if not 0 <= hparams["ctc_weight_decode"] < 1:
+        raise UserError(
+            f"ctc_weight_decode is {hparams['ctc_weight_decode']}; it must be at least 0 and below "
+            "1. train_CTC.py decodes with CTC alone."
+        )
     weights["ctc"] = hparams["ctc_weight_decode"]
     if ngram is not None:
         weights["kenlm"] = hparams["token_ngram_weight"]

@@ -23,8 +23,9 @@ class CachedBeamSearcher(S2STransformerBeamSearcher):
     through the decoder for every token. In a batch every item gives what it gives alone: its limits
     come from its own length, and it leaves the batch when it is finished.
 
-    Pure CTC decoding (weight 1) differs from the parent, which adds each step's scores to those of
-    the step before.
+    Two searches differ from the parent's: pure CTC decoding (weight 1), where it adds each step's
+    scores to those of the step before; and a partial CTC scorer of all tokens (``beam_size *
+    scorer_beam_scale`` reaches the vocabulary), where it lets hypotheses begin with blanks.
 
     Args:
         modules: a TransformerASR with ``init_decoder_state`` and ``decode_step``, and the linear
@@ -180,7 +181,7 @@ class CachedBeamSearcher(S2STransformerBeamSearcher):
         if not any(at_limit):
             return
         at_limit_N = torch.tensor(at_limit, device=self.device).repeat_interleave(self.beam_size)
-        ends_N = torch.where(at_limit_N, self.eos_index, self.bos_index)
+        ends_N = torch.where(at_limit_N, self.eos_index, self.eos_index - 1)
         self._update_hyps_and_scores_if_eos_token(ends_N, hypotheses, finished, scores_N)
 
     def _set_batch(self, batch_size: int, device: torch.device) -> None:

@@ -86,6 +86,8 @@ class MambaLMScorer(CachedLMScorer):
 class KenLMScorer(SpeechBrainKenLMScorer):
     """SpeechBrain's scorer of a token n-gram; its weight has the key ``kenlm``.
 
+    A hypothesis begins at the start of a sentence, which the parent does not tell the n-gram.
+
     Meant as a partial scorer: it asks kenlm about one token of one hypothesis at a time.
 
     Args:
@@ -104,6 +106,10 @@ class KenLMScorer(SpeechBrainKenLMScorer):
         """See the parent, which is slow to walk through tensors and fast through arrays."""
         if candidates is not None:
             candidates = candidates.cpu().numpy()
+        if memory is None:
+            start = self.kenlm.State()
+            self.lm.BeginSentenceWrite(start)
+            memory = np.array([start] * len(inp_tokens)), np.ones(len(inp_tokens))
         return super().score(inp_tokens, memory, candidates, attn)
 
     def select_items(self, memory: tuple, items_I: Tensor, rows_N: Tensor) -> tuple:

@@ -1,13 +1,22 @@
 """Every command that the README shows is run here, shortened to a tiny corpus."""
 
+import hashlib
+import io
 import json
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+
+from corpora import download
+from librispeech_prepare import main as prepare
+from tests.corpora.test_download import Server
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -78,7 +87,11 @@ def test_the_demo_runs_at_its_smallest_size(tmp_path):
     assert "test-other" in output
     assert (tmp_path / "curves.png").is_file()
     tail = output[output.index("To try next:") :]
-    assert len([line for line in tail.splitlines() if line.strip().startswith("python")]) == 3
+    suggested = [line.strip() for line in tail.splitlines()[1:7]]
+    assert [line.startswith("#") for line in suggested] == [True, False] * 3
+    for line in suggested[1::2]:
+        # Typed where make demo was typed, in a shell that knows of no environment.
+        assert (REPOSITORY / line.split()[0]).is_file()
 
 
 def test_make_knows_the_targets_of_the_readme():
@@ -96,3 +109,41 @@ def test_documents_name_only_files_that_exist(document):
     scripts = {w for w in scripts if re.fullmatch(r"[\w/]+\.(py|yaml)", w)}
     missing += [name for name in scripts if not (REPOSITORY / name).is_file()]
     assert missing == []
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+def test_the_download_command_of_the_readme_fetches_every_split(server, tmp_path, monkeypatch):
+    (line,) = [line for line in README_COMMANDS if "librispeech_prepare.py" in line]
+    splits = shlex.split(line)[shlex.split(line).index("--download") + 1 :]
+    for number, split in enumerate(splits):
+        server.files[f"/{split}.tar.gz"] = archived_split(split, speaker=100 + number)
+        digest = hashlib.md5(server.files[f"/{split}.tar.gz"]).hexdigest()
+        monkeypatch.setitem(download.ARCHIVE_MD5, split, digest)
+    words = shlex.split(line)
+    words[words.index("--data_folder") + 1] = str(tmp_path)
+    assert prepare([*words[2:], "--download_url", server.url, "--noprogressbar"]) in (None, 0)
+    audio = sorted(path.parts[-4] for path in (tmp_path / "LibriSpeech").rglob("*.flac"))
+    assert audio == sorted(splits)
+
+
+def archived_split(split: str, speaker: int) -> bytes:
+    """An archive of one utterance as openslr.org packs it."""
+    sound, packed = io.BytesIO(), io.BytesIO()
+    soundfile.write(sound, np.zeros(1600, dtype=np.float32), 16000, format="FLAC")
+    folder = f"LibriSpeech/{split}/{speaker}/1"
+    files = {
+        f"{folder}/{speaker}-1-0000.flac": sound.getvalue(),
+        f"{folder}/{speaker}-1.trans.txt": f"{speaker}-1-0000 ONE\n".encode(),
+    }
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import speechbrain as sb
@@ -20,8 +21,11 @@ from tests.ctc_runs import (
     weights_of,
 )
 from tests.generated_corpus import make_corpus
+from tools.make_ngram import main as make_ngram
+from training import brain as brain_module
 from training.cli import load_hparams, parse_command_line, run_options
 from training.errors import EXIT_USER_ERROR
+from training.tokenizer import load_tokenizer, vocabulary
 
 ONE_BATCH = {"max_batch_length_train": 1000, "num_bucket": 10}
 """Puts the training set into a batch or two, for tests that need no more steps."""
@@ -57,7 +61,7 @@ def test_a_run_leaves_the_files_that_the_design_names(run):
     assert [name for name in reports if not (run / f"{name}.txt").is_file()] == []
     for split in ("test-clean", "test-other"):
         assert (run / f"wer_{split}.txt").read_text(encoding="utf-8").startswith("%WER ")
-    assert not (run / "skipped.csv").exists()
+    assert (run / "skipped.csv").read_text(encoding="utf-8").splitlines() == ["id,reason"]
 
 
 def test_results_say_what_was_run(run, tone_corpus):
@@ -232,13 +236,13 @@ def test_an_utterance_that_speed_makes_too_short_is_listed_once_and_weighs_nothi
     tone_corpus, tmp_path, monkeypatch
 ):
     losses = []
-    whole = train_CTC.mean_over_feasible
+    whole = brain_module.mean_over_feasible
 
     def mean(loss_B, feasible_B):
         losses.append((loss_B.detach(), feasible_B))
         return whole(loss_B, feasible_B)
 
-    monkeypatch.setattr(train_CTC, "mean_over_feasible", mean)
+    monkeypatch.setattr(brain_module, "mean_over_feasible", mean)
     folder = tmp_path / "run"
     # Four times as fast: six frames for a word's letters at 0.1 s each.
     arguments = command_line(
@@ -348,3 +352,61 @@ def test_a_split_may_be_given_without_brackets(tone_corpus, tmp_path):
     )
     assert train(arguments) == 0
     assert results_of(folder)["splits"].keys() == {"test-other"}
+
+
+def test_an_evaluation_keeps_the_record_of_the_training(copy, tone_corpus):
+    trained = results_of(copy)
+    flags = ["--test_only"]
+    arguments = command_line(
+        tone_corpus, copy, flags=flags, test_splits="[test-other]", seed=77, test_beam_size=2
+    )
+    assert train(arguments) == 0
+    results = results_of(copy)
+    assert results["run"] == trained["run"]
+    assert results["evaluations"].keys() == {"test-other"}
+    assert results["evaluations"]["test-other"]["seed"] == 77
+    assert results["splits"]["test-clean"] == trained["splits"]["test-clean"]
+
+
+def test_checkpoints_keep_the_tokens_that_they_were_trained_with(copy, tone_corpus, capsys):
+    tokenizer = (copy / "save" / "tokenizer.model").read_bytes()
+    more = {"number_of_epochs": 50, "test_splits": "[]"}
+    other = command_line(tone_corpus, copy, **more, token_type="bpe")
+    assert train(other) == EXIT_USER_ERROR
+    assert "token_type char" in capsys.readouterr().err
+    assert (copy / "save" / "tokenizer.model").read_bytes() == tokenizer
+    for checkpoint in checkpoints(copy):
+        shutil.rmtree(checkpoint)
+    other = command_line(
+        tone_corpus, copy, token_type="bpe", output_neurons=20, number_of_epochs=1, test_splits="[]"
+    )
+    assert train([*other, "--optimizer_step_limit", "1"]) == 0
+    assert (copy / "save" / "tokenizer.model").read_bytes() != tokenizer
+
+
+def test_a_word_ngram_decides_between_what_the_audio_leaves_open(run, tone_corpus, tmp_path):
+    pytest.importorskip("kenlm", reason="kenlm is not installed: pip install -e '.[ngram]'")
+    text = tmp_path / "text.txt"
+    text.write_text("ONE TWO\nONE TWO THREE\n", encoding="utf-8")
+    assert make_ngram([str(text), "--output", str(tmp_path / "words.arpa")]) == 0
+    loaders = SimpleNamespace(
+        tokenizer=load_tokenizer(run / "save" / "tokenizer.model", 31),
+    )
+    pieces = vocabulary(loaders.tokenizer)
+    # Every letter of ONE TWO is a little less likely than another letter.
+    spoken = [pieces.index(c) for c in "▁ONE▁TWO"]
+    log_probs_1TV = torch.full((1, 2 * len(spoken), len(pieces)), -12.0)
+    for i, token in enumerate(spoken):
+        log_probs_1TV[0, 2 * i, [token, pieces.index("R")]] = torch.tensor([-0.75, -0.65])
+        log_probs_1TV[0, 2 * i + 1, 0] = 0.0
+    texts = []
+    for path in (None, str(tmp_path / "words.arpa")):
+        hparams = load_hparams(
+            command_line(tone_corpus, tmp_path)[0],
+            {"data_folder": "x", "kenlm_model_path": path, "alpha": 2.0},
+        )
+        train_CTC.add_search(hparams, loaders)
+        (beams,) = hparams["test_search"](log_probs_1TV, torch.ones(1))
+        texts.append(beams[0].text)
+    assert texts[0] != "ONE TWO"
+    assert texts[1] == "ONE TWO"

@@ -286,3 +286,11 @@ class TestText:
         broken.write_bytes((files / "train.txt.gz").read_bytes()[:-20])
         with pytest.raises(UserError, match="damaged"):
             list(read_sentences([broken]))
+
+
+def test_sentences_with_unknown_characters_can_be_left_out(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("ONE TWO\nONE É TWO\n", encoding="utf-8")
+    for skip, sentences in ((False, 2), (True, 1)):
+        batches = list(TextBatches([path], tokenizer, 200, skip_unknown=skip))
+        assert sum(len(batch.num_tokens_B) for batch in batches) == sentences

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import torch
 import yaml
+from speechbrain.dataio.dataio import length_to_mask
 
+import train_LM
 import train_S2S
 from training.cli import load_hparams
 from training.errors import UserError
@@ -193,3 +196,54 @@ def test_a_language_model_of_another_size_names_parameters(lm_folder):
     hparams["lm_model"] = type(partial)(partial, d_ffn=24)
     with pytest.raises(UserError, match="another architecture"):
         train_S2S.add_search(hparams, loaders)
+
+
+def test_pure_ctc_decoding_is_left_to_the_other_script(lm_folder):
+    hparams, loaders = search_of(lm_folder, no_lm=True, ctc_weight_decode=1.0)
+    with pytest.raises(UserError, match=r"train_CTC\.py"):
+        train_S2S.add_search(hparams, loaders)
+
+
+def test_no_padded_target_is_scored_whatever_the_lengths():
+    """Relative lengths times the width can come out above the length: 36 / 70 * 70 does."""
+    lengths = torch.arange(1, 200)
+    for width in (70, 141, 199):
+        lengths_B = lengths[lengths <= width]
+        batch = SimpleNamespace(
+            tokens=SimpleNamespace(
+                data=torch.zeros(len(lengths_B), width - 1),
+                lengths=(lengths_B - 1) / (width - 1),
+            ),
+            tokens_eos=SimpleNamespace(data=torch.zeros(len(lengths_B), width)),
+        )
+        brain = SimpleNamespace(num_tokens=train_S2S.ASR.num_tokens, device="cpu")
+        scored = length_to_mask(train_S2S.ASR.target_lens(brain, batch) * width, max_len=width)
+        assert scored.sum(1).tolist() == lengths_B.tolist()
+
+
+def test_a_language_model_trained_on_the_transcripts_joins_the_search(tone_corpus, tmp_path):
+    def train(*more: str) -> None:
+        name, folder = "demo", tmp_path / "run"
+        small = [*TINY_NETWORK, "--number_of_epochs", "1", "--test_beam_size", "2"]
+        train_S2S.main(arguments(name, tone_corpus, folder, *small, *more))
+
+    train("--test_splits", "[]")
+    tokenizer_file = tmp_path / "run" / "save" / "tokenizer.model"
+    manifest = str(tmp_path / "run" / "train.csv")
+    train_LM.main(
+        [
+            "hparams/LM/transformer_small.yaml",
+            *("--train_text", manifest, "--valid_text", manifest),
+            *("--tokenizer_path", str(tokenizer_file), "--output_neurons", "31"),
+            *("--output_folder", str(tmp_path / "lm"), "--number_of_epochs", "1"),
+            *("--num_workers", "0", "--device", "cpu", "--noprogressbar"),
+        ]
+    )
+    scoring = ("--test_only", "--test_splits", "[test-clean]")
+    train(*scoring)
+    alone = (tmp_path / "run" / "hyp_test-clean.tsv").read_text()
+    with_lm = ("--no_lm", "False", "--pretrained_lm_tokenizer_path", str(tmp_path / "lm" / "lm"))
+    train(*scoring, *with_lm, "--lm_weight", "5.0")
+    joined = (tmp_path / "run" / "hyp_test-clean.tsv").read_text()
+    assert len(joined.splitlines()) == len(alone.splitlines()) > 1
+    assert joined != alone

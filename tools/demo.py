@@ -68,11 +68,17 @@ def main(argv: list[str] | None = None) -> None:
         ),
         (
             "a Conformer on the same data",
-            f"train_CTC.py hparams/CTC/conformer_small.yaml --data_folder {corpus} "
-            "--train_splits '[train-clean-100]' --number_of_epochs 20 --max_batch_length_train 60",
+            f"train_CTC.py hparams/CTC/demo.yaml --encoder_module conformer --data_folder {corpus} "
+            f"--output_folder {output}_conformer",
         ),
     ):
-        print(f"  # {comment}\n  {Path(sys.executable).name} {command}")
+        print(f"  # {comment}\n  {interpreter()} {command}")
+
+
+def interpreter() -> str:
+    """How to call this Python from the repository: ``.venv/bin/python`` after make."""
+    path = Path(sys.executable)
+    return str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path)
 
 
 if __name__ == "__main__":

@@ -200,9 +200,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(arguments.output) as stream:
-        write_arpa(model, stream)
+    try:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(arguments.output) as stream:
+            write_arpa(model, stream)
+    except OSError as error:
+        print(f"error: {arguments.output} cannot be written: {error.strerror}", file=sys.stderr)
+        return EXIT_USER_ERROR
     if model.used_fallback:
         print(
             f"Too little text for the discounts of order {', '.join(map(str, model.used_fallback))}"

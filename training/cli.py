@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import errno
-import logging
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,8 @@ import ruamel.yaml
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.run_opts import RunOptions
 
-from training.devices import choose_device, distributed_backend_for
+from training.devices import distributed_backend_for, own_device
 from training.errors import EXIT_USER_ERROR, Interrupted, UserError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         metavar="CKPT_FOLDER",
-        help="Go on from this checkpoint folder instead of the latest one of the run.",
+        help="Go back to this checkpoint folder instead of on from the latest one of the run, "
+        "every time it is given: leave it out to go on from there after an interruption.",
     )
     parser.add_argument(
         "--init_from",
@@ -88,7 +87,7 @@ def parse_command_line(argv: Sequence[str], description: str) -> CommandLine:
     return CommandLine(
         param_file=given["param_file"],
         run_options=given,
-        overrides=parse_overrides(rest),
+        overrides=parse_overrides(rest, [a.dest for a in parser._actions if a.nargs == 0]),
         resume=resume,
         init_from=init_from,
     )
@@ -98,14 +97,21 @@ def run_options(line: CommandLine, hparams: Mapping) -> RunOptions:
     """Run options in force: the command line's, else the YAML file's, else what suits here."""
     defaults = RunOptions().as_dict()
     options = {name: hparams[name] for name in defaults if name in hparams} | line.run_options
-    if options.get("device") is None:
-        options["device"] = choose_device()
+    options["device"] = own_device(options.get("device"))
+    if options.get("grad_accumulation_factor", 1) < 1:
+        raise UserError(
+            f"grad_accumulation_factor is {options['grad_accumulation_factor']}; it must be at "
+            "least 1."
+        )
     options.setdefault("distributed_backend", distributed_backend_for(options["device"]))
     return RunOptions.from_dictionary(options)
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict:
+def parse_overrides(arguments: Sequence[str], switches: Sequence[str] = ()) -> dict:
     """``["--a", "1", "--b=[x, y]"]`` becomes ``{"a": 1, "b": ["x", "y"]}``.
+
+    Args:
+        switches: options without a value, to suggest where one seems misspelt.
 
     Raises:
         UserError: a value without a key, a key without a value, or a value that is not YAML.
@@ -122,7 +128,11 @@ def parse_overrides(arguments: Sequence[str]) -> dict:
         key, equals, text = argument[2:].partition("=")
         if not equals:
             if not queue or queue[0].startswith("--"):
-                raise UserError(f"--{key} has no value. Write --{key} VALUE.")
+                close = difflib.get_close_matches(key.replace("-", "_"), switches, n=1)
+                hint = f" Did you mean --{close[0]}?" if close else ""
+                raise UserError(
+                    f"--{key} has no value. Keys of the YAML file are written --{key} VALUE.{hint}"
+                )
             text = queue.pop(0)
         try:
             # YAML 1.2, as the file is read: 1e-3 is a number.
@@ -146,7 +156,8 @@ def load_hparams(param_file: str, overrides: dict) -> dict:
             f"No such hyperparameter file: {param_file}. See hparams/ for the ones at hand."
         )
     try:
-        keys = list(ruamel.yaml.YAML().load(Path(param_file).read_text(encoding="utf-8")).keys())
+        written = ruamel.yaml.YAML().load(Path(param_file).read_text(encoding="utf-8"))
+        keys = list(written.keys())
     except (ruamel.yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         raise UserError(f"{param_file} is not a YAML file of keys and values: {error}") from None
     for key in overrides:
@@ -156,6 +167,7 @@ def load_hparams(param_file: str, overrides: dict) -> dict:
                 f" Did you mean {' or '.join(close)}?" if close else f" It has: {', '.join(keys)}."
             )
             raise UserError(f"{param_file} has no key {key!r}.{hint}")
+        _check_kind(key, written[key], overrides[key])
     try:
         with open(param_file, encoding="utf-8") as stream:
             return load_hyperpyyaml(stream, overrides)
@@ -170,6 +182,17 @@ def load_hparams(param_file: str, overrides: dict) -> dict:
         raise UserError(f"{param_file}: {error}") from error
 
 
+def _check_kind(key: str, written: object, given: object) -> None:
+    """Refuses a word for a number and a number for a switch; what is null or computed takes all."""
+    for kind, name in ((bool, "True or False"), ((int, float), "a number")):
+        if isinstance(written, kind):
+            # ruamel keeps booleans of commented lines as a kind of integer.
+            is_switch = isinstance(given, bool)
+            if given is None or (isinstance(given, kind) and is_switch == (kind is bool)):
+                return
+            raise UserError(f"--{key} is {given!r}; it must be {name}, as in the file: {written}.")
+
+
 def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Run a script's main function; end the process with the documented status.
 
@@ -179,7 +202,6 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        logger.debug("User error", exc_info=True)
         # From a loader's worker it arrives below that process's traceback.
         print(f"error: {str(error).split('UserError: ')[-1].strip()}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
@@ -193,3 +215,6 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
         sys.exit(EXIT_USER_ERROR)
     except Interrupted as interrupted:
         sys.exit(interrupted.exit_status)
+    except KeyboardInterrupt:
+        print("interrupted before training began; nothing to go on from", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -111,11 +111,7 @@ def compare(folders: Sequence[str | os.PathLike], *, samples: int = 1000, seed: 
         for run in runs
         for split, evaluated in run.splits.items()
     }
-    blocks = [_score_table(runs, rates)]
-    if len(runs) > 1:
-        blocks.append(_difference_table(runs, rates))
-    blocks += _left_out(runs)
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join([_table(runs, rates), *_left_out(runs)]) + "\n"
 
 
 def read_run(folder: str | os.PathLike, name: str) -> EvaluatedRun:
@@ -252,56 +248,44 @@ def _examples(ids) -> str:
     return f"{len(ids)} ({shown}{', ...' if len(ids) > _EXAMPLES_SHOWN else ''})"
 
 
-def _score_table(runs: Sequence[EvaluatedRun], rates: dict) -> str:
-    header = ("run", "split", "utterances", "WER %", "95 % interval", "CER %", "parameters", "RTF")
+def _table(runs: Sequence[EvaluatedRun], rates: dict) -> str:
+    """A row for each run and split; with several runs each beside the first one."""
+    first = runs[0]
+    header = ["run", "split", "utterances", "WER %", "95 % interval", "CER %", "parameters", "RTF"]
+    if len(runs) > 1:
+        header += [f"against {first.name}", "its 95 % interval", "probability of being better"]
     rows = []
     for run in runs:
         for split, evaluated in run.splits.items():
             score = evaluated.score
             wer = _interval(score.wer, rates[run.name, split])
-            rows.append(
-                (
-                    run.name,
-                    split,
-                    str(score.utterances),
-                    f"{wer.value:.2f}",
-                    f"{wer.low:.2f} to {wer.high:.2f}",
-                    f"{score.cer:.2f}",
-                    "-" if run.parameters is None else f"{run.parameters:,}",
-                    format_number(score.real_time_factor, 3),
-                )
-            )
+            row = [
+                run.name,
+                split,
+                str(score.utterances),
+                f"{wer.value:.2f}",
+                f"{wer.low:.2f} to {wer.high:.2f}",
+                f"{score.cer:.2f}",
+                "-" if run.parameters is None else f"{run.parameters:,}",
+                format_number(score.real_time_factor, 3),
+            ]
+            if len(runs) > 1:
+                row += _difference(first, run, split, rates)
+            rows.append(row)
     return markdown_table(header, rows, text_columns=2)
 
 
-def _difference_table(runs: Sequence[EvaluatedRun], rates: dict) -> str:
-    first, *others = runs
-    header = (
-        f"against {first.name}",
-        "split",
-        "WER difference",
-        "95 % interval",
-        "probability of being better",
-    )
-    rows = []
-    for run in others:
-        for split in first.splits:
-            if split not in run.splits:
-                continue
-            differences = rates[run.name, split] - rates[first.name, split]
-            gain = _interval(
-                run.splits[split].score.wer - first.splits[split].score.wer, differences
-            )
-            rows.append(
-                (
-                    run.name,
-                    split,
-                    f"{gain.value:+.2f}",
-                    f"{gain.low:+.2f} to {gain.high:+.2f}",
-                    f"{100 * _probability_below_zero(differences):.1f} %",
-                )
-            )
-    return markdown_table(header, rows, text_columns=2)
+def _difference(first: EvaluatedRun, run: EvaluatedRun, split: str, rates: dict) -> list[str]:
+    """How a run's WER differs from the first one's on the same utterances."""
+    if run is first or split not in first.splits:
+        return ["-", "-", "-"]
+    differences = rates[run.name, split] - rates[first.name, split]
+    gain = _interval(run.splits[split].score.wer - first.splits[split].score.wer, differences)
+    return [
+        f"{gain.value:+.2f}",
+        f"{gain.low:+.2f} to {gain.high:+.2f}",
+        f"{100 * _probability_below_zero(differences):.1f} %",
+    ]
 
 
 def _left_out(runs: Sequence[EvaluatedRun]) -> list[str]:

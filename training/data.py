@@ -2,8 +2,9 @@
 
 import csv
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import sentencepiece as spm
@@ -13,6 +14,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler, ReproducibleRandomSampler
 from speechbrain.utils.data_pipeline import DynamicItem
+from speechbrain.utils.data_utils import batch_pad_right
 from torch.utils.data import Sampler
 
 from corpora.manifest import DATA_ROOT, read_manifest
@@ -117,6 +119,15 @@ def unalignable(
     return reasons
 
 
+def with_characters(rows: Mapping[str, dict], characters: Collection[str]) -> dict[str, str]:
+    """Utterances whose transcript has any of these characters, with the reason, by id."""
+    reasons = {}
+    for utterance_id, row in rows.items():
+        if found := sorted(set(row["wrd"]) & set(characters)):
+            reasons[utterance_id] = f"unknown characters: {' '.join(found)}"
+    return reasons
+
+
 class SkippedUtterances:
     """``skipped.csv`` (id, reason): utterances that weigh nothing, each written once."""
 
@@ -125,8 +136,8 @@ class SkippedUtterances:
         self.ids: set[str] = set()
 
     def add(self, reasons: Mapping[str, str]) -> None:
-        """Append those that are not listed yet."""
-        if reasons.keys() <= self.ids:
+        """Append those that are not listed yet; the file exists afterwards."""
+        if reasons.keys() <= self.ids and self.path.is_file():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+", encoding="utf-8", newline="") as stream:
@@ -167,6 +178,16 @@ def _duration(row: Mapping) -> float:
     return row["duration"]
 
 
+def pad_right(tensors: list[torch.Tensor], **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """SpeechBrain's padding, which divides by zero where every item is empty."""
+    if any(len(tensor) for tensor in tensors):
+        return batch_pad_right(tensors, **options)
+    return tensors[0].new_zeros(len(tensors), 1), torch.zeros(len(tensors))
+
+
+collate = partial(PaddedBatch, padding_func=pad_right)
+
+
 @dataclass
 class Loaders:
     """Datasets and how to iterate them, in the form that Brain.fit and Brain.evaluate take."""
@@ -191,7 +212,7 @@ def training_batches(dataset: DynamicItemDataset, hparams: Mapping) -> tuple[Sam
     """
     common = {
         "num_workers": hparams["num_workers"],
-        "collate_fn": PaddedBatch,
+        "collate_fn": collate,
         "worker_init_fn": UndisturbedWorker(),
     }
     sorting = hparams["sorting"]
@@ -229,7 +250,7 @@ def evaluation_batches(dataset: DynamicItemDataset, hparams: Mapping) -> dict:
     return {
         "batch_sampler": sampler,
         "num_workers": hparams["num_workers"],
-        "collate_fn": PaddedBatch,
+        "collate_fn": collate,
         "worker_init_fn": UndisturbedWorker(),
     }
 

@@ -1,5 +1,6 @@
 """Where a run computes, and what that place can do."""
 
+import os
 import resource
 import sys
 
@@ -9,13 +10,31 @@ from speechbrain.utils.distributed import get_local_rank
 from training.errors import UserError
 
 
-def choose_device() -> str:
-    """CUDA (this process's own GPU under torchrun) before MPS before CPU."""
-    if torch.cuda.is_available():
-        return f"cuda:{get_local_rank() or 0}"
-    if torch.backends.mps.is_available():
-        return "mps"
-    return "cpu"
+def own_device(asked_for: str | None) -> str:
+    """The device of this process: what was asked for, else CUDA before MPS before CPU.
+
+    Under torchrun every process has a GPU of its own, and processes of a Mac compute on its CPU:
+    gloo does not reach MPS.
+
+    Raises:
+        UserError: one GPU for several processes.
+    """
+    rank = get_local_rank()
+    if asked_for is None:
+        if torch.cuda.is_available():
+            asked_for = "cuda"
+        else:
+            asked_for = "mps" if torch.backends.mps.is_available() and rank is None else "cpu"
+    if not asked_for.startswith("cuda"):
+        return asked_for
+    if asked_for == "cuda":
+        return f"cuda:{rank or 0}"
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"--device {asked_for}: torchrun gives every process a GPU of its own. Leave the "
+            "number out; CUDA_VISIBLE_DEVICES chooses among the GPUs."
+        )
+    return asked_for
 
 
 def distributed_backend_for(device: str) -> str:

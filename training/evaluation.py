@@ -93,12 +93,16 @@ def evaluate_split(brain: ASRBrain, split: str, dataset: DynamicItemDataset) -> 
 
 
 def evaluate_splits(
-    brain: ASRBrain, datasets: Mapping[str, DynamicItemDataset], command: list[str]
+    brain: ASRBrain,
+    datasets: Mapping[str, DynamicItemDataset],
+    command: list[str],
+    test_only: bool = False,
 ) -> dict[str, SplitScore]:
     """Evaluate every split with the averaged weights; results.json is written after each.
 
     Args:
         command: the command line, for results.json.
+        test_only: this process did not train the model: results.json keeps the record of who did.
     """
     brain.unwrap_modules()
     average_best(brain, brain.hparams.avg_checkpoints)
@@ -119,6 +123,7 @@ def evaluate_splits(
                         device=brain.device,
                         command=command,
                     ),
+                    test_only=test_only,
                 )
                 stats = {"loss": brain.last_test_loss, "WER": score.wer, "CER": score.cer}
             # On every process: a logger writes on the main one and then waits for the others.

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import sentencepiece as spm
+from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.fetching import fetch
 
 from decoding.lm_scorers import (
@@ -29,14 +30,14 @@ def fetch_pretrained(source: str, name: str, folder: str | Path) -> Path:
     Raises:
         UserError: the folder lacks the file, or the hub does not give it.
     """
-    if Path(source).is_dir():
-        path = Path(source) / name
-        if not path.is_file():
-            raise UserError(
-                f"pretrained_lm_tokenizer_path {source} has no {name}; it needs {LM_FILE} and "
-                f"{TOKENIZER_FILE}, as train_LM.py leaves them."
-            )
+    path = pretrained_file(source, name, folder)
+    if path.is_file():
         return path
+    if Path(source).is_dir():
+        raise UserError(
+            f"pretrained_lm_tokenizer_path {source} has no {name}; it needs {LM_FILE} and "
+            f"{TOKENIZER_FILE}, as train_LM.py leaves them."
+        )
     try:
         return Path(fetch(name, source, savedir=str(folder)))
     except Exception as error:
@@ -45,6 +46,11 @@ def fetch_pretrained(source: str, name: str, folder: str | Path) -> Path:
             f"be downloaded ({type(error).__name__}: {error}). Give a local folder, or "
             "--no_lm True to go without a language model."
         ) from None
+
+
+def pretrained_file(source: str, name: str, folder: str | Path) -> Path:
+    """Where `fetch_pretrained` leaves a file."""
+    return Path(source if Path(source).is_dir() else folder) / name
 
 
 def uses_pretrained_tokenizer(hparams: dict) -> bool:
@@ -67,9 +73,12 @@ def load_lm_scorer(hparams: dict) -> CachedLMScorer:
             f"{LM_FILE} and {TOKENIZER_FILE} (train_LM.py makes one), or --no_lm True."
         )
     folder = Path(hparams["save_folder"]) / "pretrained"
-    check_same_tokenizer(fetch_pretrained(source, TOKENIZER_FILE, folder), hparams)
+    for name in (TOKENIZER_FILE, LM_FILE):
+        # One process downloads; the others find what it left.
+        run_on_main(fetch_pretrained, args=[source, name, folder])
+    check_same_tokenizer(pretrained_file(source, TOKENIZER_FILE, folder), hparams)
     model = hparams["lm_model"]()
-    load_model_weights(model, fetch_pretrained(source, LM_FILE, folder), "language model")
+    load_model_weights(model, pretrained_file(source, LM_FILE, folder), "language model")
     model.eval().requires_grad_(False)
     scorer = MambaLMScorer if isinstance(model, MambaLM) else TransformerLMScorer
     return scorer(language_model=model, temperature=hparams["temperature_lm"])
@@ -79,7 +88,7 @@ def load_token_ngram(hparams: dict) -> KenLMScorer | None:
     """The scorer of ``token_ngram_path``; None where the key is empty.
 
     Raises:
-        UserError: kenlm is not installed, or the file is no n-gram.
+        UserError: kenlm is not installed, or the file is no n-gram, or one of other tokens.
     """
     path = hparams["token_ngram_path"]
     if not path:
@@ -88,11 +97,27 @@ def load_token_ngram(hparams: dict) -> KenLMScorer | None:
     # The output layer may be wider than the tokenizer.
     spare = [f"<spare{i}>" for i in range(hparams["output_neurons"] - len(tokens))]
     try:
-        return KenLMScorer(str(path), hparams["output_neurons"], [*tokens, *spare])
+        scorer = KenLMScorer(str(path), hparams["output_neurons"], [*tokens, *spare])
     except ImportError:
         raise UserError("--token_ngram_path needs kenlm: pip install -e '.[ngram]'") from None
     except OSError as error:
         raise UserError(f"token_ngram_path {path}: {error}") from None
+    # unk and bos are never predicted.
+    unknown = [token for token in tokens[2:] if token not in scorer.lm]
+    if 2 * len(unknown) > len(tokens[2:]):
+        raise UserError(
+            f"token_ngram_path {path} does not know {len(unknown)} of the {len(tokens)} tokens of "
+            f"the recogniser, {', '.join(map(repr, unknown[:3]))} among them: it is an n-gram of "
+            "words or of other tokens. python -m tools.make_ngram --tokenizer makes one of these."
+        )
+    if unknown:
+        logger.warning(
+            "token_ngram_path %s does not know %d tokens, such as %r",
+            path,
+            len(unknown),
+            unknown[0],
+        )
+    return scorer
 
 
 def check_same_tokenizer(model_file: Path, hparams: dict) -> None:

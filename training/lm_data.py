@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from corpora.manifest import read_manifest
 from training.errors import UserError
 from training.seeding import derive_seed
-from training.tokenizer import BOS_ID, EOS_ID, tokens_of
+from training.tokenizer import BOS_ID, EOS_ID, UNK_ID, tokens_of
 
 PAD_ID = 0
 
@@ -92,6 +92,7 @@ class TextBatches(IterableDataset):
         num_parts: an epoch reads every ``num_parts``-th chunk, the next epoch the next ones.
         max_sentence_tokens: longer sentences are cut.
         chunk_sentences: sentences in memory at a time.
+        skip_unknown: leave out whole sentences that hold a character unknown to the tokenizer.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class TextBatches(IterableDataset):
         num_parts: int = 1,
         max_sentence_tokens: int = 500,
         chunk_sentences: int = 50_000,
+        skip_unknown: bool = False,
     ) -> None:
         self.paths = [Path(path) for path in paths]
         self.tokenizer = tokenizer
@@ -111,6 +113,7 @@ class TextBatches(IterableDataset):
         self.num_parts = num_parts
         self.max_sentence_tokens = max_sentence_tokens
         self.chunk_sentences = chunk_sentences
+        self.skip_unknown = skip_unknown
         self.set_position(epoch=1, first_batch=0)
 
     def set_position(self, epoch: int, first_batch: int, rank: int = 0, num_ranks: int = 1) -> None:
@@ -160,6 +163,8 @@ class TextBatches(IterableDataset):
                 yield from self._chunk_batches(number, chunk)
 
     def _chunk_batches(self, number: int, chunk: list[str]) -> list[list[list[int]]]:
+        if self.skip_unknown:
+            chunk = [s for s in chunk if UNK_ID not in self.tokenizer.encode(s)]
         encoded = (tokens_of(self.tokenizer, s)[: self.max_sentence_tokens] for s in chunk)
         sentences = [tokens for tokens in encoded if tokens]
         draw = None

@@ -23,7 +23,12 @@ from training.loggers import make_loggers
 from training.optim import count_parameters
 from training.reports import run_record
 from training.start import make_output_folder, start_run
-from training.tokenizer import count_unknown_characters, load_tokenizer, train_tokenizer
+from training.tokenizer import (
+    check_unknown_characters,
+    count_unknown_characters,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +71,15 @@ def run_lm_recipe(argv: Sequence[str], description: str) -> dict[str, Perplexity
     )
     texts = {"valid": paths_of(hparams["valid_text"]), "test": paths_of(hparams["test_text"])}
     held_out = {
-        name: loader(TextBatches(paths, tokenizer, hparams["max_batch_tokens"]), workers=0)
+        name: loader(
+            TextBatches(
+                paths,
+                tokenizer,
+                hparams["max_batch_tokens"],
+                max_sentence_tokens=hparams["max_sentence_tokens"],
+            ),
+            workers=0,
+        )
         for name, paths in texts.items()
         if paths
     }
@@ -84,9 +97,9 @@ def run_lm_recipe(argv: Sequence[str], description: str) -> dict[str, Perplexity
             seed=hparams["seed"],
             num_parts=hparams["text_parts"],
             max_sentence_tokens=hparams["max_sentence_tokens"],
+            skip_unknown=hparams["unknown_characters"] == "skip",
         )
-        if if_main_process():
-            warn_of_unknown_characters(brain.training_text)
+        warn_of_unknown_characters(brain.training_text, hparams["unknown_characters"])
         brain.fit(
             hparams["counter"],
             loader(brain.training_text, hparams["num_workers"]),
@@ -142,13 +155,15 @@ def prepare_tokenizer(hparams: Mapping, tokenizer_file: Path) -> None:
         stream.write(Path(source).read_bytes())
 
 
-def warn_of_unknown_characters(text: TextBatches) -> None:
-    """Lists characters of the first sentences that the tokenizer leaves out."""
+def warn_of_unknown_characters(text: TextBatches, policy: str) -> None:
+    """Lists characters of the first sentences that the tokenizer does not know.
+
+    Raises:
+        UserError: there are some, and ``policy`` is "error".
+    """
     sample = islice(read_sentences(text.paths), SAMPLE_SENTENCES)
     unknown = count_unknown_characters(text.tokenizer, sample)
-    if unknown:
-        listed = ", ".join(f"{char!r} {count}" for char, count in unknown.most_common(20))
-        logger.warning("Characters that the tokenizer does not know are left out: %s", listed)
+    check_unknown_characters(unknown, policy, "Training text")
 
 
 def loader(text: TextBatches, workers: int) -> DataLoader:

@@ -1,11 +1,13 @@
 """TensorBoard and Weights & Biases, as far as a run asks for them."""
 
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from speechbrain.utils.distributed import main_process_only
+from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_process_only
 from speechbrain.utils.train_logger import TensorboardLogger, TrainLogger, WandBLogger
 
+from corpora.files import atomic_write
 from training.errors import UserError
 
 
@@ -41,6 +43,17 @@ class RunWandBLogger(WandBLogger):
         super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose)
 
 
+def run_id(folder: Path) -> str:
+    """An id of this folder's own: the same run after an interruption, and nobody else's."""
+    path = folder / "wandb_id"
+    if not path.is_file() and if_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as stream:
+            stream.write(uuid.uuid4().hex[:12])
+    ddp_barrier()
+    return path.read_text(encoding="utf-8")
+
+
 def make_loggers(hparams: Mapping) -> list[TrainLogger]:
     """The loggers that ``use_tensorboard`` and ``use_wandb`` ask for.
 
@@ -68,8 +81,7 @@ def make_loggers(hparams: Mapping) -> list[TrainLogger]:
                 entity=hparams["wandb_entity"],
                 project=hparams["wandb_project"],
                 name="-".join(folder.parts[-2:]),
-                # The same folder is the same run, also after an interruption.
-                id="-".join(folder.parts[-3:]).replace("/", "-") or None,
+                id=run_id(folder),
                 resume="allow",
                 dir=str(folder),
                 config=plain,

@@ -1,5 +1,6 @@
 """From a command line to a trained and evaluated model; both scripts run through here."""
 
+import hashlib
 import logging
 import shlex
 import sys
@@ -10,6 +11,7 @@ from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from corpora.files import atomic_write
 from corpora.librispeech import find_data_root
+from corpora.record import PreparationRecord
 from librispeech_prepare import prepare_librispeech
 from training.augment import SpeedPerturbation
 from training.brain import ASRBrain
@@ -24,6 +26,7 @@ from training.data import (
     sorted_by_duration,
     training_batches,
     unalignable,
+    with_characters,
 )
 from training.errors import UserError
 from training.evaluation import evaluate_splits
@@ -31,7 +34,12 @@ from training.language_model import TOKENIZER_FILE, fetch_pretrained, uses_pretr
 from training.loggers import make_loggers
 from training.reports import results_table
 from training.start import make_output_folder, start_run
-from training.tokenizer import count_unknown_characters, load_tokenizer, train_tokenizer
+from training.tokenizer import (
+    check_unknown_characters,
+    count_unknown_characters,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,24 +87,46 @@ def tokenizer_file(hparams: dict) -> Path:
 
 
 def prepare_tokenizer(hparams: dict) -> None:
-    """The run's tokenizer file: the language model's, or trained from the training transcripts."""
+    """The run's tokenizer file: the language model's, or trained from the training transcripts.
+
+    Checkpoints keep the tokenizer that they were trained with.
+
+    Raises:
+        UserError: they were trained with another than the one that is asked for now.
+    """
     model_file = tokenizer_file(hparams)
-    if model_file.is_file():
-        return
+    record = PreparationRecord(model_file.parent, "tokenizer.json")
+    rows = read_rows(Path(hparams["output_folder"]) / TRAIN_MANIFEST, "")
+    transcripts = [row["wrd"] for row in rows.values()]
     if uses_pretrained_tokenizer(hparams):
+        settings = {"tokenizer": "of the language model"}
         source = hparams["pretrained_lm_tokenizer_path"]
+    else:
+        names = ("token_type", "output_neurons", "character_coverage")
+        settings = {name: hparams[name] for name in names}
+        source = hashlib.sha256("\n".join(transcripts).encode()).hexdigest()
+    if model_file.is_file():
+        if record.is_current(model_file.name, {"settings": settings, "source": source}):
+            return
+        if hparams["checkpointer"].find_checkpoint() is not None:
+            earlier = record.note(model_file.name, "settings", settings)
+            if earlier != settings:
+                raise UserError(
+                    f"{model_file.parent} holds checkpoints of a run with {_listed(earlier)}; now "
+                    f"it is {_listed(settings)}. Use another output_folder, or the same tokens."
+                )
+            return
+    if uses_pretrained_tokenizer(hparams):
         pretrained = fetch_pretrained(source, TOKENIZER_FILE, model_file.parent / "pretrained")
         with atomic_write(model_file, "wb") as stream:
             stream.write(pretrained.read_bytes())
-        return
-    rows = read_rows(Path(hparams["output_folder"]) / TRAIN_MANIFEST, "")
-    train_tokenizer(
-        (row["wrd"] for row in rows.values()),
-        model_file,
-        token_type=hparams["token_type"],
-        output_neurons=hparams["output_neurons"],
-        character_coverage=hparams["character_coverage"],
-    )
+    else:
+        train_tokenizer(transcripts, model_file, **settings)
+    record.add(model_file.name, {"settings": settings, "source": source}, settings=settings)
+
+
+def _listed(settings: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
@@ -125,14 +155,16 @@ def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
         return loaders
 
     rows = read_rows(folder / TRAIN_MANIFEST, data_root)
+    policy = hparams["unknown_characters"]
     unknown = count_unknown_characters(tokenizer, (row["wrd"] for row in rows.values()))
-    if unknown:
-        listed = ", ".join(f"{char!r} {count}" for char, count in unknown.most_common(20))
-        logger.warning("Characters that the tokenizer does not know are left out: %s", listed)
+    check_unknown_characters(unknown, policy, "Training transcripts")
     skipped = unalignable(rows, tokenizer, sample_rate)
-    if skipped and if_main_process():
+    if policy == "skip":
+        skipped |= with_characters(rows, unknown)
+    if if_main_process():
         SkippedUtterances(folder / "skipped.csv").add(skipped)
-        logger.warning("%d training utterances are left out: see skipped.csv", len(skipped))
+        if skipped:
+            logger.warning("%d training utterances are left out: see skipped.csv", len(skipped))
     rows = sorted_by_duration(leave_out(rows, set(skipped)), hparams["sorting"])
     if hparams.get("speed_perturb") is not None:
         loaders.perturbation = SpeedPerturbation(
@@ -177,7 +209,8 @@ def run_recipe(
         hparams["checkpointer"].check_architecture()
     make_output_folder(line, hparams, test_only)
     run_on_main(prepare_manifests, args=[hparams, test_only])
-    run_on_main(prepare_tokenizer, args=[hparams])
+    if not test_only:
+        run_on_main(prepare_tokenizer, args=[hparams])
     loaders = dataio_prepare(hparams, test_only)
     hparams["tokenizer"] = loaders.tokenizer
     if complete_hparams is not None:
@@ -204,8 +237,9 @@ def run_recipe(
             train_loader_kwargs=loaders.train_kwargs,
             valid_loader_kwargs=loaders.valid_kwargs,
         )
-    scores = evaluate_splits(brain, loaders.tests, [Path(sys.argv[0]).name, *argv])
+    command = [Path(sys.argv[0]).name, *argv]
+    scores = evaluate_splits(brain, loaders.tests, command, test_only)
     if if_main_process():
         print(f"\n{results_table(scores)}\n\nReports: {hparams['output_folder']}")
-        logger.info("Command: %s", shlex.join([Path(sys.argv[0]).name, *argv]))
+        logger.info("Command: %s", shlex.join(command))
     return brain

@@ -169,6 +169,7 @@ def update_results(
     splits: Mapping[str, SplitScore],
     model: Mapping,
     run: Mapping,
+    test_only: bool = False,
 ) -> Path:
     """Merge an evaluation into the run's ``results.json``.
 
@@ -177,6 +178,8 @@ def update_results(
         splits: scores of the splits evaluated now; those evaluated earlier stay.
         model: facts about the model (``parameters``, ...); replaces the earlier ones.
         run: see :func:`run_record`; replaces the earlier one.
+        test_only: keep the earlier ``run``, of the training; ``run`` goes to ``evaluations``, split
+            by split.
 
     Returns:
         The path of ``results.json``. One that was there but cannot be read is kept as
@@ -184,19 +187,25 @@ def update_results(
     """
     path = Path(output_folder) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    earlier = {}
+    earlier: dict = {}
     if path.exists():
         try:
-            earlier = read_results(output_folder)["splits"]
+            earlier = read_results(output_folder)
         except ValueError as error:
             aside = path.with_name("results.json.unreadable")
             os.replace(path, aside)
             logger.warning("%s It is kept as %s.", error, aside)
     results = {
-        "splits": earlier | {name: score.as_json() for name, score in splits.items()},
+        "splits": earlier.get("splits", {}) | {n: score.as_json() for n, score in splits.items()},
         "model": dict(model),
         "run": dict(run),
     }
+    evaluations = {k: v for k, v in earlier.get("evaluations", {}).items() if k not in splits}
+    if test_only and "run" in earlier:
+        results["run"] = earlier["run"]
+        evaluations |= {name: dict(run) for name in splits}
+    if evaluations:
+        results["evaluations"] = evaluations
     _write_text(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 

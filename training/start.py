@@ -1,11 +1,15 @@
 """The first steps of every run: command line, YAML file, device, processes, output folder."""
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import speechbrain as sb
-from speechbrain.utils.distributed import ddp_init_group
+from hyperpyyaml import resolve_references
+from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from speechbrain.utils.run_opts import RunOptions
 
+from corpora.files import atomic_write
 from training.allocator import keep_freed_memory
 from training.cli import CommandLine, load_hparams, parse_command_line, run_options
 from training.devices import check_device, check_precision
@@ -43,8 +47,12 @@ def make_output_folder(line: CommandLine, hparams: dict, test_only: bool) -> Non
     The record of how a model was trained outlives an evaluation with other settings.
     """
     sb.create_experiment_directory(
-        experiment_directory=hparams["output_folder"],
-        hyperparams_to_save=None if test_only else line.param_file,
-        overrides=line.overrides,
-        save_env_desc=not test_only,
+        experiment_directory=hparams["output_folder"], save_env_desc=not test_only
     )
+    if not test_only and if_main_process():
+        with open(line.param_file, encoding="utf-8") as stream:
+            resolved = resolve_references(stream, line.overrides)
+        # SpeechBrain empties the file of an earlier run before it writes.
+        with atomic_write(Path(hparams["output_folder"]) / "hyperparams.yaml") as stream:
+            stream.write(f"# From {Path(line.param_file).absolute()}\n# yamllint disable\n")
+            shutil.copyfileobj(resolved, stream)

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 TOKEN_TYPES = ("char", "unigram", "bpe")
+UNKNOWN_CHARACTERS = ("drop", "skip", "error")
 
 
 def train_tokenizer(
@@ -60,6 +61,8 @@ def train_tokenizer(
             max_sentencepiece_length=10,
             # Transcripts come normalised; NFKC would change what is scored.
             normalization_rule_name="identity",
+            # Longer lines would be left out without a word, and their characters be unknown.
+            max_sentence_length=max(4192, *(len(s.encode()) + 1 for s in sentences)),
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -96,9 +99,12 @@ def load_tokenizer(model_file: str | Path, output_neurons: int) -> spm.SentenceP
             f"{model_file} has {tokenizer.get_piece_size()} tokens but output_neurons is "
             f"{output_neurons}: the tokenizer belongs to another model."
         )
-    if tokenizer.unk_id() != UNK_ID:
+    ids = tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()
+    if ids != (UNK_ID, BOS_ID, EOS_ID):
         raise UserError(
-            f"{model_file} has unk = {tokenizer.unk_id()}; it must be 0, since 0 is the blank."
+            f"{model_file} has unk, bos, eos = {', '.join(map(str, ids))} (-1: none); they must be "
+            "0 (the blank, too), 1 and 2. Train it with --unk_id=0 --bos_id=1 --eos_id=2 "
+            "--pad_id=-1, or leave it out: the recipe trains one."
         )
     return tokenizer
 
@@ -124,6 +130,29 @@ def count_unknown_characters(
             and UNK_ID in tokenizer.encode(space + character, add_bos=False)
         }
     )
+
+
+def check_unknown_characters(unknown: Counter[str], policy: str, where: str) -> None:
+    """Lists what `count_unknown_characters` found; ``policy`` is ``unknown_characters`` of a YAML.
+
+    Raises:
+        UserError: there is some and the policy is "error"; or there is no such policy.
+    """
+    if policy not in UNKNOWN_CHARACTERS:
+        raise UserError(
+            f"unknown_characters is {policy!r}; it must be one of {', '.join(UNKNOWN_CHARACTERS)}."
+        )
+    if not unknown:
+        return
+    listed = ", ".join(f"{char!r} {count}" for char, count in unknown.most_common(20))
+    message = f"{where}: {len(unknown)} characters are unknown to the tokenizer: {listed}"
+    if policy == "error":
+        raise UserError(
+            f"{message}. Mend the text, train another tokenizer, or choose --unknown_characters "
+            "drop (the characters are left out) or skip (the sentences are)."
+        )
+    left_out = "the characters" if policy == "drop" else "the sentences with them"
+    logger.warning("%s; %s are left out.", message, left_out)
 
 
 def vocabulary(tokenizer: spm.SentencePieceProcessor) -> list[str]:

@@ -1,5 +1,8 @@
 """Cached language model scores are those of the whole prefix, whatever the beams do."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from speechbrain.decoders.scorer import KenLMScorer as SpeechBrainKenLMScorer
@@ -140,6 +143,18 @@ def token_ngram(tmp_path):
     }
 
 
+def test_a_hypothesis_begins_where_the_ngrams_sentences_begin(token_ngram):
+    scorer = KenLMScorer(**token_ngram)
+    scorer.reset_mem(torch.zeros(1, 1), None)
+    step, memory = scorer.score(torch.tensor([BOS]), None, torch.tensor([[3, 4]]), None)
+    memory = scorer.permute_mem(memory, torch.tensor([[3]]))
+    next_step, _ = scorer.score(torch.tensor([3]), memory, torch.tensor([[4]]), None)
+    first, second = (log10 for log10, *_ in scorer.lm.full_scores("t3 t4", bos=True, eos=False))
+    assert step[0, 3].item() == pytest.approx(first * math.log(10), rel=1e-5)
+    assert next_step[0, 4].item() == pytest.approx(second * math.log(10), rel=1e-5)
+    assert step[0, 3] > step[0, 4]
+
+
 def test_kenlm_scores_are_those_of_speechbrain_and_follow_items(token_ngram):
     beam, batch = 2, 3
     candidates = torch.tensor([[3, 4, 7], [3, 9, 10]] * batch)
@@ -148,7 +163,12 @@ def test_kenlm_scores_are_those_of_speechbrain_and_follow_items(token_ngram):
     for scorer in (SpeechBrainKenLMScorer(**token_ngram), KenLMScorer(**token_ngram)):
         scorer.reset_mem(torch.zeros(batch, 1), None)
         tokens = torch.full((batch * beam,), BOS)
-        _, memory = scorer.score(tokens, None, candidates, None)
+        start = scorer.kenlm.State()
+        scorer.lm.BeginSentenceWrite(start)
+        given = np.array([start] * len(tokens)), np.ones(len(tokens))
+        if isinstance(scorer, KenLMScorer):
+            given = None
+        _, memory = scorer.score(tokens, given, candidates, None)
         memory = scorer.permute_mem(memory, chosen)
         step, _ = scorer.score(tokens, memory, candidates, None)
         scores.append(step)

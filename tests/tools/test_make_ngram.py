@@ -181,3 +181,11 @@ class TestCommand:
         lines = (tmp_path / "lm.arpa").read_text().splitlines()
         probabilities = [float(line.split("\t")[0]) for line in lines if "\t" in line]
         assert all(p <= 0 and math.isfinite(p) for p in probabilities)
+
+    def test_a_folder_as_output_is_one_line_and_status_2(self, tmp_path, capsys):
+        source = tmp_path / "a.txt"
+        source.write_text("A B\n")
+        assert self.run(source, "--output", tmp_path) == 2
+        error = capsys.readouterr().err
+        assert "cannot be written" in error
+        assert error.count("\n") == 1

@@ -194,3 +194,41 @@ def test_a_script_gets_the_arguments_of_the_process(monkeypatch):
     got = []
     run_script(got.extend)
     assert got == ["m.yaml", "--a", "1"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("batch_size", "abc", "a number"),
+        ("batch_size", True, "a number"),
+        ("shuffle", "abc", "True or False"),
+        ("shuffle", 1, "True or False"),
+    ],
+)
+def test_a_value_of_another_kind_than_the_files_is_an_error(tmp_path, key, value, wanted):
+    path = tmp_path / "kinds.yaml"
+    path.write_text("batch_size: 4\nshuffle: False\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"--{key} is {value!r}; it must be {wanted}"):
+        load_hparams(str(path), {key: value})
+    assert load_hparams(str(path), {"batch_size": 2.5, "shuffle": True})["shuffle"] is True
+    assert load_hparams(str(path), {"batch_size": None})["batch_size"] is None
+
+
+def test_a_misspelt_switch_is_suggested():
+    with pytest.raises(UserError, match="Did you mean --test_only"):
+        parse_command_line(["m.yaml", "--test-only"], "")
+
+
+def test_an_accumulation_over_no_batch_is_an_error():
+    with pytest.raises(UserError, match="at least 1"):
+        options_of(["--grad_accumulation_factor", "0"], {})
+
+
+def test_an_interruption_before_training_has_the_documented_status(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, [])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.count("\n") == 1

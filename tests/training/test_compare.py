@@ -34,7 +34,7 @@ def wrong_words():
 
 
 def cells(report, row):
-    """The cells of the table row that begins with the names in ``row``, table by table."""
+    """The cells of the table rows that begin with the names in ``row``."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines()]
     return [found for found in rows if tuple(found[: len(row)]) == row]
 
@@ -62,18 +62,19 @@ def test_pairing_sees_a_difference_that_the_intervals_alone_do_not(tmp_path, wro
     report = compare(runs)
     first, second = (interval(cells(report, (name, "test-clean"))[0][4]) for name in "ab")
     assert second[1] > first[0]
-    difference = cells(report, ("b", "test-clean"))[1]
+    (difference,) = (row[8:] for row in cells(report, ("b", "test-clean")))
     gained = 100 * (better - wrong_words).sum() / (4 * UTTERANCES)
-    assert float(difference[2]) == pytest.approx(gained, abs=0.005)
-    low, high = interval(difference[3])
+    assert float(difference[0]) == pytest.approx(gained, abs=0.005)
+    low, high = interval(difference[1])
     assert low < gained < high < 0
-    assert difference[4] == "100.0 %"
+    assert difference[2] == "100.0 %"
+    assert cells(report, ("a", "test-clean"))[0][8:] == ["-", "-", "-"]
 
 
 def test_runs_that_err_alike_are_even(tmp_path, wrong_words):
     runs = [make_run(tmp_path / name, wrong_words) for name in "ab"]
-    difference = cells(compare(runs), ("b", "test-clean"))[1]
-    assert difference[2:] == ["+0.00", "+0.00 to +0.00", "50.0 %"]
+    (difference,) = (row[8:] for row in cells(compare(runs), ("b", "test-clean")))
+    assert difference == ["+0.00", "+0.00 to +0.00", "50.0 %"]
 
 
 def test_the_report_depends_on_the_seed_alone(tmp_path, wrong_words):
@@ -88,8 +89,8 @@ def test_the_order_of_utterances_in_a_file_does_not_matter(tmp_path, wrong_words
         make_run(tmp_path / "a", wrong_words, ids=ids),
         make_run(tmp_path / "b", wrong_words[::-1], ids=ids[::-1]),
     ]
-    difference = cells(compare(runs), ("b", "test-clean"))[1]
-    assert difference[2:] == ["+0.00", "+0.00 to +0.00", "50.0 %"]
+    (difference,) = (row[8:] for row in cells(compare(runs), ("b", "test-clean")))
+    assert difference == ["+0.00", "+0.00 to +0.00", "50.0 %"]
 
 
 def test_resampled_sums_do_not_depend_on_how_they_are_batched(monkeypatch):
@@ -118,15 +119,15 @@ def test_splits_that_only_one_run_has_are_named(tmp_path, wrong_words):
     ]
     report = compare(runs)
     assert "Not in both a and b: dev-clean, test-other." in report
-    assert len(cells(report, ("b", "test-other"))) == 1
-    assert len(cells(report, ("b", "test-clean"))) == 2
+    assert cells(report, ("b", "test-other"))[0][8:] == ["-", "-", "-"]
+    assert cells(report, ("b", "test-clean"))[0][8] != "-"
 
 
 def test_runs_are_named_by_what_tells_them_apart(tmp_path, wrong_words):
     runs = [make_run(tmp_path / name / "3407", wrong_words) for name in ("small", "large")]
     report = compare(runs)
     assert cells(report, ("small/3407", "test-clean"))
-    assert cells(report, ("against small/3407",))
+    assert "against small/3407" in cells(report, ("run",))[0]
 
 
 def test_command_prints_and_writes_the_table(tmp_path, wrong_words, capsys):

@@ -6,8 +6,8 @@ import torch
 from training.devices import (
     check_device,
     check_precision,
-    choose_device,
     distributed_backend_for,
+    own_device,
     peak_memory_gib,
 )
 from training.errors import UserError
@@ -19,6 +19,7 @@ from training.errors import UserError
         (True, True, None, "cuda:0"),
         (True, False, "3", "cuda:3"),
         (False, True, None, "mps"),
+        (False, True, "0", "cpu"),
         (False, False, None, "cpu"),
         (False, False, "1", "cpu"),
     ],
@@ -29,7 +30,18 @@ def test_cuda_before_mps_before_cpu(monkeypatch, cuda, mps, local_rank, expected
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert choose_device() == expected
+    assert own_device(None) == expected
+
+
+def test_processes_of_torchrun_do_not_share_a_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert own_device("cuda") == "cuda:2"
+    assert own_device("cpu") == "cpu"
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
+        own_device("cuda:1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert own_device("cuda:1") == "cuda:1"
 
 
 @pytest.mark.parametrize(
@@ -42,7 +54,7 @@ def test_processes_speak_nccl_between_gpus_alone(device, backend):
 
 def test_what_is_here_is_accepted():
     check_device("cpu")
-    check_device(choose_device())
+    check_device(own_device(None))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:9", "cpu:1", "cuda:x", "", "mps:7"])

@@ -42,3 +42,11 @@ def test_no_path_is_no_ngram(hparams):
 def test_a_missing_file_is_named(hparams, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         load_token_ngram(hparams | {"token_ngram_path": str(tmp_path / "nowhere.arpa")})
+
+
+def test_an_ngram_of_words_is_refused(hparams, tmp_path):
+    (tmp_path / "text.txt").write_text("ABBA BA\nBAAB", encoding="utf-8")
+    words = tmp_path / "words.arpa"
+    assert make_ngram([str(tmp_path / "text.txt"), "--output", str(words)]) == 0
+    with pytest.raises(UserError, match="n-gram of words or of other tokens"):
+        load_token_ngram(hparams | {"token_ngram_path": str(words)})

@@ -1,6 +1,7 @@
 """Tokens: ids, round trips, and vocabularies that do not fit."""
 
 import io
+from collections import Counter
 
 import pytest
 import sentencepiece as spm
@@ -10,6 +11,7 @@ from training.tokenizer import (
     BOS_ID,
     EOS_ID,
     UNK_ID,
+    check_unknown_characters,
     count_unknown_characters,
     load_tokenizer,
     tokens_of,
@@ -138,7 +140,7 @@ def test_a_tokenizer_with_sentencepieces_own_padding_id_is_refused(tmp_path):
     )
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model.getvalue())
-    with pytest.raises(UserError, match="unk = 3"):
+    with pytest.raises(UserError, match="3, 1, 2"):
         load_tokenizer(path, 31)
 
 
@@ -149,3 +151,49 @@ def test_a_file_that_is_no_tokenizer_is_one_error(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer\.model"):
         load_tokenizer(path, 31)
+
+
+def test_a_tokenizer_without_ends_of_sentences_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    with open(path, "wb") as stream:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(SENTENCES),
+            model_writer=stream,
+            model_type="char",
+            vocab_size=31,
+            hard_vocab_limit=False,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    with pytest.raises(UserError, match="0, -1, -1"):
+        load_tokenizer(path, 31)
+
+
+def test_a_very_long_transcript_is_not_left_out_of_the_vocabulary(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    train_tokenizer([*SENTENCES, "Q" * 5000], path, token_type="char", output_neurons=31)
+    assert "Q" in vocabulary(load_tokenizer(path, 31))
+
+
+UNKNOWN = Counter({"É": 2, "ß": 1})
+
+
+class TestUnknownCharacters:
+    @pytest.mark.parametrize(
+        ("policy", "left_out"), [("drop", "the characters"), ("skip", "the sentences")]
+    )
+    def test_they_are_counted_and_listed(self, policy, left_out, caplog):
+        check_unknown_characters(UNKNOWN, policy, "Text")
+        assert f"'É' 2, 'ß' 1; {left_out}" in caplog.text
+
+    def test_they_can_be_an_error(self):
+        check_unknown_characters(Counter(), "error", "Text")
+        with pytest.raises(UserError, match=r"Text: 2 characters.*'É' 2"):
+            check_unknown_characters(UNKNOWN, "error", "Text")
+
+    def test_another_policy_is_an_error(self):
+        with pytest.raises(UserError, match="drop, skip, error"):
+            check_unknown_characters(Counter(), "keep", "Text")
