@@ -225,6 +225,8 @@ class Mamba(nn.Module):
         Args:
             x_BTD: (B, T, D).
             lengths: valid frames of each item (B,), integers; later frames influence no valid one.
+                Where gradients of the weights are wanted they must be finite: ``in_proj`` multiplies
+                them by zeros.
             state: left by the frames before these; None starts with silence behind.
             chunk_size: cut the backward direction, its convolution included, into chunks of so
                 many frames, counted from the first frame given, so that a frame sees no further
@@ -290,11 +292,15 @@ class Mamba(nn.Module):
             raise ValueError("a bidirectional mixer cannot step: it needs the frames to come")
         if x_BD.dim() != 2 or x_BD.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {tuple(x_BD.shape)}; wanted (batch, {self.d_model})")
-        if state.ssm.shape != (x_BD.shape[0], self.d_inner, self.d_state):
-            raise ValueError(
-                f"the state has shape {tuple(state.ssm.shape)}; wanted "
-                f"{(x_BD.shape[0], self.d_inner, self.d_state)}: one row per row of x"
-            )
+        rows = x_BD.shape[0], self.d_inner
+        wanted = {"ssm": (*rows, self.d_state), "conv": (*rows, self.d_conv - 1)}
+        for name, shape in wanted.items():
+            given = tuple(getattr(state, name).shape)
+            if given != shape:
+                raise ValueError(
+                    f"the {name} state has shape {given}; wanted {shape}: one row per row of x, "
+                    "from a mixer of this size"
+                )
         if torch.is_grad_enabled():
             y, state = self.forward(x_BD[:, None], state=state, return_state=True)
             return y[:, 0], state

@@ -72,4 +72,5 @@ def normalise_reset(reset_every: int | None, time: int) -> int | None:
         return None
     if isinstance(reset_every, bool) or not isinstance(reset_every, int) or reset_every < 1:
         raise ValueError(f"reset_every is {reset_every!r}; wanted a positive number of frames")
-    return reset_every if reset_every < time else None
+    # While a graph is made the length may be free: to compare it would tie the graph to one side.
+    return reset_every if torch.compiler.is_compiling() or reset_every < time else None

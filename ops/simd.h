@@ -347,7 +347,7 @@ void read_tile_as(const Tensor& x, const Span& at, vf* tile) {
     const T* first = base + block * W * x.channel;
     vf* out = tile + block * at.frames;
     int frame = 0;
-    if (x.channel == 0) {  // the gradient of a sum is an expanded scalar
+    if (x.channel == 0 && lanes == W) {  // the gradient of a sum is an expanded scalar
       for (; frame < at.frames; ++frame) out[frame] = splat(widen(first[frame * x.frame]));
     } else if (lanes == W && x.frame == 1) {
       for (; frame + W <= at.frames; frame += W) {

@@ -19,8 +19,9 @@ def parameter_groups(module: torch.nn.Module) -> list[dict]:
     """Two groups: weights that decay, and those that must not.
 
     The second holds biases (those of relative positions too), the weights of every normalisation
-    (whatever their shape), everything one-dimensional, and parameters marked with
-    ``_no_weight_decay`` (A_log and D of a mixer: decay would pull A towards -1 and D towards 0).
+    (whatever their shape), everything one-dimensional, and the rates A_log of mixers, which decay
+    would pull towards -1, by their names and by mamba_ssm's mark ``_no_weight_decay``, which a copy
+    of a network loses.
     """
     decay, keep, seen = [], [], set()
     for part in module.modules():
@@ -32,6 +33,7 @@ def parameter_groups(module: torch.nn.Module) -> list[dict]:
                 isinstance(part, _NORMS)
                 or parameter.ndim <= 1
                 or "bias" in name
+                or name.endswith("_log")
                 or getattr(parameter, "_no_weight_decay", False)
             )
             (keep if spared else decay).append(parameter)

@@ -148,7 +148,8 @@ def _describe(
     threads = torch.get_num_threads()
     # Small units, and several of them for each thread.
     parts = max(-(-call.dim // _UNIT_CHANNELS), -(-4 * threads // max(1, call.batch)))
-    call.channels_per_unit = -(-call.dim // parts // library.channels) * library.channels
+    channels = max(1, call.dim)
+    call.channels_per_unit = -(-channels // parts // library.channels) * library.channels
     call.threads = min(threads, 1 + x.numel() // _THREAD_ELEMENTS)
     call.parallel_for = library.parallel_for
     return library, call, kept

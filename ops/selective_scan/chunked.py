@@ -93,8 +93,13 @@ def _fake_forward(
     return torch.empty_like(ways[0].u), last_states, saved
 
 
+def _new_gradient(x: Tensor) -> Tensor:
+    """Memory laid out like the gradient of ``x``: sequences and states keep their layout."""
+    return torch.empty_like(x) if x.dim() > 2 else x.new_empty(x.shape)
+
+
 scan, bidirectional_scan = register(
-    "mamba_asr::selective_scan_torch", forward, backward, _fake_forward, torch.empty_like
+    "mamba_asr::selective_scan_torch", forward, backward, _fake_forward, _new_gradient
 )
 
 
@@ -143,7 +148,9 @@ def _backward_way(
         D=like(grads.D, way.D),
         delta_bias=like(grads.delta_bias, way.delta_bias),
         initial_state=(
-            None if initial_state is None else call.state_to_caller(carry).to(initial_state.dtype)
+            None
+            if initial_state is None
+            else _new_gradient(initial_state).copy_(call.state_to_caller(carry))
         ),
     ), grads.z
 
@@ -315,7 +322,7 @@ class _Block:
         out = self.ungated_output(states)
         if self.call.z is not None:
             out *= F.silu(self.call.read(self.call.z, self.lo, self.hi))
-        return out
+        return self.call.mask(out, self.lo, self.hi)
 
     def ungated_output(self, states: Tensor) -> Tensor:
         out = self.sum_states(states, self.C)

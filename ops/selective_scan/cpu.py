@@ -315,7 +315,7 @@ def _channels_per_unit(
     busy = -(-4 * torch.get_num_threads() // max(1, scan.batch * scan.groups))
     if busy > parts:
         parts = busy if most_parts is None else max(parts, min(busy, most_parts))
-    return _padded(-(-group_dim // parts), library.channels)
+    return _padded(max(1, -(-group_dim // max(1, parts))), library.channels)
 
 
 def _empty_parts(projection: Tensor, parts: int) -> Tensor:

@@ -56,7 +56,7 @@ def unsupported(*arguments) -> str | None:
 def scan(*arguments) -> tuple[Tensor, Tensor]:
     """`reference.scan` by ``mamba_ssm.ops.selective_scan_interface.selective_scan_fn``."""
     call = ScanArguments(*arguments)
-    return _interface().selective_scan_fn(
+    y, last_state = _interface().selective_scan_fn(
         call.u,
         call.delta,
         call.A,
@@ -68,6 +68,21 @@ def scan(*arguments) -> tuple[Tensor, Tensor]:
         call.delta_softplus,
         return_last_state=True,
     )
+    return y, _WithoutGradient.apply(last_state)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Refuses a gradient that mamba_ssm would leave out without a word."""
+
+    @staticmethod
+    def forward(ctx, last_state: Tensor) -> Tensor:
+        return last_state.view_as(last_state)
+
+    @staticmethod
+    def backward(ctx, grad_last_state: Tensor):
+        raise RuntimeError(
+            "mamba_ssm gives no gradient of the last state; choose another backend, such as triton"
+        )
 
 
 def _interface():

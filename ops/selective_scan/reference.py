@@ -79,6 +79,8 @@ def scan(
         y = y + D.to(dtype)[:, None] * x
     if z is not None:
         y = y * F.silu(select_valid(z.to(dtype), valid))
+    # Where C does not vary with time the state is read out in padding, too.
+    y = select_valid(y, valid)
     # A state that never moved must not be the caller's own tensor.
     return y.to(u.dtype), h.clone() if time == 0 else h
 

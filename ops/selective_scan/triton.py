@@ -77,8 +77,9 @@ def _new_outputs(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     u, num_states = ways[0].u, ways[0].A.shape[1]
     batch, dim, time = u.shape
-    num_tiles = (time + TILE_FRAMES - 1) // TILE_FRAMES
-    kept = (batch, num_tiles, num_states, dim) if save else (0,)
+    # Of the tile that is scanned first the state is the caller's.
+    kept_tiles = max((time + TILE_FRAMES - 1) // TILE_FRAMES - 1, 0)
+    kept = (batch, kept_tiles, num_states, dim) if save else (0,)
     return (
         empty_like(u),
         [u.new_empty(batch, num_states, dim, dtype=torch.float32).transpose(1, 2) for _ in ways],

@@ -233,7 +233,8 @@ def _backward_way(
             tile = tile_from + i if REVERSE else tile_to - 1 - i
             scanned_first = i == tile_to - tile_from - 1
             start = tile * TILE + (TILE - 1 if REVERSE else 0)
-            kept_tile = item * tl.cdiv(time, TILE) + tile
+            # The tile that is scanned first has none.
+            kept_tile = item * (tl.cdiv(time, TILE) - 1) + tile - (0 if REVERSE else 1)
 
             u_rows = load_rows(way.u, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE)
             delta_rows = load_rows(

@@ -104,7 +104,7 @@ def _scan_way(
             if way.states is not None:
                 edge = start + 1 if REVERSE else start
                 if (edge % TILE == 0) & (i > 0):
-                    tile = item * tl.cdiv(time, TILE) + start // TILE
+                    tile = item * (tl.cdiv(time, TILE) - 1) + start // TILE - (0 if REVERSE else 1)
                     kept_states = way.states + tile * NUM_STATE * dim
                     tl.store(kept_states + of_parameter, h, mask=state_mask)
 

@@ -1,5 +1,6 @@
 """The mixer: what it computes, what it may see, and what its state carries."""
 
+import dataclasses
 import itertools
 import math
 
@@ -216,6 +217,19 @@ def test_padding_changes_no_frame_and_no_gradient(bidirectional, chunk_size):
         assert not found["x"][item, length:].any()
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_padding_that_is_not_a_number_changes_no_frame(bidirectional):
+    mixer = make_mixer(bidirectional)
+    x_BTD, lengths = make_frames(2, 9), torch.tensor([9, 4])
+    wanted = mixer(x_BTD, lengths)
+    x_BTD[1, 4:] = math.nan
+    x_BTD.requires_grad_()
+    found = mixer(x_BTD, lengths)
+    torch.testing.assert_close(found, wanted)
+    found.square().sum().backward()
+    assert x_BTD.grad.isfinite().all()
+
+
 def test_a_causal_mixer_has_no_gradient_from_the_future():
     mixer = make_mixer()
     x_BTD = make_frames(2, 20).requires_grad_()
@@ -373,6 +387,12 @@ def test_no_frames_and_no_items_are_legal():
         assert not mixer(make_frames(2, 5), lengths).any()
 
 
+@torch.no_grad()
+def step_without_gradients(mixer, state):
+    """The compiled step, which trusts the shapes that it is given."""
+    mixer.step(make_frames(2, 1)[:, 0], state)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -387,6 +407,12 @@ def test_no_frames_and_no_items_are_legal():
          "state has shape"),
         (lambda causal, both: causal.step(make_frames(2, 1)[:, 0], causal.initial_state(3)),
          "one row per row of x"),
+        (lambda causal, both: step_without_gradients(
+            causal, dataclasses.replace(causal.initial_state(2), conv=torch.zeros(2, 24, 5))),
+         r"conv state has shape \(2, 24, 5\)"),
+        (lambda causal, both: step_without_gradients(
+            causal, dataclasses.replace(causal.initial_state(2), conv=torch.zeros(1, 24, 3))),
+         r"conv state has shape \(1, 24, 3\)"),
         (lambda causal, both: causal(make_frames(2, 3), torch.tensor([1, 4])),
          "lengths run from 1 to 4"),
         (lambda causal, both: causal(make_frames(2, 3), torch.tensor([0.5, 1.0])),

@@ -28,7 +28,8 @@ def present_backends(backends: Backends) -> list[str]:
     ]
 
 
-FAST = present_backends(BACKENDS)
+# mamba_ssm takes no lengths, states or blocks: the published grid is what it is tested with.
+FAST = [name for name in present_backends(BACKENDS) if name != "mamba_ssm"]
 
 
 def device_of(backend: str) -> str:

@@ -279,3 +279,23 @@ def test_an_export_with_free_time_holds_one_node():
     for frames in (2, 100):
         found = program.module()(*arguments(frames))
         assert torch.equal(found, Scan()(*arguments(frames)))
+
+
+@pytest.mark.parametrize("dim", [9, 16, 35])
+def test_expanded_inputs_are_read_as_their_copies_are(dim):
+    """One value for all channels or all states, without memory for each: a stride of 0."""
+    inputs = random_inputs(67, dim=dim, state=3)
+    for names in (("u",), ("delta", "z"), ("B", "C"), ("u", "B")):
+        moved = dict(inputs)
+        for name in names:
+            axis = 2 if name in "BC" else 1
+            moved[name] = inputs[name].narrow(axis, 0, 1).expand_as(inputs[name])
+            assert moved[name].stride(axis) == 0
+        copies = {name: x.contiguous() for name, x in moved.items()}
+        assert_close(run("cpu", moved), run("cpu", copies), 1e-6)
+
+
+def test_no_channels_are_legal():
+    inputs = random_inputs(5, dim=0)
+    y = selective_scan_fn(**inputs, delta_softplus=True, backend="cpu")
+    assert y.shape == (3, 0, 5)

@@ -125,3 +125,35 @@ def test_a_compiled_convolution_equals_the_eager_one(backend):
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+@on_cpu
+def test_gradients_have_the_layout_that_the_graph_was_told(backend):
+    inputs = random_inputs(9, constant="BC")
+    for name in ("A", "B", "C"):
+        inputs[name] = inputs[name].t().contiguous().t()
+    inputs["initial_state"] = inputs["initial_state"].transpose(1, 2).contiguous().transpose(1, 2)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    compiled = torch.compile(selective_scan_fn, backend="inductor", fullgraph=True)
+    y, last_state = compiled(**leaves, delta_softplus=True, return_last_state=True, backend=backend)
+    found = with_gradients(y, last_state, leaves)
+    for name, wanted in run(backend, inputs).items():
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-5)
+
+
+@on_cpu
+def test_a_chunk_wise_mixer_exports_with_free_time(backend):
+    class ChunkWise(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = Mamba(8, bidirectional=True, backend=backend)
+
+        def forward(self, x):
+            return self.mixer(x, chunk_size=8)
+
+    layer = ChunkWise().eval()
+    time = torch.export.Dim("time", min=2, max=4000)
+    program = torch.export.export(layer, (torch.randn(1, 20, 8),), dynamic_shapes={"x": {1: time}})
+    for frames in (3, 8, 61):
+        x = torch.randn(1, frames, 8)
+        torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)

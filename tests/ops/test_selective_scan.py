@@ -437,3 +437,33 @@ def test_both_directions_at_once_are_the_mean_of_two_scans(backend, reset_every,
         backend=backend,
     )
     assert_close(gradients(y, (one, other)), wanted, 1e-5)
+
+
+@all_backends
+@pytest.mark.parametrize("constant", ["", "C", "BC"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_padding_gives_zeros_and_no_gradient_without_a_gate_too(backend, constant, reverse):
+    inputs = random_inputs(13, constant=constant)
+    del inputs["z"]
+    options = {"lengths": lengths_for(13), "reverse": reverse}
+    found = run(backend, inputs, **options)
+    for item, length in enumerate(options["lengths"].tolist()):
+        for name in ("y", "du", "ddelta"):
+            assert not found[name][item, :, length:].any()
+    wanted = in_double(inputs, **options)
+    assert_close(found, wanted, 1e-5)
+    # The definition's own gradients: each item alone, without padding.
+    for item, length in enumerate(options["lengths"].tolist()):
+        if length == 0:
+            continue
+        cut = {
+            name: x[item : item + 1, ..., :length] if name in ("u", "delta") or x.dim() == 4 else x
+            for name, x in inputs.items()
+        }
+        cut["initial_state"] = inputs["initial_state"][item : item + 1]
+        u = cut["u"].double().requires_grad_()
+        y = selective_scan_fn(
+            **{**{n: x.double() for n, x in cut.items()}, "u": u},
+            delta_softplus=True, reverse=reverse, backend="reference",
+        )  # fmt: skip
+        torch.testing.assert_close(y[0].detach(), wanted["y"][item, :, :length])
