@@ -225,8 +225,8 @@ class Mamba(nn.Module):
         Args:
             x_BTD: (B, T, D).
             lengths: valid frames of each item (B,), integers; later frames influence no valid one.
-                Where gradients of the weights are wanted they must be finite: ``in_proj`` multiplies
-                them by zeros.
+                They must be finite where gradients of the weights are wanted: ``in_proj``
+                multiplies them by zeros.
             state: left by the frames before these; None starts with silence behind.
             chunk_size: cut the backward direction, its convolution included, into chunks of so
                 many frames, counted from the first frame given, so that a frame sees no further
