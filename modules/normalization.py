@@ -13,8 +13,8 @@ class UtteranceMeanNormalization(InputNormalization):
     needs the whole utterance, so a model trained with it does not stream.
 
     Args:
-        **options: of SpeechBrain's ``InputNormalization``, whose global statistics are then those of
-            what is left.
+        **options: of SpeechBrain's ``InputNormalization``; its global statistics are those of what
+            is left.
     """
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, epoch: int | None = None) -> Tensor:
