@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ruamel.yaml
 from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml.scalarbool import ScalarBoolean
 from speechbrain.utils.run_opts import RunOptions
 
 from training.devices import distributed_backend_for, own_device
@@ -184,13 +185,14 @@ def load_hparams(param_file: str, overrides: dict) -> dict:
 
 def _check_kind(key: str, written: object, given: object) -> None:
     """Refuses a word for a number and a number for a switch; what is null or computed takes all."""
-    for kind, name in ((bool, "True or False"), ((int, float), "a number")):
-        if isinstance(written, kind):
-            # ruamel keeps booleans of commented lines as a kind of integer.
-            is_switch = isinstance(given, bool)
-            if given is None or (isinstance(given, kind) and is_switch == (kind is bool)):
-                return
-            raise UserError(f"--{key} is {given!r}; it must be {name}, as in the file: {written}.")
+    if given is None or not isinstance(written, (bool, int, float)):
+        return
+    if isinstance(written, (bool, ScalarBoolean)):
+        fits, wanted = isinstance(given, bool), "True or False"
+    else:
+        fits, wanted = isinstance(given, (int, float)) and not isinstance(given, bool), "a number"
+    if not fits:
+        raise UserError(f"--{key} is {given!r}; it must be {wanted}, as in the file: {written}.")
 
 
 def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,62 @@
+"""Features without the mean of their utterance, the same in any batch."""
+
+import pytest
+import torch
+
+from modules.lengths import relative_lengths
+from modules.normalization import UtteranceMeanNormalization, remove_utterance_mean
+
+FRAMES_B = torch.tensor([9, 4, 7])
+
+
+@pytest.fixture
+def feats_BTM():
+    generator = torch.Generator().manual_seed(0)
+    return 5 * torch.randn(3, 9, 6, generator=generator) - 30
+
+
+def test_each_item_loses_the_mean_over_its_own_frames(feats_BTM):
+    centred = remove_utterance_mean(feats_BTM, relative_lengths(FRAMES_B, 9))
+    for item, frames in enumerate(FRAMES_B.tolist()):
+        alone = feats_BTM[item, :frames]
+        torch.testing.assert_close(centred[item, :frames], alone - alone.mean(0), rtol=0, atol=1e-5)
+        assert not centred[item, frames:].any()
+
+
+def test_a_louder_recording_gives_the_same_features(feats_BTM):
+    normalize = UtteranceMeanNormalization(norm_type="global", update_until_epoch=2)
+    lengths = relative_lengths(FRAMES_B, 9)
+    normalize(feats_BTM, lengths, epoch=1)
+    normalize.eval()
+    quiet, loud = (normalize(feats_BTM + shift, lengths, epoch=5) for shift in (0.0, 12.0))
+    for item, frames in enumerate(FRAMES_B.tolist()):
+        torch.testing.assert_close(quiet[item, :frames], loud[item, :frames], rtol=0, atol=1e-5)
+
+
+def test_features_do_not_depend_on_the_padding(feats_BTM):
+    normalize = UtteranceMeanNormalization(norm_type="global")
+    normalize(feats_BTM, relative_lengths(FRAMES_B, 9), epoch=0)
+    normalize.eval()
+    whole = normalize(feats_BTM, relative_lengths(FRAMES_B, 9), epoch=9)
+    for item, frames in enumerate(FRAMES_B.tolist()):
+        alone = normalize(feats_BTM[item : item + 1, :frames], torch.ones(1), epoch=9)
+        torch.testing.assert_close(whole[item, :frames], alone[0], rtol=0, atol=1e-5)
+    poisoned = feats_BTM.clone()
+    poisoned[1, 4:] = torch.nan
+    again = normalize(poisoned, relative_lengths(FRAMES_B, 9), epoch=9)
+    torch.testing.assert_close(again[1, :4], whole[1, :4])
+
+
+def test_global_statistics_are_those_of_what_is_left_and_are_saved(feats_BTM, tmp_path):
+    normalize = UtteranceMeanNormalization(norm_type="global")
+    lengths = relative_lengths(FRAMES_B, 9)
+    normalize(feats_BTM, lengths, epoch=0)
+    normalize._save(tmp_path / "n.ckpt")
+    other = UtteranceMeanNormalization(norm_type="global")
+    other._load(tmp_path / "n.ckpt")
+    for module in (normalize, other):
+        module.eval()
+    torch.testing.assert_close(
+        other(feats_BTM, lengths, epoch=9), normalize(feats_BTM, lengths, epoch=9)
+    )
+    assert normalize(feats_BTM, lengths, epoch=9)[0].mean(0).abs().max() < 0.05
