@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import soundfile
 
 from corpora import download
 from librispeech_prepare import main as prepare
-from tests.corpora.test_download import Server
+from tests.corpora.test_download import Server, archive
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -134,16 +133,12 @@ def test_the_download_command_of_the_readme_fetches_every_split(server, tmp_path
 
 def archived_split(split: str, speaker: int) -> bytes:
     """An archive of one utterance as openslr.org packs it."""
-    sound, packed = io.BytesIO(), io.BytesIO()
+    sound = io.BytesIO()
     soundfile.write(sound, np.zeros(1600, dtype=np.float32), 16000, format="FLAC")
     folder = f"LibriSpeech/{split}/{speaker}/1"
-    files = {
-        f"{folder}/{speaker}-1-0000.flac": sound.getvalue(),
-        f"{folder}/{speaker}-1.trans.txt": f"{speaker}-1-0000 ONE\n".encode(),
-    }
-    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return packed.getvalue()
+    return archive(
+        {
+            f"{folder}/{speaker}-1-0000.flac": sound.getvalue(),
+            f"{folder}/{speaker}-1.trans.txt": f"{speaker}-1-0000 ONE\n".encode(),
+        }
+    )
