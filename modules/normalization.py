@@ -13,9 +13,14 @@ class UtteranceMeanNormalization(InputNormalization):
     needs the whole utterance, so a model trained with it does not stream.
 
     Args:
+        remove_mean: False leaves SpeechBrain's normalisation as it is.
         **options: of SpeechBrain's ``InputNormalization``; its global statistics are those of what
             is left.
     """
+
+    def __init__(self, remove_mean: bool = True, **options):
+        super().__init__(**options)
+        self.remove_mean = remove_mean
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, epoch: int | None = None) -> Tensor:
         """Normalises features (batch, time, bins).
@@ -24,7 +29,9 @@ class UtteranceMeanNormalization(InputNormalization):
             lengths: valid frames as a fraction of ``time``; padding has no part in the mean.
             epoch: for the global statistics, see SpeechBrain's class.
         """
-        return super().forward(remove_utterance_mean(x, lengths), lengths, epoch)
+        if self.remove_mean:
+            x = remove_utterance_mean(x, lengths)
+        return super().forward(x, lengths, epoch)
 
 
 def remove_utterance_mean(x_BTM: Tensor, lengths: Tensor | None) -> Tensor:
