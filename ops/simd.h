@@ -47,55 +47,73 @@ INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 // ---- elementary functions -----------------------------------------------------------------------
 
-// p 2^n for integer-valued n and p near 1. The callers keep n within the exponents of float32 where
-// there is no instruction that handles the ends.
+// p 2^n for integer-valued n within the exponents of float32 and p near 1.
 INLINE vf scale_by_power(vf p, vf n) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
   return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
-#endif
 }
 
 INLINE vf round_to_integer(vf x) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
   const vf magic = splat(12582912.f);  // 1.5 2^23: the sum has no bits left for a fraction
   return (x + magic) - magic;
-#endif
 }
 
-INLINE vf clamp_exponent(vf x) {
+INLINE vf clamp_exponent(vf x) { return minimum(maximum(x, splat(-126.f)), splat(127.f)); }
+
 #if defined(__AVX512F__)
-  return x;
-#else
-  return minimum(maximum(x, splat(-126.f)), splat(127.f));
-#endif
-}
+// 2^(k/16): they fit one register, and what they leave of an exponent is so small that a cubic will do.
+const vf kPowers = {1.f,         1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                    1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                    1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+const float kSixteenths = 786432.f;  // 1.5 2^19: the last bit of a sum with it is worth 1/16
 
-// 2^(a b) to 9.2e-8 relative for finite a b. Exactly 1 at 0 and unbiased around it: a long sequence
+// 2^n for n = x rounded to sixteenths, given x + kSixteenths, whose last four bits are n's.
+INLINE vf power_of_two(vf rounded, vf n) {
+  const __m512 power = _mm512_permutexvar_ps((__m512i)rounded, (__m512)kPowers);
+  return (vf)_mm512_scalef_ps(power, (__m512)n);
+}
+#endif
+
+// 2^(a b) to 1.5e-7 relative for finite a b. Exactly 1 at 0 and unbiased around it: a long sequence
 // multiplies thousands of factors close to 1, whose common error would add up.
 INLINE vf exp2_of_product(vf a, vf b) {
 #if defined(__AVX512F__)
-  const vf n = round_to_integer(a * b);
-  const vf r = a * b - n;
+  vf x = a * b;
+  // The multipliers are the bottleneck and the adders are free: keeps the compiler from contracting.
+  asm("" : "+v"(x));
+  const vf rounded = x + kSixteenths;
+  const vf n = rounded - kSixteenths;
+  const vf r = x - n;
+  vf p = splat(5.5504109e-2f);
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  return (p * r + 1.f) * power_of_two(rounded, n);
 #else
   const vf x = clamp_exponent(a * b);
   const vf n = round_to_integer(x);
   const vf r = x - n;
-#endif
   vf p = splat(1.3264727e-3f);
   p = p * r + 9.6715128e-3f;
   p = p * r + 5.5507337e-2f;
   p = p * r + 2.4022242e-1f;
   p = p * r + 6.9314698e-1f;
   return scale_by_power(p * r + 1.f, n);
+#endif
 }
 
-// e^x to float32 precision for every finite x: the reduced argument keeps the bits that x log2(e)
-// would lose.
+// e^x to float32 precision for x up to 88: the reduced argument keeps the bits that x log2(e) would
+// lose. Below float32's smallest numbers 0, whatever x.
 INLINE vf exponential(vf x) {
+#if defined(__AVX512F__)
+  x = maximum(x, splat(-110.f));
+  const vf rounded = x * 1.44269504f + kSixteenths;
+  const vf n = rounded - kSixteenths;
+  vf r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf p = splat(1.6666667e-1f);
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  return (p * r + 1.f) * power_of_two(rounded, n);
+#else
   const vf n = round_to_integer(clamp_exponent(x * 1.44269504f));
   vf r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
@@ -105,9 +123,6 @@ INLINE vf exponential(vf x) {
   p = p * r + 1.6666431e-1f;
   p = p * r + 4.9999994e-1f;
   p = p * r + 1.f;
-#if defined(__AVX512F__)
-  return scale_by_power(p * r + 1.f, n);
-#else
   return x < -87.f ? vf{} : scale_by_power(p * r + 1.f, n);
 #endif
 }
@@ -309,6 +324,14 @@ struct Tensor {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// Frames of one block of channels in float32, wherever they lie.
+struct Rows {
+  float* first;
+  int64_t stride;
+  INLINE vf operator[](int frame) const { return load(first + frame * stride); }
+  INLINE void set(int frame, vf x) const { store(first + frame * stride, x); }
+};
+
 // A tile holds `frames` consecutive frames of some channels in float32 as [block][frame][W], W
 // channels to a block, zeros in the lanes after the last channel. Frames ascend in it whatever the
 // direction of a scan.
@@ -320,10 +343,25 @@ struct Span {
   int vectors() const { return blocks() * frames; }
 };
 
+INLINE int64_t offset(const Tensor& x, const Span& at) {
+  return at.part * x.part + at.batch * x.batch + at.group * x.group + at.channel * x.channel +
+         at.frame * x.frame;
+}
+
 template <class T>
 T* address(const Tensor& x, const Span& at) {
-  return static_cast<T*>(x.data) + at.part * x.part + at.batch * x.batch + at.group * x.group +
-         at.channel * x.channel + at.frame * x.frame;
+  return static_cast<T*>(x.data) + offset(x, at);
+}
+
+// Whether the blocks of a tile lie in memory as they do in the tile, apart from the distance of rows.
+INLINE bool has_rows(const Tensor& x, const Span& at) {
+  return x && x.type == kFloat32 && x.channel == 1 && at.channels % W == 0;
+}
+
+// One block's rows in memory where it has them, in the tile otherwise.
+INLINE Rows block_rows(const Tensor& x, const Span& at, vf* tile, int block) {
+  if (has_rows(x, at)) return {address<float>(x, at) + block * W, x.frame};
+  return {reinterpret_cast<float*>(tile + block * at.frames), W};
 }
 
 // Rows that are fetched before they are needed: frames lie too far apart in memory for the
@@ -335,11 +373,12 @@ template <class T>
 void read_tile_as(const Tensor& x, const Span& at, vf* tile) {
   const T* base = address<T>(x, at);
   const int whole = x.channel == 1 ? int(at.channels / W) : 0;
-  for (int frame = 0; frame < at.frames; ++frame) {
-    const T* row = base + frame * x.frame;
-    for (int block = 0; block < whole; ++block) {
-      __builtin_prefetch(row + block * W + kAhead * x.frame);
-      tile[block * at.frames + frame] = load_elements(row + block * W);
+  for (int block = 0; block < whole; ++block) {
+    const T* row = base + block * W;
+    vf* out = tile + block * at.frames;
+    for (int frame = 0; frame < at.frames; ++frame, row += x.frame) {
+      __builtin_prefetch(row + kAhead * x.frame);
+      out[frame] = load_elements(row);
     }
   }
   for (int block = whole; block < at.blocks(); ++block) {
@@ -368,11 +407,12 @@ template <class T>
 void write_tile_as(const Tensor& x, const Span& at, vf* tile) {
   T* base = address<T>(x, at);
   const int whole = x.channel == 1 ? int(at.channels / W) : 0;
-  for (int frame = 0; frame < at.frames; ++frame) {
-    T* row = base + frame * x.frame;
-    for (int block = 0; block < whole; ++block) {
-      __builtin_prefetch(row + block * W + kAhead * x.frame, 1);
-      store_elements(row + block * W, tile[block * at.frames + frame]);
+  for (int block = 0; block < whole; ++block) {
+    T* row = base + block * W;
+    const vf* in = tile + block * at.frames;
+    for (int frame = 0; frame < at.frames; ++frame, row += x.frame) {
+      __builtin_prefetch(row + kAhead * x.frame, 1);
+      store_elements(row, in[frame]);
     }
   }
   for (int block = whole; block < at.blocks(); ++block) {

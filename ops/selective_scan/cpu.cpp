@@ -95,10 +95,23 @@ struct Projection<false> {
 
 // What one block of channels has for each frame of a tile.
 struct Block {
-  const vf *dt, *x;  // step size, step size times input
+  vf *dt, *x;    // step size, step size times input
   vf* y;             // output before the gate
   const vf* dy;      // its gradient
   vf *dx, *dlog;     // gradients of x, and of log2(decay) times A log2(e), summed over states
+};
+
+// Rows that are fetched while the states are computed: a row of one block is a line or two in a page
+// of its own, which no hardware prefetcher foresees. They go to the second-level cache: rows that lie
+// a power of two apart would fall on a few sets of the first.
+struct Ahead {
+  const char* rows[4];
+  int64_t stride[4];  // bytes
+  int count = 0;
+
+  INLINE void fetch(int row) const {
+    for (int i = 0; i < count; ++i) __builtin_prefetch(rows[i] + row * stride[i], 0, 2);
+  }
 };
 
 // What the states that run together carry and share.
@@ -112,7 +125,7 @@ struct States {
 
 template <bool BV, bool CV>
 void scan_states(const Segments& segments, const Block& block, Projection<BV> B, Projection<CV> C,
-                 const States& states) {
+                 const States& states, const Ahead& ahead) {
   vf h[kStates], A[kStates];
   for (int j = 0; j < kStates; ++j) h[j] = states.h[j], A[j] = states.A[j];
   for (int s = 0; s < segments.count; ++s) {
@@ -120,6 +133,7 @@ void scan_states(const Segments& segments, const Block& block, Projection<BV> B,
     if (segment.resets)
       for (int j = 0; j < kStates; ++j) h[j] = vf{};
     for (int k = 0, t = segment.first; k < segment.rows; ++k, t += segments.step) {
+      ahead.fetch(t);
       const vf dt = block.dt[t], x = block.x[t];
       vf y = block.y[t];
       for (int j = 0; j < kStates; ++j) {
@@ -276,28 +290,40 @@ class Unit {
     dBC_ = scratch.take_zeros(2 * kStates * kFrames + W);
   }
 
+  // Reads and writes memory directly where its rows allow it; then one block's scratch serves them
+  // all and stays in the first-level cache.
   void forward_tile(int64_t tile, bool add) {
     place(tile);
     save_checkpoint(tile);
-    read_inputs();
+    read_projections();
+    read_without_rows(way_->u, u_);
+    read_without_rows(way_->delta, dt_);
+    read_without_rows(scan_.z, z_);
     const Segments segments(way_->reset_every, way_->reverse, length_, at_);
+    const bool direct = has_rows(scan_.out, at_);
     for (int b = 0; b < blocks_; ++b) {
-      const int begin = b * at_.frames, end = begin + at_.frames;
-      prepare(b);
+      Block first = block(0);
+      vf* y = first.y = block(direct ? 0 : b).y;
+      prepare(b, block_rows(way_->u, at_, u_, b), block_rows(way_->delta, at_, dt_, b), first);
       for (int n = 0; n < states_; n += kStates)
         with_projections(b, n, [&](auto B, auto C) {
-          scan_states(segments, block(b), B, C, states(b, n));
+          scan_states(segments, first, B, C, states(b, n), ahead(tile, b, n / kStates));
         });
-      if (scan_.z)
-        for (int v = begin; v < end; ++v) y_[v] *= z_[v] * sigmoid(z_[v]);
+      const Rows z = block_rows(scan_.z, at_, z_, b), out = block_rows(scan_.out, at_, y_, b);
+      for (int t = 0; scan_.z && t < at_.frames; ++t) y[t] *= z[t] * sigmoid(z[t]);
+      for (int t = 0; direct && t < at_.frames; ++t)
+        out.set(t, add ? out[t] + y[t] * share() : y[t] * share());
     }
-    write_shared(scan_.out, y_, share(), add);
+    if (!direct) write_shared(scan_.out, y_, share(), add);
   }
 
   void backward_tile(int64_t tile, bool add) {
     place(tile);
     load_checkpoint(tile);
-    read_inputs();
+    read_projections();
+    read_tile(way_->u, at_, u_);
+    read_tile(way_->delta, at_, dt_);
+    if (scan_.z) read_tile(scan_.z, at_, z_);
     read_tile(scan_.dout, at_, dy_);
     if (scan_.z) {
       for (int v = 0; v < at_.vectors(); ++v) {
@@ -310,7 +336,11 @@ class Unit {
       dy_[v] *= share();
       dx_[v] = dlog_[v] = vf{};
     }
-    for (int b = 0; b < blocks_; ++b) prepare(b);
+    for (int b = 0; b < blocks_; ++b) {
+      float* u = reinterpret_cast<float*>(u_ + b * at_.frames);
+      float* delta = reinterpret_cast<float*>(dt_ + b * at_.frames);
+      prepare(b, {u, W}, {delta, W}, block(b));
+    }
     const Segments segments(way_->reset_every, way_->reverse, length_, at_);
     for (int n = 0; n < states_; n += kStates) {
       for (int v = 0; v < 2 * kStates * at_.frames; ++v) dBC_[v] = vf{};
@@ -330,28 +360,53 @@ class Unit {
   }
 
   // Moves to the tile-th tile in scan order.
-  void place(int64_t tile) {
+  void place(int64_t tile) { at_ = span_of(tile); }
+
+  Span span_of(int64_t tile) const {
     const int64_t begin = tile * kFrames, end = smaller(begin + kFrames, length_);
-    at_.frame = way_->reverse ? length_ - end : begin;
-    at_.frames = int(end - begin);
+    Span span = at_;
+    span.frame = way_->reverse ? length_ - end : begin;
+    span.frames = int(end - begin);
+    return span;
   }
 
-  void read_inputs() {
-    read_tile(way_->u, at_, u_);
-    read_tile(way_->delta, at_, dt_);
+  // For one block of channels the inputs of the next tile, and where this tile's output goes; the
+  // groups of states share them out.
+  Ahead ahead(int64_t tile, int b, int group) const {
+    const Tensor* tensors[] = {&way_->u, &way_->delta, &scan_.z, &scan_.out};
+    Ahead ahead;
+    for (int i = group; i < 4; i += states_ / kStates) {
+      const Tensor& x = *tensors[i];
+      const bool output = &x == &scan_.out;
+      if (!x || x.channel != 1 || (!output && tile + 1 >= num_tiles(length_))) continue;
+      Span span = span_of(output ? tile : tile + 1);
+      span.channel += b * W;
+      const int64_t size = x.type == kFloat32 ? 4 : 2;
+      ahead.rows[ahead.count] = static_cast<const char*>(x.data) + offset(x, span) * size;
+      ahead.stride[ahead.count++] = x.frame * size;
+    }
+    return ahead;
+  }
+
+  void read_without_rows(const Tensor& x, vf* tile) {
+    if (x && !has_rows(x, at_)) read_tile(x, at_, tile);
+  }
+
+  void read_projections() {
     if (scan_.B_varies) read_tile(way_->B, projection_span(), B_);
     if (scan_.C_varies) read_tile(way_->C, projection_span(), C_);
-    if (scan_.z) read_tile(scan_.z, at_, z_);
   }
 
   // Step sizes with their slope, inputs of the states, and what the direct path puts out.
-  void prepare(int b) {
-    for (int v = b * at_.frames; v < (b + 1) * at_.frames; ++v) {
-      const vf raw = dt_[v] + bias_[b];
-      dt_[v] = scan_.softplus ? softplus(raw) : raw;
-      if (slope_) slope_[v] = scan_.softplus ? sigmoid(raw) : splat(1.f);
-      x_[v] = dt_[v] * u_[v];
-      y_[v] = D_[b] * u_[v];
+  void prepare(int b, const Rows& u_rows, const Rows& delta_rows, const Block& to) const {
+    const vf D = D_[b], bias = bias_[b];
+    for (int t = 0; t < at_.frames; ++t) {
+      const vf raw = delta_rows[t] + bias, u = u_rows[t];
+      const vf dt = scan_.softplus ? softplus(raw) : raw;
+      if (slope_) slope_[b * at_.frames + t] = scan_.softplus ? sigmoid(raw) : splat(1.f);
+      to.dt[t] = dt;
+      to.x[t] = dt * u;
+      to.y[t] = D * u;
     }
   }
 
@@ -390,7 +445,7 @@ class Unit {
 
   // What one direction contributes to a tensor that both write.
   void write_shared(const Tensor& to, vf* tile, float factor, bool add) {
-    for (int v = 0; v < at_.vectors(); ++v) tile[v] *= factor;
+    for (int v = 0; factor != 1.f && v < at_.vectors(); ++v) tile[v] *= factor;
     if (add) {
       read_tile(to, at_, z_);
       for (int v = 0; v < at_.vectors(); ++v) tile[v] += z_[v];

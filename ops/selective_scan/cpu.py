@@ -24,7 +24,7 @@ _HEADER = Path(__file__).parent.parent / "simd.h"
 # Elements of (batch, dim, time, state) that are worth another thread: it takes a while to wake up.
 _THREAD_ELEMENTS = 1 << 18
 # Channels of a unit of work: with float32 and the kernel's tile they stay in a small L2 cache.
-_UNIT_CHANNELS = 128
+_UNIT_CHANNELS = 256
 
 
 class _Direction(ctypes.Structure):
