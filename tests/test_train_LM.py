@@ -126,6 +126,19 @@ class TestRun:
         )
         assert trained.encode("TEN", out_type=str) == ["▁", "T", "E", "N"]
 
+    def test_a_tokenizer_without_checkpoints_is_made_anew(self, files, tmp_path):
+        save = tmp_path / "save"
+        save.mkdir()
+        (save / "tokenizer.model").write_text("of a run that ended before its first checkpoint")
+        run(files, tmp_path, "transformer_small", "--number_of_epochs", "1")
+        assert (save / "tokenizer.model").read_bytes() == (files / "tok.model").read_bytes()
+
+    def test_checkpoints_keep_their_tokenizer(self, files, tmp_path):
+        run(files, tmp_path, "transformer_small", "--number_of_epochs", "1")
+        setting = ["--tokenizer_path", "null", "--token_type", "char"]
+        with pytest.raises(UserError, match="holds checkpoints of a run with tokenizer"):
+            run(files, tmp_path, "transformer_small", *setting)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import ddp_barrier, if_main_process, run_on_main
 from torch.utils.data import DataLoader
 
-from corpora.files import atomic_write
+from corpora.files import atomic_write, file_digest
 from training.checkpoints import load_model_weights
 from training.errors import UserError
 from training.interrupts import UndisturbedWorker
@@ -22,8 +23,10 @@ from training.lm_data import TextBatches, read_sentences
 from training.loggers import make_loggers
 from training.optim import count_parameters
 from training.reports import run_record
+from training.run_tokenizer import copy_tokenizer, keep_tokenizer
 from training.start import make_output_folder, start_run
 from training.tokenizer import (
+    TOKENIZER_SETTINGS,
     check_unknown_characters,
     count_unknown_characters,
     load_tokenizer,
@@ -129,30 +132,32 @@ def prepare_tokenizer(hparams: Mapping, tokenizer_file: Path) -> None:
     """Copies ``tokenizer_path``, or trains a tokenizer on the first sentences of the text.
 
     Raises:
-        UserError: there is no such file, or the text does not support the tokenizer.
+        UserError: there is no such file, the text does not support the tokenizer, or the run's
+            checkpoints were trained with another one.
     """
-    if tokenizer_file.is_file():
-        return
+    keep = partial(keep_tokenizer, tokenizer_file, checkpointer=hparams["checkpointer"])
     source = hparams["tokenizer_path"]
-    if source is None:
-        sentences = read_sentences(paths_of(hparams["train_text"]))
-        train_tokenizer(
-            islice(sentences, hparams["tokenizer_sentences"]),
-            tokenizer_file,
-            token_type=hparams["token_type"],
-            output_neurons=hparams["output_neurons"],
-            character_coverage=hparams["character_coverage"],
-        )
+    if source is not None:
+        if not Path(source).is_file():
+            raise UserError(
+                f"tokenizer_path {source} is no file. Give the recogniser's save/tokenizer.model, "
+                "or null to train a tokenizer on the text."
+            )
+        load_tokenizer(source, hparams["output_neurons"])
+        digest = file_digest(source)
+        # Two files of one name are two tokenizers.
+        keep({"tokenizer": digest[:12]}, digest, partial(copy_tokenizer, source, tokenizer_file))
         return
-    if not Path(source).is_file():
-        raise UserError(
-            f"tokenizer_path {source} is no file. Give the recogniser's save/tokenizer.model, or "
-            "null to train a tokenizer on the text."
-        )
-    load_tokenizer(source, hparams["output_neurons"])
-    tokenizer_file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(tokenizer_file, "wb") as stream:
-        stream.write(Path(source).read_bytes())
+    texts = paths_of(hparams["train_text"])
+    settings = {name: hparams[name] for name in TOKENIZER_SETTINGS}
+
+    def train() -> None:
+        sentences = islice(read_sentences(texts), hparams["tokenizer_sentences"])
+        train_tokenizer(sentences, tokenizer_file, **settings)
+
+    # A corpus of gigabytes is told by its size, not read.
+    sizes = [[Path(path).name, Path(path).stat().st_size] for path in texts if Path(path).is_file()]
+    keep(settings, [hparams["tokenizer_sentences"], *sizes], train)
 
 
 def warn_of_unknown_characters(text: TextBatches, policy: str) -> None:

@@ -5,13 +5,12 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from speechbrain.utils.distributed import if_main_process, run_on_main
 
-from corpora.files import atomic_write
 from corpora.librispeech import find_data_root
-from corpora.record import PreparationRecord
 from librispeech_prepare import prepare_librispeech
 from training.augment import SpeedPerturbation
 from training.brain import ASRBrain
@@ -33,8 +32,10 @@ from training.evaluation import evaluate_splits
 from training.language_model import TOKENIZER_FILE, fetch_pretrained, uses_pretrained_tokenizer
 from training.loggers import make_loggers
 from training.reports import results_table
+from training.run_tokenizer import copy_tokenizer, keep_tokenizer
 from training.start import make_output_folder, start_run
 from training.tokenizer import (
+    TOKENIZER_SETTINGS,
     check_unknown_characters,
     count_unknown_characters,
     load_tokenizer,
@@ -89,44 +90,25 @@ def tokenizer_file(hparams: dict) -> Path:
 def prepare_tokenizer(hparams: dict) -> None:
     """The run's tokenizer file: the language model's, or trained from the training transcripts.
 
-    Checkpoints keep the tokenizer that they were trained with.
-
     Raises:
-        UserError: they were trained with another than the one that is asked for now.
+        UserError: the run's checkpoints were trained with another than what is asked for now.
     """
     model_file = tokenizer_file(hparams)
-    record = PreparationRecord(model_file.parent, "tokenizer.json")
+    keep = partial(keep_tokenizer, model_file, checkpointer=hparams["checkpointer"])
+    if uses_pretrained_tokenizer(hparams):
+        source = hparams["pretrained_lm_tokenizer_path"]
+
+        def copy() -> None:
+            folder = model_file.parent / "pretrained"
+            copy_tokenizer(fetch_pretrained(source, TOKENIZER_FILE, folder), model_file)
+
+        keep({"tokenizer": "of the language model"}, source, copy)
+        return
     rows = read_rows(Path(hparams["output_folder"]) / TRAIN_MANIFEST, "")
     transcripts = [row["wrd"] for row in rows.values()]
-    if uses_pretrained_tokenizer(hparams):
-        settings = {"tokenizer": "of the language model"}
-        source = hparams["pretrained_lm_tokenizer_path"]
-    else:
-        names = ("token_type", "output_neurons", "character_coverage")
-        settings = {name: hparams[name] for name in names}
-        source = hashlib.sha256("\n".join(transcripts).encode()).hexdigest()
-    if model_file.is_file():
-        if record.is_current(model_file.name, {"settings": settings, "source": source}):
-            return
-        if hparams["checkpointer"].find_checkpoint() is not None:
-            earlier = record.note(model_file.name, "settings", settings)
-            if earlier != settings:
-                raise UserError(
-                    f"{model_file.parent} holds checkpoints of a run with {_listed(earlier)}; now "
-                    f"it is {_listed(settings)}. Use another output_folder, or the same tokens."
-                )
-            return
-    if uses_pretrained_tokenizer(hparams):
-        pretrained = fetch_pretrained(source, TOKENIZER_FILE, model_file.parent / "pretrained")
-        with atomic_write(model_file, "wb") as stream:
-            stream.write(pretrained.read_bytes())
-    else:
-        train_tokenizer(transcripts, model_file, **settings)
-    record.add(model_file.name, {"settings": settings, "source": source}, settings=settings)
-
-
-def _listed(settings: dict) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
+    settings = {name: hparams[name] for name in TOKENIZER_SETTINGS}
+    digest = hashlib.sha256("\n".join(transcripts).encode()).hexdigest()
+    keep(settings, digest, partial(train_tokenizer, transcripts, model_file, **settings))
 
 
 def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:

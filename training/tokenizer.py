@@ -14,6 +14,7 @@ from training.errors import UserError
 logger = logging.getLogger(__name__)
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+TOKENIZER_SETTINGS = ("token_type", "output_neurons", "character_coverage")
 TOKEN_TYPES = ("char", "unigram", "bpe")
 UNKNOWN_CHARACTERS = ("drop", "skip", "error")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from speechbrain.processing.features import InputNormalization
 
 from modules.lengths import relative_lengths
 from modules.normalization import UtteranceMeanNormalization, remove_utterance_mean
@@ -60,3 +61,13 @@ def test_global_statistics_are_those_of_what_is_left_and_are_saved(feats_BTM, tm
         other(feats_BTM, lengths, epoch=9), normalize(feats_BTM, lengths, epoch=9)
     )
     assert normalize(feats_BTM, lengths, epoch=9)[0].mean(0).abs().max() < 0.05
+
+
+def test_the_mean_can_stay(feats_BTM):
+    ours = UtteranceMeanNormalization(remove_mean=False, norm_type="global")
+    theirs = InputNormalization(norm_type="global")
+    lengths = relative_lengths(FRAMES_B, 9)
+    for module in (ours, theirs):
+        module(feats_BTM, lengths, epoch=0)
+        module.eval()
+    assert torch.equal(ours(feats_BTM, lengths, epoch=9), theirs(feats_BTM, lengths, epoch=9))
