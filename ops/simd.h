@@ -41,6 +41,7 @@ typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+// b where either is NaN.
 INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
 INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
@@ -57,7 +58,7 @@ INLINE vf round_to_integer(vf x) {
   return (x + magic) - magic;
 }
 
-INLINE vf clamp_exponent(vf x) { return minimum(maximum(x, splat(-126.f)), splat(127.f)); }
+INLINE vf clamp_exponent(vf x) { return minimum(splat(127.f), maximum(splat(-126.f), x)); }
 
 #if defined(__AVX512F__)
 // 2^(k/16): they fit one register, and what they leave of an exponent is so small that a cubic will do.
@@ -104,7 +105,7 @@ INLINE vf exp2_of_product(vf a, vf b) {
 // lose. Below float32's smallest numbers 0, whatever x.
 INLINE vf exponential(vf x) {
 #if defined(__AVX512F__)
-  x = maximum(x, splat(-110.f));
+  x = maximum(splat(-110.f), x);
   const vf rounded = x * 1.44269504f + kSixteenths;
   const vf n = rounded - kSixteenths;
   vf r = x - n * 0.693359375f;

@@ -213,6 +213,9 @@ def test_narrower_vectors_give_the_same_numbers(monkeypatch, flags):
         )
         assert wide.value == (8 if "v3" in flags else 4)
         assert_close(run("cpu", inputs, **options), in_double(inputs, **options), 1e-5)
+        inputs["delta"][0, 3, 20] = torch.nan
+        y = selective_scan_fn(**inputs, delta_softplus=True, backend="cpu", **options)
+        assert y[0, 3, :21].isnan().all()
         x, weight = inputs["u"], torch.randn(35, 4)
         found = causal_conv1d_fn(x, weight, activation="silu", backend="cpu")
         wanted = causal_conv1d_fn(x, weight, activation="silu", backend="reference")

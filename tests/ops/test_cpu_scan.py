@@ -53,6 +53,18 @@ def test_results_do_not_depend_on_the_layout(order, dim):
         assert torch.equal(found[name], expected), name
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z", "A", "delta_bias"])
+def test_what_is_not_a_number_shows(name, channels_last):
+    inputs = random_inputs(67, dim=32, state=16, channels_last=channels_last)
+    varies = inputs[name].dim() >= 3
+    inputs[name][(1, ..., 3, 20) if varies else (3,)] = torch.nan
+    wanted = selective_scan_fn(**inputs, delta_softplus=True, backend="reference")
+    found = selective_scan_fn(**inputs, delta_softplus=True, backend="cpu")
+    assert wanted.isnan().any()
+    assert torch.equal(found.isnan(), wanted.isnan())
+
+
 def test_layouts_and_types_may_be_mixed():
     inputs = random_inputs(35, dim=20, channels_last=True)
     types = [torch.float32, torch.bfloat16, torch.float16]
