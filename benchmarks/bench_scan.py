@@ -388,9 +388,10 @@ def _against_the_floor(forward_ms: float, both_ms: float, threads: int) -> str:
         f"{floor_ms:.2f} ms. Measured {forward_ms:.2f} ms: {exp_ms / forward_ms:.0%} of the "
         f"exponential rate, {fma_ms / forward_ms:.0%} of the multiply-add rate, "
         f"{memory_ms / forward_ms:.0%} of the bandwidth, {floor_ms / forward_ms:.0%} of their sum. "
-        "Arithmetic and memory take turns, tile by tile; the rest is the softplus, the gate's "
-        "sigmoid, and fresh pages for y, which the C library returns to the system after every "
-        "call of this size. Forward + backward evaluates each exponential twice "
+        "The multipliers bound it: an exponential and its three multiply-adds keep them busy while "
+        "the next tile is fetched. The rest is the softplus, the gate's sigmoid, rows that come "
+        "from the second-level cache, and fresh pages for y, which the C library returns to the "
+        "system after every call of this size. Forward + backward evaluates each exponential twice "
         f"({2 * exp_ms / both_ms:.0%} of the exponential rate)."
     )
 
