@@ -154,10 +154,11 @@ class ConvolutionFrontEnd(SpeechBrainFrontEnd):
         input_shape: (batch, time, mel bins) of the input, ``None`` where it varies.
         padding: "same" reflects at both ends in time; "causal" makes an output frame independent of
             all later input frames.
-        Others as in SpeechBrain's class.
+        dilations: of each block; ``None``: 1.
+        Others as in SpeechBrain's class, a value for each block.
 
     Raises:
-        ValueError: ``padding`` is neither "same" nor "causal".
+        ValueError: ``padding`` is neither "same" nor "causal", or a block lacks a value.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class ConvolutionFrontEnd(SpeechBrainFrontEnd):
         out_channels: Sequence[int] = (64, 32),
         kernel_sizes: Sequence[int] = (3, 3),
         strides: Sequence[int] = (2, 2),
-        dilations: Sequence[int] = (1, 1),
+        dilations: Sequence[int] | None = None,
         residuals: Sequence[bool] = (False, False),
         activation: Callable[[], nn.Module] = nn.LeakyReLU,
         norm: type[nn.Module] | None = LayerNorm,
@@ -179,6 +180,19 @@ class ConvolutionFrontEnd(SpeechBrainFrontEnd):
     ):
         if padding not in PADDINGS:
             raise ValueError(f"padding is {padding!r}; known are {', '.join(PADDINGS)}.")
+        dilations = dilations or (1,) * num_blocks
+        of_each_block = {
+            "out_channels": out_channels,
+            "kernel_sizes": kernel_sizes,
+            "strides": strides,
+            "dilations": dilations,
+            "residuals": residuals,
+        }
+        for name, values in of_each_block.items():
+            if len(values) != num_blocks:
+                raise ValueError(
+                    f"{name} has {len(values)} values for num_blocks={num_blocks}: one each."
+                )
         super().__init__(
             input_shape=input_shape,
             num_blocks=num_blocks,
@@ -219,6 +233,14 @@ class ConvolutionFrontEnd(SpeechBrainFrontEnd):
         if num_frames_B is not None:
             x = x.masked_fill(padding_mask(num_frames_B, x.shape[1])[:, :, None, None], 0.0)
         return x
+
+    def out_frames(self, num_feature_frames: IntOrTensor) -> IntOrTensor:
+        """Frames that come out of so many feature frames (int or integer tensor)."""
+        for block in self.values():
+            for layer in block.convs.values():
+                if isinstance(layer, Conv2d):
+                    num_feature_frames = layer.out_frames(num_feature_frames)
+        return num_feature_frames
 
     def forward_streaming(
         self, feats_BTM: Tensor, state: FrontEndState | None = None, final: bool = False

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 import train_CTC
 from corpora.manifest import read_manifest
 from tests.ctc_runs import (
+    CONMAMBA,
     REPOSITORY,
     checkpoints,
     command_line,
@@ -147,6 +149,27 @@ def test_training_starts_from_given_weights(run, tone_corpus, tmp_path):
         rtol=0,
         atol=0,
     )
+
+
+def test_another_front_end_may_leave_fewer_frames(tone_corpus, tmp_path):
+    text = CONMAMBA.read_text()
+    for old, new in (
+        ("num_blocks: 2", "num_blocks: 3"),
+        ("out_channels: [64, 32]", "out_channels: [8, 8, 8]"),
+        ("kernel_sizes: [3, 3]", "kernel_sizes: [3, 3, 3]"),
+        ("strides: [2, 2]", "strides: [2, 2, 2]"),
+        ("residuals: [False, False]", "residuals: [False, False, False]"),
+        ("input_size: 640", "input_size: 80"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "eighth.yaml").write_text(text)
+    folder = tmp_path / "run"
+    arguments = command_line(
+        tone_corpus, folder, tmp_path / "eighth.yaml", number_of_epochs=1, **ONE_BATCH
+    )
+    assert train(arguments) == 0
+    assert math.isfinite(metrics(folder)[-1]["valid_loss"])
 
 
 def test_weights_of_another_architecture_are_named(run, tone_corpus, tmp_path, capsys):

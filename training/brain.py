@@ -9,7 +9,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.metric_stats import ErrorRateStats
 from torch import Tensor
 
-from modules.lengths import num_feature_frames, num_frames, relative_lengths
+from modules.lengths import num_feature_frames, relative_lengths
 from training.augment import SpectrogramAugmentation, SpeedPerturbation
 from training.data import SkippedUtterances
 from training.losses import (
@@ -103,13 +103,13 @@ class ASRBrain(RunBrain):
                     for view in range(copies)
                 ]
             )
-            frames_B, num_samples_B = frames_B.repeat(copies), num_samples_B.repeat(copies)
+            frames_B = frames_B.repeat(copies)
         # From here on only dropout draws random numbers.
         if stage == sb.Stage.TRAIN:
             seed_everything(hparams.seed, self.epoch, self.step, self.rank)
         return Encoded(
             self.modules.CNN(feats_BTM, frames_B),
-            num_frames(num_samples_B),
+            hparams.CNN.out_frames(frames_B),
             copies,
         )
 

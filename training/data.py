@@ -2,7 +2,7 @@
 
 import csv
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from speechbrain.utils.data_utils import batch_pad_right
 from torch.utils.data import Sampler
 
 from corpora.manifest import DATA_ROOT, read_manifest
-from modules.lengths import num_frames
+from modules.lengths import num_feature_frames
 from training.augment import SpeedPerturbation
 from training.errors import UserError
 from training.interrupts import UndisturbedWorker
@@ -101,9 +101,16 @@ def read_rows(manifest: str | Path, data_root: str | Path) -> dict[str, dict]:
 
 
 def unalignable(
-    rows: Mapping[str, dict], tokenizer: spm.SentencePieceProcessor, sample_rate: int
+    rows: Mapping[str, dict],
+    tokenizer: spm.SentencePieceProcessor,
+    sample_rate: int,
+    out_frames: Callable[[int], int],
 ) -> dict[str, str]:
-    """Utterances that CTC cannot learn from, with the reason, by id."""
+    """Utterances that CTC cannot learn from, with the reason, by id.
+
+    Args:
+        out_frames: encoder frames of so many feature frames.
+    """
     reasons = {}
     for utterance_id, row in rows.items():
         ids = tokens_of(tokenizer, row["wrd"])
@@ -112,7 +119,7 @@ def unalignable(
             reasons[utterance_id] = "empty transcript" if empty else "no known character"
             continue
         tokens = torch.tensor([ids])
-        frames = num_frames(round(row["duration"] * sample_rate))
+        frames = out_frames(num_feature_frames(round(row["duration"] * sample_rate)))
         needed = int(min_ctc_frames(tokens, torch.tensor([tokens.shape[1]])))
         if frames < needed:
             reasons[utterance_id] = f"{frames} frames for {needed} (tokens and repetitions)"

@@ -140,7 +140,7 @@ def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
     policy = hparams["unknown_characters"]
     unknown = count_unknown_characters(tokenizer, (row["wrd"] for row in rows.values()))
     check_unknown_characters(unknown, policy, "Training transcripts")
-    skipped = unalignable(rows, tokenizer, sample_rate)
+    skipped = unalignable(rows, tokenizer, sample_rate, hparams["CNN"].out_frames)
     if policy == "skip":
         skipped |= with_characters(rows, unknown)
     if if_main_process():

@@ -90,6 +90,27 @@ def test_stream_state_does_not_grow():
     assert all(conv.frames_BTFC.shape[1] <= 2 for conv in state.convs)
 
 
+@pytest.mark.parametrize("padding", ["same", "causal"])
+@pytest.mark.parametrize(
+    ("kernel", "strides"), [(3, (2, 2)), (3, (2, 2, 2)), (5, (2, 1)), (3, (3,))]
+)
+def test_it_tells_how_many_frames_come_out(kernel, strides, padding):
+    blocks = len(strides)
+    net = ConvolutionFrontEnd(
+        (1, 10, BINS),
+        num_blocks=blocks,
+        out_channels=(4,) * blocks,
+        kernel_sizes=(kernel,) * blocks,
+        strides=strides,
+        residuals=(False,) * blocks,
+        padding=padding,
+    )
+    counts = torch.arange(kernel, 30)
+    for frames, out_frames in zip(counts.tolist(), net.out_frames(counts).tolist(), strict=True):
+        assert net(torch.zeros(1, frames, BINS)).shape[1] == out_frames == net.out_frames(frames)
+        assert strides != (2, 2) or out_frames == halved(halved(frames))
+
+
 def test_defaults_are_the_published_front_end():
     out_BTFC = ConvolutionFrontEnd((8, 10, 80))(torch.randn(1, 101, 80))
     assert out_BTFC.shape == (1, halved(halved(101)), 20, 32)
@@ -98,6 +119,14 @@ def test_defaults_are_the_published_front_end():
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="same, causal"):
         front_end(padding="valid")
+    with pytest.raises(ValueError, match="strides has 2 values for num_blocks=3"):
+        ConvolutionFrontEnd(
+            (1, 10, BINS),
+            num_blocks=3,
+            out_channels=(4, 4, 4),
+            kernel_sizes=(3, 3, 3),
+            residuals=(False, False, False),
+        )
     with pytest.raises(ValueError, match="residuals=False"):
         front_end(residuals=(True, False)).forward_streaming(torch.randn(1, 8, BINS))
 

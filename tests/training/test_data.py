@@ -11,7 +11,7 @@ from speechbrain.augment.time_domain import SpeedPerturb
 from speechbrain.dataio.dataloader import make_dataloader
 
 from corpora.manifest import DATA_ROOT, ManifestRow, write_manifest
-from modules.lengths import num_frames
+from modules.lengths import halved, num_frames
 from training.augment import SpeedPerturbation
 from training.cli import run_script
 from training.data import (
@@ -159,7 +159,7 @@ def test_what_ctc_cannot_align_is_listed_with_the_reason(tokenizer):
         "empty": row(8000, ""),
         "unknown": row(8000, "???"),
     }
-    reasons = unalignable(rows, tokenizer, RATE)
+    reasons = unalignable(rows, tokenizer, RATE, lambda frames: halved(halved(frames)))
     assert reasons.keys() == {"short", "empty", "unknown"}
     assert "4 frames for 5" in reasons["short"]
     assert reasons["empty"] == "empty transcript"
