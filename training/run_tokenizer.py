@@ -31,7 +31,7 @@ def keep_tokenizer(
         checkpointer: of the run.
 
     Raises:
-        UserError: there are checkpoints of a run with other ``settings``.
+        UserError: there are checkpoints of a run with other ``settings``; or from ``make``.
     """
     record = PreparationRecord(model_file.parent, RECORD_FILE)
     settings = dict(settings)
