@@ -44,6 +44,10 @@ class ASR(ASRBrain):
         logits_BTV = self.modules.ctc_lin(encoder_BTD)
         return CTCOutputs(logits_BTV.float().log_softmax(-1), encoded)
 
+    def ctc_log_probs(self, outputs: CTCOutputs) -> Tensor:
+        """Those that words are aligned with."""
+        return outputs.log_probs_BTV
+
     def compute_objectives(
         self, predictions: CTCOutputs, batch: PaddedBatch, stage: sb.Stage
     ) -> Tensor:

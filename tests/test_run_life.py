@@ -27,8 +27,10 @@ LIFE = {
     "grad_accumulation_factor": 2,
     "ckpt_interval_steps": 2,
     "avg_checkpoints": 2,
+    "spliced_share": 0.5,
+    "splice_from_epoch": 2,
 }
-"""Worker, speed perturbation, drops and dropout are on; checkpoints fall amid an epoch."""
+"""Worker, speed, splices, drops and dropout are on; checkpoints fall amid an epoch."""
 
 NUM_BATCHES = 5
 """Of an epoch: the last one does not fill an accumulation."""

@@ -27,7 +27,8 @@ from tools.make_ngram import main as make_ngram
 from training import brain as brain_module
 from training.cli import load_hparams, parse_command_line, run_options
 from training.errors import EXIT_USER_ERROR
-from training.tokenizer import load_tokenizer, vocabulary
+from training.tokenizer import load_tokenizer, tokens_of, vocabulary
+from training.word_chunks import read_chunks
 
 ONE_BATCH = {"max_batch_length_train": 1000, "num_bucket": 10}
 """Puts the training set into a batch or two, for tests that need no more steps."""
@@ -170,6 +171,44 @@ def test_another_front_end_may_leave_fewer_frames(tone_corpus, tmp_path):
     )
     assert train(arguments) == 0
     assert math.isfinite(metrics(folder)[-1]["valid_loss"])
+
+
+def test_spliced_training_says_other_sentences_than_the_manifest(
+    tone_corpus, tmp_path, monkeypatch
+):
+    seen = {}
+    objectives = train_CTC.ASR.compute_objectives
+
+    def compute_objectives(self, predictions, batch, stage):
+        said = [self.tokenizer.decode(tokens_of(self.tokenizer, text)) for text in batch.said]
+        counts = self.num_tokens(batch).tolist()
+        tokens = [
+            row[:count].tolist() for row, count in zip(batch.tokens.data, counts, strict=True)
+        ]
+        assert [self.tokenizer.decode(row) for row in tokens] == said
+        for text, wrd in zip(batch.said, batch.wrd, strict=True):
+            seen.setdefault((stage, self.epoch), []).append((text, wrd))
+        return objectives(self, predictions, batch, stage)
+
+    monkeypatch.setattr(train_CTC.ASR, "compute_objectives", compute_objectives)
+    folder = tmp_path / "run"
+    keys = {"spliced_share": 0.7, "splice_from_epoch": 2, "number_of_epochs": 3, **ONE_BATCH}
+    assert train(command_line(tone_corpus, folder, test_splits="[]", **keys)) == 0
+    spliced = {
+        key: sum(text != wrd for text, wrd in texts) / len(texts) for key, texts in seen.items()
+    }
+    assert [spliced[sb.Stage.VALID, epoch] for epoch in (1, 2, 3)] == [0, 0, 0]
+    assert spliced[sb.Stage.TRAIN, 1] == 0
+    assert spliced[sb.Stage.TRAIN, 2] > 0.2
+    assert seen[sb.Stage.TRAIN, 2] != seen[sb.Stage.TRAIN, 3]
+    vocabulary_words = {word for _, wrd in seen[sb.Stage.TRAIN, 1] for word in wrd.split()}
+    assert {
+        word for text, _ in seen[sb.Stage.TRAIN, 3] for word in text.split()
+    } <= vocabulary_words
+    chunks, step = read_chunks(folder / "save" / "word_chunks.json")
+    epoch_1_steps = max(entry["step"] for entry in metrics(folder) if entry["epoch"] == 1)
+    assert step == epoch_1_steps
+    assert sum(len(chunk.words.split()) for chunk in chunks) > 10
 
 
 def test_weights_of_another_architecture_are_named(run, tone_corpus, tmp_path, capsys):

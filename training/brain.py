@@ -6,12 +6,14 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.metric_stats import ErrorRateStats
 from torch import Tensor
 
 from modules.lengths import num_feature_frames, relative_lengths
 from training.augment import SpectrogramAugmentation, SpeedPerturbation
-from training.data import SkippedUtterances
+from training.chunk_speech import chunk_speech
+from training.data import SkippedUtterances, evaluation_batches
 from training.losses import (
     consistency_loss,
     ctc_loss,
@@ -21,6 +23,7 @@ from training.losses import (
 )
 from training.run_brain import RunBrain
 from training.seeding import seed_everything
+from training.splicing import Splicing
 
 
 @dataclass
@@ -46,8 +49,8 @@ class Encoded:
 class ASRBrain(RunBrain):
     """Training loop of a recogniser: features, augmentation, decoding and error rates.
 
-    Subclasses give ``compute_forward``, ``compute_objectives`` and ``decode``, and set
-    ``best_metric`` (key of ``validation_stats``) and ``best_is`` ("min" or "max").
+    Subclasses give ``compute_forward``, ``compute_objectives``, ``ctc_log_probs`` and ``decode``,
+    and set ``best_metric`` (key of ``validation_stats``) and ``best_is`` ("min" or "max").
     """
 
     best_metric = "WER"
@@ -60,6 +63,8 @@ class ASRBrain(RunBrain):
         self.tokenizer = getattr(hparams, "tokenizer", None)
         self.skipped = SkippedUtterances(Path(hparams.output_folder) / "skipped.csv")
         self.perturbation: SpeedPerturbation | None = None
+        self.splicing: Splicing | None = None
+        self.unperturbed: DynamicItemDataset | None = None
         self.spectrogram_augmentation = SpectrogramAugmentation(
             getattr(hparams, "spectrogram_augmentations", []), hparams.seed
         )
@@ -171,11 +176,29 @@ class ASRBrain(RunBrain):
         if stage == sb.Stage.TRAIN:
             if self.perturbation is not None:
                 self.perturbation.epoch = epoch
+            if self.splicing is not None:
+                self.prepare_splicing(epoch)
             return
         self.wer_stats = ErrorRateStats()
         self.cer_stats = ErrorRateStats(split_tokens=True)
         self.transcripts = {}
         self.on_scoring_start(stage)
+
+    def prepare_splicing(self, epoch: int) -> None:
+        """From ``splice_from_epoch`` on: cut the training speech, unless a run before did."""
+        self.splicing.epoch = epoch
+        if epoch >= self.hparams.splice_from_epoch:
+            loader = self.make_dataloader(
+                self.unperturbed,
+                sb.Stage.VALID,
+                **evaluation_batches(self.unperturbed, vars(self.hparams)),
+            )
+            path = Path(self.hparams.save_folder) / "word_chunks.json"
+            self.splicing.use(chunk_speech(self, loader, path))
+
+    def ctc_log_probs(self, outputs) -> Tensor:
+        """Hook of the subclasses: (B, T, V) of what ``compute_forward`` gave."""
+        raise NotImplementedError
 
     def on_scoring_start(self, stage: sb.Stage) -> None:
         """Hook of the subclasses: reset further statistics."""

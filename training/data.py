@@ -23,22 +23,30 @@ from training.augment import SpeedPerturbation
 from training.errors import UserError
 from training.interrupts import UndisturbedWorker
 from training.losses import min_ctc_frames
+from training.splicing import Splicing
 from training.tokenizer import BOS_ID, EOS_ID, tokens_of
 
 logger = logging.getLogger(__name__)
 
 
-class ReadAudio:
-    """Read a mono waveform of the expected rate; perturb it if asked to.
+class ReadSpeech:
+    """Read a mono waveform of the expected rate, and what is said in it.
 
-    Callable objects rather than closures, so that loader workers can be spawned (macOS).
+    With ``splicing`` it may become another utterance, with ``perturbation`` another speed. Callable
+    objects rather than closures, so that loader workers can be spawned (macOS).
     """
 
-    def __init__(self, sample_rate: int, perturbation: SpeedPerturbation | None = None):
+    def __init__(
+        self,
+        sample_rate: int,
+        perturbation: SpeedPerturbation | None = None,
+        splicing: Splicing | None = None,
+    ):
         self.sample_rate = sample_rate
         self.perturbation = perturbation
+        self.splicing = splicing
 
-    def __call__(self, wav: str, utterance_id: str) -> torch.Tensor:
+    def __call__(self, wav: str, utterance_id: str, words: str) -> tuple[torch.Tensor, str]:
         try:
             samples, rate = soundfile.read(wav, dtype="float32")
         except (soundfile.LibsndfileError, OSError) as error:
@@ -50,7 +58,11 @@ class ReadAudio:
                 f"{self.sample_rate} Hz mono is needed."
             )
         wav_S = torch.from_numpy(samples)
-        return wav_S if self.perturbation is None else self.perturbation(wav_S, utterance_id)
+        if self.splicing is not None:
+            wav_S, words = self.splicing(wav_S, words, utterance_id, rate)
+        if self.perturbation is not None:
+            wav_S = self.perturbation(wav_S, utterance_id)
+        return wav_S, words
 
 
 class CountSamples:
@@ -66,8 +78,8 @@ class Tokenize:
     def __init__(self, tokenizer: spm.SentencePieceProcessor):
         self.tokenizer = tokenizer
 
-    def __call__(self, wrd: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        tokens = tokens_of(self.tokenizer, wrd)
+    def __call__(self, words: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens = tokens_of(self.tokenizer, words)
         return (
             torch.tensor(tokens, dtype=torch.long),
             torch.tensor([BOS_ID, *tokens], dtype=torch.long),
@@ -165,18 +177,27 @@ def make_dataset(
     tokenizer: spm.SentencePieceProcessor,
     sample_rate: int,
     perturbation: SpeedPerturbation | None = None,
+    splicing: Splicing | None = None,
 ) -> DynamicItemDataset:
-    """Dataset whose items have id, sig, num_samples, wrd, tokens, tokens_bos, tokens_eos."""
+    """Dataset of the items that a batch has.
+
+    ``wrd`` is the manifest's; ``said``, the waveform and the tokens may be another utterance's.
+    """
     dataset = DynamicItemDataset(dict(rows))
     dataset.add_dynamic_item(
-        DynamicItem(["wav", "id"], ReadAudio(sample_rate, perturbation), ["sig"])
+        DynamicItem(
+            ["wav", "id", "wrd"], ReadSpeech(sample_rate, perturbation, splicing), ["sig", "said"]
+        )
     )
     dataset.add_dynamic_item(DynamicItem(["sig"], CountSamples(), ["num_samples"]))
     dataset.add_dynamic_item(
-        DynamicItem(["wrd"], Tokenize(tokenizer), ["tokens", "tokens_bos", "tokens_eos"])
+        DynamicItem(["said"], Tokenize(tokenizer), ["tokens", "tokens_bos", "tokens_eos"])
     )
     dataset.set_output_keys(
-        ["id", "sig", "num_samples", "wrd", "tokens", "tokens_bos", "tokens_eos", "duration"]
+        [
+            *("id", "duration", "wrd", "said", "sig", "num_samples"),
+            *("tokens", "tokens_bos", "tokens_eos"),
+        ]
     )
     return dataset
 
@@ -206,6 +227,8 @@ class Loaders:
     train_kwargs: dict = field(default_factory=dict)
     valid_kwargs: dict = field(default_factory=dict)
     perturbation: SpeedPerturbation | None = None
+    splicing: Splicing | None = None
+    unperturbed: DynamicItemDataset | None = None
     tokenizer: spm.SentencePieceProcessor | None = None
 
 

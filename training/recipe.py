@@ -33,6 +33,7 @@ from training.language_model import TOKENIZER_FILE, fetch_pretrained, uses_pretr
 from training.loggers import make_loggers
 from training.reports import results_table
 from training.run_tokenizer import copy_tokenizer, keep_tokenizer
+from training.splicing import Splicing
 from training.start import make_output_folder, start_run
 from training.tokenizer import (
     TOKENIZER_SETTINGS,
@@ -152,7 +153,12 @@ def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
         loaders.perturbation = SpeedPerturbation(
             hparams["speed_perturb"], hparams["seed"], hparams["augment_from_epoch"]
         )
-    loaders.train = make_dataset(rows, tokenizer, sample_rate, loaders.perturbation)
+    if hparams["spliced_share"]:
+        loaders.splicing = Splicing(hparams["spliced_share"], hparams["seed"], rows)
+        loaders.unperturbed = make_dataset(rows, tokenizer, sample_rate)
+    loaders.train = make_dataset(
+        rows, tokenizer, sample_rate, loaders.perturbation, loaders.splicing
+    )
     loaders.train_sampler, loaders.train_kwargs = training_batches(loaders.train, hparams)
     dev = {}
     for split in hparams["dev_splits"]:
@@ -212,6 +218,7 @@ def run_recipe(
     if not test_only:
         brain.train_sampler = loaders.train_sampler
         brain.perturbation = loaders.perturbation
+        brain.splicing, brain.unperturbed = loaders.splicing, loaders.unperturbed
         brain.fit(
             hparams["counter"],
             loaders.train,

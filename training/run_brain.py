@@ -75,7 +75,7 @@ class RunBrain(sb.Brain):
                 outputs = self.compute_forward(batch, sb.Stage.TRAIN)
                 loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
             finite_here = bool(torch.isfinite(loss))
-            finite, stop = self._agree(finite_here, self.stop_request.signal_number)
+            finite, stop = self.agree(finite_here, self.stop_request.signal_number)
             if finite:
                 self.scaler.scale(loss / self.grad_accumulation_factor).backward()
             else:
@@ -92,8 +92,11 @@ class RunBrain(sb.Brain):
             raise Interrupted(stop)
         return loss
 
-    def _agree(self, finite: bool, signal_number: int) -> tuple[bool, int]:
-        # A rank that skipped or stopped alone would leave the others waiting for its gradients.
+    def agree(self, finite: bool, signal_number: int) -> tuple[bool, int]:
+        """Whether all ranks have ``finite``, and the signal that any of them got (0: none).
+
+        A rank that skipped or stopped alone would leave the others waiting for it.
+        """
         if not is_distributed_initialized():
             return finite, signal_number
         flags = torch.tensor([int(not finite), signal_number], device=self.device)
@@ -150,7 +153,7 @@ class RunBrain(sb.Brain):
     def evaluate_batch(self, batch, stage):
         """Forward, loss and scoring of one batch; honours a stop request."""
         if stage == sb.Stage.VALID:
-            _, stop = self._agree(True, self.stop_request.signal_number)
+            _, stop = self.agree(True, self.stop_request.signal_number)
             if stop:
                 # The checkpoint says "epoch trained, not validated": resuming goes on from there.
                 self.step, self.avg_train_loss = self._train_steps, self._train_stats["loss"]

@@ -1,0 +1,77 @@
+"""New sentences from recorded words: what is heard must be told from sound, not from context."""
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+
+import soundfile
+import torch
+from torch import Tensor
+
+from training.seeding import seeded
+from training.word_chunks import Chunk
+
+# A cut within a pause is no step in the waveform; this hides what hum or noise leaves of one.
+_FADE_S = 0.005
+
+
+class Splicing:
+    """Puts a part of the utterances together anew from pieces of the same speaker's recordings.
+
+    A network that sees few sentences knows them by heart and guesses the words that it does not
+    hear. The new ones have no context to guess from, and are no longer than what they replace. Run
+    in the loader's workers; idea after arXiv:2104.01393 (there with any speaker's words).
+
+    Args:
+        share: of the utterances that are replaced.
+        seed: of the run.
+        rows: training utterances (``wav``, ``spk_id``) by id.
+
+    Set ``epoch`` and ``chunks`` before the loader's iterator is made: the workers get a copy then.
+    """
+
+    def __init__(self, share: float, seed: int, rows: Mapping[str, dict]):
+        self.share = share
+        self.seed = seed
+        self.rows = rows
+        self.epoch = 0
+        self._chunks: dict[str, list[Chunk]] = {}
+
+    def use(self, chunks: Collection[Chunk]) -> None:
+        """Take these pieces from now on; those of utterances that are not trained on are left."""
+        by_speaker = defaultdict(list)
+        for chunk in chunks:
+            if chunk.utterance_id in self.rows:
+                by_speaker[self.rows[chunk.utterance_id]["spk_id"]].append(chunk)
+        self._chunks = dict(by_speaker)
+
+    def __call__(
+        self, wav_S: Tensor, words: str, utterance_id: str, sample_rate: int
+    ) -> tuple[Tensor, str]:
+        """The utterance as it came, or another one: (waveform, words)."""
+        chunks = self._chunks.get(self.rows[utterance_id]["spk_id"], [])
+        with seeded(self.seed, self.epoch, utterance_id, "splicing"):
+            if float(torch.rand(())) >= self.share:
+                return wav_S, words
+            order = torch.randperm(len(chunks)).tolist()
+        chosen, room = [], len(wav_S)
+        for chunk in (chunks[i] for i in order):
+            if chunk.stop - chunk.start <= room:
+                chosen.append(chunk)
+                room -= chunk.stop - chunk.start
+            elif chosen:
+                break
+        if not chosen:
+            return wav_S, words
+        pieces = [self._read(chunk, sample_rate) for chunk in chosen]
+        return torch.cat(pieces), " ".join(chunk.words for chunk in chosen)
+
+    def _read(self, chunk: Chunk, sample_rate: int) -> Tensor:
+        path = self.rows[chunk.utterance_id]["wav"]
+        samples, _ = soundfile.read(path, start=chunk.start, stop=chunk.stop, dtype="float32")
+        piece_S = torch.from_numpy(samples)
+        fade = min(round(_FADE_S * sample_rate), len(piece_S) // 2)
+        if fade:
+            ramp_S = torch.linspace(0, 1, fade)
+            piece_S[:fade] *= ramp_S
+            piece_S[-fade:] *= ramp_S.flip(0)
+        return piece_S

@@ -1,0 +1,99 @@
+"""Recordings cut where the speaker pauses between two words."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.ndimage import uniform_filter1d
+
+from corpora.files import atomic_write
+
+_SMOOTHING_S = 0.05
+# A pause is a valley of at most so much above the quietest twentieth of the recording.
+_PAUSE_DB = 12.0
+_SPEECH_DB = 15.0
+_MARGIN_S = 0.15
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some words and where they are in a recording.
+
+    Attributes:
+        utterance_id: of the recording.
+        start, stop: samples.
+        words: what is said between the two.
+    """
+
+    utterance_id: str
+    start: int
+    stop: int
+    words: str
+
+
+def cut_at_pauses(
+    wav_S: np.ndarray,
+    sample_rate: int,
+    words: Sequence[str],
+    spans: Sequence[tuple[int, int]],
+    utterance_id: str,
+) -> list[Chunk]:
+    """Chunks of one or more words; words that run into each other stay together.
+
+    Between two words the quietest moment is looked for, and is a cut if it is as quiet as a pause.
+    Of the silence around a chunk no more than 0.15 s is kept.
+
+    Args:
+        wav_S: the recording.
+        words: its transcript.
+        spans: for each word some samples (first, one past the last) that are surely within it.
+    """
+    power_S = uniform_filter1d(
+        np.square(wav_S, dtype=np.float64), max(1, round(_SMOOTHING_S * sample_rate))
+    )
+    # The filter's running sum may come out just below zero in digital silence.
+    level_S = 10 * np.log10(np.maximum(power_S, 0) + 1e-10)
+    above_floor_S = level_S - np.percentile(level_S, 5)
+    chunks: list[Chunk] = []
+    start, first_word = 0, 0
+    for place in range(len(words)):
+        if place + 1 < len(words):
+            low = min(spans[place][1], len(wav_S) - 1)
+            high = max(low + 1, min(spans[place + 1][0], len(wav_S)))
+            cut = low + int(above_floor_S[low:high].argmin())
+            if above_floor_S[cut] > _PAUSE_DB:
+                continue
+        else:
+            cut = len(wav_S)
+        text = " ".join(words[first_word : place + 1])
+        inner_start, inner_stop = _without_silence(above_floor_S[start:cut], sample_rate)
+        if inner_stop > inner_start:
+            chunks.append(Chunk(utterance_id, start + inner_start, start + inner_stop, text))
+        start, first_word = cut, place + 1
+    return chunks
+
+
+def _without_silence(above_floor_S: np.ndarray, sample_rate: int) -> tuple[int, int]:
+    speech = np.flatnonzero(above_floor_S > _SPEECH_DB)
+    if not len(speech):
+        return 0, len(above_floor_S)
+    margin = round(_MARGIN_S * sample_rate)
+    return max(0, int(speech[0]) - margin), min(len(above_floor_S), int(speech[-1]) + 1 + margin)
+
+
+def write_chunks(path: Path, chunks: Iterable[Chunk], optimizer_step: int) -> None:
+    """Keep them, with the step of the model that found them."""
+    with atomic_write(path) as stream:
+        json.dump(
+            {"optimizer_step": optimizer_step, "chunks": [asdict(chunk) for chunk in chunks]},
+            stream,
+            ensure_ascii=False,
+        )
+
+
+def read_chunks(path: Path) -> tuple[list[Chunk], int]:
+    """What `write_chunks` wrote: (chunks, optimiser step)."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [Chunk(**chunk) for chunk in content["chunks"]], content["optimizer_step"]
