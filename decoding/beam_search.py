@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from decoding import scorers
 from modules.lengths import absolute_lengths, padding_mask
 from modules.mamba_decoder import MambaDecoder
+from modules.step_linear import step_linear
 from modules.TransformerASR import DecoderState
+from ops.packed_linear import packed_weights
 
 
 class CachedBeamSearcher(S2STransformerBeamSearcher):
@@ -54,6 +56,7 @@ class CachedBeamSearcher(S2STransformerBeamSearcher):
         self._drops_items = self.scorer is None or scorers.can_select_items(self.scorer)
 
     @torch.no_grad()
+    @packed_weights()
     def forward(self, enc_states: Tensor, wav_len: Tensor) -> tuple[Any, Tensor, Tensor, Tensor]:
         """Searches the best tokens of each item.
 
@@ -139,7 +142,7 @@ class CachedBeamSearcher(S2STransformerBeamSearcher):
     ) -> tuple[Tensor, DecoderState, Tensor | None]:
         """Log-probabilities of the next token; the state holds all that is needed of the audio."""
         decoded_ND, memory = self.model.decode_step(inp_tokens, memory)
-        log_probs_NV = self.softmax(self.fc(decoded_ND).float() / self.temperature)
+        log_probs_NV = self.softmax(step_linear(self.fc, decoded_ND).float() / self.temperature)
         attention_NT = memory.layers.attention_BT if self._needs_attention else None
         return log_probs_NV, memory, attention_NT
 

@@ -10,6 +10,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 
 from modules.dropout import activate_and_drop
+from modules.step_linear import step_linear
 
 
 class FeedForward(PositionalwiseFeedForward):
@@ -23,6 +24,11 @@ class FeedForward(PositionalwiseFeedForward):
         """Applies the layer to ``x`` (..., d_model)."""
         inner, activation, dropout, outer = self.ffn
         return outer(activate_and_drop(inner(x), activation, dropout))
+
+    def step(self, x_BD: Tensor) -> Tensor:
+        """Applies the layer to one frame of each item, without dropout."""
+        inner, activation, _, outer = self.ffn
+        return step_linear(outer, activation(step_linear(inner, x_BD)))
 
 
 def feed_forward_module(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from modules.kv_cache import KeyValueCache
 from modules.mamba import Mamba, MambaState
 from modules.mamba_config import mixer_options
+from ops.packed_linear import packed_linear
 
 PAD_INDEX = 0
 
@@ -234,4 +235,4 @@ class MambaLM(nn.Module):
         return self._logits(x_ND), MambaLMState(tuple(states))
 
     def _logits(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.norm(x), self.embedding.weight)
+        return packed_linear(self.norm(x), self.embedding.weight)

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from modules.step_linear import step_linear
 from ops.mamba_inner import Direction, mamba_inner_fn, mamba_inner_step
 
 
@@ -305,6 +306,6 @@ class Mamba(nn.Module):
             y, state = self.forward(x_BD[:, None], state=state, return_state=True)
             return y[:, 0], state
         y_BE, conv_state, ssm_state = mamba_inner_step(
-            self.in_proj(x_BD), self._direction(""), state.conv, state.ssm
+            step_linear(self.in_proj, x_BD), self._direction(""), state.conv, state.ssm
         )
-        return self.out_proj(y_BE), MambaState(conv_state, ssm_state)
+        return step_linear(self.out_proj, y_BE), MambaState(conv_state, ssm_state)

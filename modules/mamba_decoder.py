@@ -129,7 +129,7 @@ class MambaDecoderLayer(nn.Module):
         x_BD = x_BD + mixed_BD
         crossed_BD, cross_state = self.cross_mamba.step(self.norm2(x_BD), cross_state)
         x_BD = x_BD + crossed_BD
-        return x_BD + self.pos_ffn.ffn(self.norm3(x_BD)), self_state, cross_state
+        return x_BD + self.pos_ffn.step(self.norm3(x_BD)), self_state, cross_state
 
 
 class MambaDecoder(nn.Module):

@@ -25,21 +25,6 @@ struct Step {
 
 namespace {
 
-// n of W elements that lie ``stride`` apart, zeros after them.
-INLINE vf load_some(const float* p, int64_t n, int64_t stride = 1) {
-  if (n >= W && stride == 1) return load(p);
-  float lanes[W] = {};
-  for (int64_t i = 0; i < smaller(n, W); ++i) lanes[i] = p[i * stride];
-  return load(lanes);
-}
-
-INLINE void store_some(float* p, vf x, int64_t n) {
-  if (n >= W) return store(p, x);
-  float lanes[W];
-  store(lanes, x);
-  std::memcpy(p, lanes, n * sizeof(float));
-}
-
 // The parameters in vectors of channels (A in vectors of states), padded with zeros.
 struct Parameters {
   explicit Parameters(const Step& step) {

@@ -1,0 +1,102 @@
+"""The product in C++, with weights that are read in the order in which they lie."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ops import build
+from ops.native import address
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_HEADER = Path(__file__).parent.parent / "simd.h"
+# With more rows a BLAS has earned its preparations back.
+MAX_ROWS = 128
+# Multiplications, and elements to be packed, that are worth another thread: it takes a while to
+# wake up.
+_THREAD_PRODUCTS = 1 << 20
+_THREAD_ELEMENTS = 1 << 15
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")),
+        ("threads", ctypes.c_int64),
+        ("parallel_for", ctypes.c_void_p),
+    ]
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the compiled product cannot be used on this machine; builds it if need be."""
+    try:
+        _library()
+    except build.BuildError as error:
+        logger.info("products with few rows run in torch: %s", error)
+        return str(error)
+    return None
+
+
+def supports(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
+    """Whether a call is float32 in the memory of the CPU, of few rows, and dense."""
+    return (
+        x_MK.dim() == 2
+        and 0 < x_MK.shape[0] <= MAX_ROWS
+        and x_MK.shape[1] == weight_NK.shape[1] > 0
+        and all(
+            t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous())
+            for t in (x_MK, weight_NK, bias_N)
+        )
+    )
+
+
+def pack(weight_NK: Tensor) -> Tensor:
+    """The weights in the order of `linear`: blocks of outputs, in a block input by input."""
+    library, parallel_for = _library()
+    outputs, inputs = weight_NK.shape
+    packed = weight_NK.new_empty(library.packed_outputs(ctypes.c_int64(outputs)) * inputs)
+    call = _Call(
+        inputs=inputs,
+        outputs=outputs,
+        weight=weight_NK.data_ptr(),
+        y=packed.data_ptr(),
+        threads=min(torch.get_num_threads(), 1 + packed.numel() // _THREAD_ELEMENTS),
+        parallel_for=parallel_for,
+    )
+    library.pack_weights(ctypes.byref(call))
+    return packed
+
+
+def linear(x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, outputs: int) -> Tensor:
+    """The product with the ``outputs`` rows of weights that `pack` arranged."""
+    library, parallel_for = _library()
+    rows, inputs = x_MK.shape
+    y_MN = x_MK.new_empty(rows, outputs)
+    call = _Call(
+        rows,
+        inputs,
+        outputs,
+        x_MK.data_ptr(),
+        packed.data_ptr(),
+        address(bias_N),
+        y_MN.data_ptr(),
+        min(torch.get_num_threads(), 1 + rows * inputs * outputs // _THREAD_PRODUCTS),
+        parallel_for,
+    )
+    library.packed_linear(ctypes.byref(call))
+    return y_MN
+
+
+@functools.cache
+def _library() -> tuple[ctypes.CDLL, int]:
+    library = build.load(_SOURCE, _HEADER)
+    library.packed_outputs.restype = ctypes.c_int64
+    return library, build.parallel_for_address()
