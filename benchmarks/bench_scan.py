@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_scan --check --report
 
-Every candidate runs in this process, in turn, once per round; times are medians over the rounds.
-``--check`` exits with 1 and names the targets that were missed. Where there is a GPU its table
-follows (``--device cuda`` prints that alone).
+Every candidate runs in this process, in turn, in blocks of consecutive calls (as those of
+torch.utils.benchmark's ``blocked_autorange``); times are medians over the blocks. ``--check`` exits
+with 1 and names the targets that were missed. Where there is a GPU its table follows (``--device
+cuda`` prints that alone).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import ctypes
 import functools
 import importlib.util
+import math
 import platform
 import re
 import statistics
@@ -34,6 +36,8 @@ from ops.selective_scan import bidirectional_scan_fn, selective_scan_fn
 
 BATCH, DIM, TIME, STATE = 8, 512, 400, 16
 HOUR_FRAMES = 90_000
+# A block lasts at least so long: what ran before it has left the caches by then.
+BLOCK_MS = 100
 _KERNEL_FOLDER = Path(__file__).resolve().parent
 
 
@@ -155,20 +159,52 @@ def runner(
     return forward_and_backward
 
 
+def blocks_ms(
+    candidates: dict[str, Callable[[], None]],
+    rounds: int,
+    synchronise: Callable[[], None],
+) -> dict[str, list[float]]:
+    """Milliseconds per call of each, one value per block of calls that last ``BLOCK_MS``.
+
+    They take turns, so that a busy spell hits all of them.
+    """
+
+    def block(call: Callable[[], None], count: int) -> float:
+        synchronise()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        synchronise()
+        return (time.perf_counter() - start) * 1e3 / count
+
+    calls = {}
+    for name, call in candidates.items():
+        # The first call pays for compilation and fresh memory.
+        block(call, 1)
+        calls[name] = max(1, math.ceil(BLOCK_MS / block(call, 1)))
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            times[name].append(block(call, calls[name]))
+    return times
+
+
 def medians_ms(
     candidates: dict[str, Callable[[], None]], rounds: int, synchronise: Callable[[], None]
 ) -> dict[str, float]:
-    """Median milliseconds of each; they take turns, so that a busy spell hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds + 1):
-        for name, call in candidates.items():
-            synchronise()
-            start = time.perf_counter()
-            call()
-            synchronise()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    # The first round pays for compilation and fresh memory.
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+    """Medians of ``blocks_ms``."""
+    times = blocks_ms(candidates, rounds, synchronise)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def cold_ms(call: Callable[[], None], rounds: int) -> float:
+    """Median milliseconds of a single call that finds nothing of its own in the caches."""
+    other_work = torch.empty(1 << 26)
+    times = []
+    for _ in range(rounds):
+        other_work.zero_()
+        times.append(_timed_ms(call))
+    return statistics.median(times)
 
 
 def machine_rates(threads: int) -> dict[str, float]:
@@ -238,6 +274,7 @@ def bench_cpu(rounds: int, slow_rounds: int) -> tuple[str, list[Target]]:
     if importlib.util.find_spec("mambapy"):
         candidates["mamba.py's parallel scan"] = (parallel_scan, inputs)
     forward = medians_ms({n: runner(*c, False) for n, c in candidates.items()}, rounds, _nothing)
+    forward["`cpu`, caches cold"] = cold_ms(runner(*candidates["`cpu`"], False), rounds)
     slow = {"`reference`": candidates.pop("`reference`")}
     both = medians_ms({n: runner(*c, True) for n, c in candidates.items()}, rounds, _nothing)
     if slow_rounds:
@@ -334,25 +371,34 @@ def _memory_targets() -> list[Target]:
 
 
 def _hour_targets(rounds: int) -> list[Target]:
-    # Both outputs are large enough for the C library to fetch fresh pages for them each time.
-    quarter = HOUR_FRAMES // 4
-    calls = {}
-    for frames in (quarter, HOUR_FRAMES):
-        calls[str(frames)] = runner(
-            functools.partial(scan, "cpu"), make_inputs(1, DIM, frames), False
-        )
-    times = medians_ms(calls, rounds, _nothing)
-    long, short = times[str(HOUR_FRAMES)], times[str(quarter)]
+    inputs, length = make_inputs(1, DIM, HOUR_FRAMES), HOUR_FRAMES // 4
+    quarters = [
+        [x[..., first : first + length] if x.dim() == 3 else x for x in inputs]
+        for first in range(0, HOUR_FRAMES, length)
+    ]
+    hour, *parts = (
+        runner(functools.partial(scan, "cpu"), of_part, False) for of_part in (inputs, *quarters)
+    )
+
+    def one_by_one() -> None:
+        for part in parts:
+            part()
+
+    times = blocks_ms({"hour": hour, "quarters": one_by_one}, rounds, _nothing)
+    # Of neighbours, which a busy spell of the machine slows alike.
+    ratio = statistics.median(
+        whole / in_parts for whole, in_parts in zip(*times.values(), strict=True)
+    )
     extra = [
         statistics.median(extra_memory(frames, 1, backward=False) for _ in range(3))
-        for frames in (quarter, HOUR_FRAMES)
+        for frames in (HOUR_FRAMES // 4, HOUR_FRAMES)
     ]
     output = HOUR_FRAMES * DIM * 4
     return [
         Target(
-            f"one hour of audio ({HOUR_FRAMES} frames, {long:.0f} ms) against four quarters, "
-            "forward",
-            long / (4 * short),
+            f"one hour of audio ({HOUR_FRAMES} frames, {statistics.median(times['hour']):.0f} ms) "
+            "against its four quarters, forward",
+            ratio,
             1.1,
             False,
             "x",

@@ -291,7 +291,7 @@ class Unit {
   }
 
   // Reads and writes memory directly where its rows allow it; then one block's scratch serves them
-  // all and stays in the first-level cache.
+  // all and stays in the first-level cache, and the gate waits for the sum over both directions.
   void forward_tile(int64_t tile, bool add) {
     place(tile);
     save_checkpoint(tile);
@@ -301,6 +301,7 @@ class Unit {
     read_without_rows(scan_.z, z_);
     const Segments segments(way_->reset_every, way_->reverse, length_, at_);
     const bool direct = has_rows(scan_.out, at_);
+    const bool last = !direct || way_ == &scan_.direction[scan_.directions - 1];
     for (int b = 0; b < blocks_; ++b) {
       Block first = block(0);
       vf* y = first.y = block(direct ? 0 : b).y;
@@ -310,9 +311,10 @@ class Unit {
           scan_states(segments, first, B, C, states(b, n), ahead(tile, b, n / kStates));
         });
       const Rows z = block_rows(scan_.z, at_, z_, b), out = block_rows(scan_.out, at_, y_, b);
-      for (int t = 0; scan_.z && t < at_.frames; ++t) y[t] *= z[t] * sigmoid(z[t]);
-      for (int t = 0; direct && t < at_.frames; ++t)
-        out.set(t, add ? out[t] + y[t] * share() : y[t] * share());
+      for (int t = 0; direct && add && t < at_.frames; ++t) y[t] += out[t];
+      for (int t = 0; scan_.z && last && t < at_.frames; ++t) y[t] *= z[t] * sigmoid(z[t]);
+      const float factor = last ? share() : 1.0f;
+      for (int t = 0; direct && t < at_.frames; ++t) out.set(t, y[t] * factor);
     }
     if (!direct) write_shared(scan_.out, y_, share(), add);
   }
