@@ -334,9 +334,10 @@ def bench_cpu(rounds: int, slow_rounds: int) -> tuple[str, list[Target]]:
     header = ["scan", "forward ms", "forward + backward ms", "forward / `cpu`", "both / `cpu`"]
     text = [
         f"Batch {BATCH}, dim {DIM}, {TIME} frames, state {STATE}, float32, softplus and gate "
-        f"included, {threads} threads; medians of {rounds}"
-        + (f" (backward of the two loops: {slow_rounds})" if slow_rounds else "")
-        + ".",
+        f"included, {threads} threads; medians of {rounds} blocks "
+        f"of at least {BLOCK_MS} ms"
+        + (f" (backward of the two loops: {slow_rounds} calls)" if slow_rounds else "")
+        + ". Caches cold: single calls, each after other work.",
         markdown_table(header, rows),
         markdown_table(["target", "measured", "wanted", "met"], [t.row() for t in targets]),
         _against_the_floor(forward["`cpu`"], both["`cpu`"], threads),
@@ -435,9 +436,8 @@ def _against_the_floor(forward_ms: float, both_ms: float, threads: int) -> str:
         f"exponential rate, {fma_ms / forward_ms:.0%} of the multiply-add rate, "
         f"{memory_ms / forward_ms:.0%} of the bandwidth, {floor_ms / forward_ms:.0%} of their sum. "
         "The multipliers bound it: an exponential and its three multiply-adds keep them busy while "
-        "the next tile is fetched. The rest is the softplus, the gate's sigmoid, rows that come "
-        "from the second-level cache, and fresh pages for y, which the C library returns to the "
-        "system after every call of this size. Forward + backward evaluates each exponential twice "
+        "the next tile is fetched. The rest is the softplus, the gate's sigmoid and rows that come "
+        "from the second-level cache. Forward + backward evaluates each exponential twice "
         f"({2 * exp_ms / both_ms:.0%} of the exponential rate)."
     )
 
