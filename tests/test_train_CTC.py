@@ -205,9 +205,9 @@ def test_spliced_training_says_other_sentences_than_the_manifest(
     assert {
         word for text, _ in seen[sb.Stage.TRAIN, 3] for word in text.split()
     } <= vocabulary_words
-    chunks, step = read_chunks(folder / "save" / "word_chunks.json")
+    chunks, origin = read_chunks(folder / "save" / "word_chunks.json")
     epoch_1_steps = max(entry["step"] for entry in metrics(folder) if entry["epoch"] == 1)
-    assert step == epoch_1_steps
+    assert origin == {"step": epoch_1_steps, "splice_from_epoch": 2}
     assert sum(len(chunk.words.split()) for chunk in chunks) > 10
 
 

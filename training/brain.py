@@ -161,7 +161,8 @@ class ASRBrain(RunBrain):
             ids[i]: f"{int(encoded.num_frames_B[i])} frames for {int(needed_B[i])} "
             "(tokens and repetitions) after speed perturbation"
             for i in rows
-            if not bool(feasible_B[i])
+            # A spliced utterance is none of the corpus, and another one next time.
+            if not bool(feasible_B[i]) and batch.said[i] == batch.wrd[i]
         }
         self.skipped.add(reasons)
 

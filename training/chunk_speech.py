@@ -26,13 +26,15 @@ def chunk_speech(brain: "ASRBrain", loader: Iterable, path: Path) -> list[Chunk]
     Raises:
         Interrupted: SIGINT or SIGTERM came.
     """
+    first_epoch = brain.hparams.splice_from_epoch
     if path.is_file():
-        chunks, step = read_chunks(path)
-        # After going back to an earlier checkpoint those of a later model count no more.
-        if step <= brain.optimizer_step:
+        chunks, origin = read_chunks(path)
+        # Those of a later model, or of one that was to know the words sooner, count no more.
+        if origin["step"] <= brain.optimizer_step and origin["splice_from_epoch"] == first_epoch:
             return chunks
     chunks = _find_chunks(brain, loader)
-    run_on_main(write_chunks, args=[path, chunks, brain.optimizer_step])
+    origin = {"step": brain.optimizer_step, "splice_from_epoch": first_epoch}
+    run_on_main(write_chunks, args=[path, chunks, origin])
     words = sum(len(chunk.words.split()) for chunk in chunks)
     logger.info("%d words of training speech are cut into %d pieces", words, len(chunks))
     # Those of the main process: another device may round otherwise.

@@ -1,7 +1,7 @@
 """Recordings cut where the speaker pauses between two words."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,17 +83,14 @@ def _without_silence(above_floor_S: np.ndarray, sample_rate: int) -> tuple[int, 
     return max(0, int(speech[0]) - margin), min(len(above_floor_S), int(speech[-1]) + 1 + margin)
 
 
-def write_chunks(path: Path, chunks: Iterable[Chunk], optimizer_step: int) -> None:
-    """Keep them, with the step of the model that found them."""
+def write_chunks(path: Path, chunks: Iterable[Chunk], origin: Mapping[str, int]) -> None:
+    """Keep them, with what tells where in a run they were found."""
     with atomic_write(path) as stream:
-        json.dump(
-            {"optimizer_step": optimizer_step, "chunks": [asdict(chunk) for chunk in chunks]},
-            stream,
-            ensure_ascii=False,
-        )
+        content = {"origin": dict(origin), "chunks": [asdict(chunk) for chunk in chunks]}
+        json.dump(content, stream, ensure_ascii=False)
 
 
-def read_chunks(path: Path) -> tuple[list[Chunk], int]:
-    """What `write_chunks` wrote: (chunks, optimiser step)."""
+def read_chunks(path: Path) -> tuple[list[Chunk], dict[str, int]]:
+    """What `write_chunks` wrote: (chunks, origin)."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    return [Chunk(**chunk) for chunk in content["chunks"]], content["optimizer_step"]
+    return [Chunk(**chunk) for chunk in content["chunks"]], content["origin"]

@@ -79,8 +79,8 @@ def test_silence_and_single_samples_are_no_mistake(frames, level):
 
 def test_chunks_come_back_from_their_file(tmp_path):
     chunks = [Chunk("a", 0, 10, "ÄRGER ഒന്ന്"), Chunk("b", 5, 6, "B")]
-    write_chunks(tmp_path / "chunks.json", chunks, 17)
-    assert read_chunks(tmp_path / "chunks.json") == (chunks, 17)
+    write_chunks(tmp_path / "chunks.json", chunks, {"step": 17})
+    assert read_chunks(tmp_path / "chunks.json") == (chunks, {"step": 17})
 
 
 @pytest.fixture
