@@ -36,10 +36,10 @@ class UtteranceMeanNormalization(InputNormalization):
 
 def remove_utterance_mean(x_BTM: Tensor, lengths: Tensor | None) -> Tensor:
     """Each item minus the mean over its own frames; padding becomes zero."""
-    centre = InputNormalization(norm_type="sentence", std_norm=False)
     if lengths is None:
-        return centre(x_BTM)
+        return x_BTM - x_BTM.mean(1, keepdim=True)
     num_frames_B = absolute_lengths(lengths, x_BTM.shape[1])
     padding_BT1 = padding_mask(num_frames_B, x_BTM.shape[1]).unsqueeze(-1)
-    # A mask multiplies what it hides: zero times NaN is NaN.
-    return centre(x_BTM.masked_fill(padding_BT1, 0.0), lengths).masked_fill(padding_BT1, 0.0)
+    sums_B1M = x_BTM.masked_fill(padding_BT1, 0.0).sum(1, keepdim=True)
+    mean_B1M = sums_B1M / num_frames_B.clamp(min=1)[:, None, None]
+    return (x_BTM - mean_B1M).masked_fill(padding_BT1, 0.0)
