@@ -12,10 +12,10 @@ def step_linear(layer: nn.Module, x_BD: Tensor) -> Tensor:
     """``layer(x_BD)``, faster within ``ops.packed_linear.packed_weights`` where it is linear.
 
     Args:
-        layer: ``torch.nn.Linear`` or SpeechBrain's; another module (a quantised one) is called.
+        layer: ``torch.nn.Linear`` or SpeechBrain's; another module, or one with hooks, is called.
     """
-    if isinstance(layer, Linear) and layer.max_norm is None:
-        layer = layer.w
-    if type(layer) is nn.Linear:
-        return packed_linear(x_BD, layer.weight, layer.bias)
+    inner = layer.w if type(layer) is Linear and layer.max_norm is None else layer
+    hooked = layer._forward_pre_hooks or inner._forward_pre_hooks or inner._forward_hooks
+    if type(inner) is nn.Linear and not hooked:
+        return packed_linear(x_BD, inner.weight, inner.bias)
     return layer(x_BD)

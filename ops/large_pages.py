@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import sys
 from collections.abc import Callable
 
@@ -11,13 +12,12 @@ from torch import Tensor
 
 # Smaller results mostly reuse memory that the C library kept. NumPy draws the line here, too.
 _MIN_BYTES = 4 << 20
-_PAGE_BYTES = 4096
 # Of Linux' madvise(2).
 _MADV_HUGEPAGE = 14
 
 
 def ask_for_large_pages(x: Tensor) -> Tensor:
-    """``x``, whose memory the system may now map in pages of megabytes, not one of 4 KiB a fault.
+    """``x``, whose memory the system may now map in pages of megabytes, not one small page a fault.
 
     Only memory that was not touched yet gains. Nothing happens to small tensors, off the CPU, while
     tracing, or where the system is not Linux or knows no such pages.
@@ -28,8 +28,8 @@ def ask_for_large_pages(x: Tensor) -> Tensor:
         madvise = _madvise()
         if num_bytes >= _MIN_BYTES and madvise is not None:
             # Only whole pages may be named; those that x shares with others stay as they are.
-            start = -(-x.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
-            stop = (x.data_ptr() + num_bytes) // _PAGE_BYTES * _PAGE_BYTES
+            start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            stop = (x.data_ptr() + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
             madvise(start, stop - start, _MADV_HUGEPAGE)
     return x
 

@@ -29,6 +29,7 @@ LIFE = {
     "avg_checkpoints": 2,
     "spliced_share": 0.5,
     "splice_from_epoch": 2,
+    "splice_min_log_prob": -100,
 }
 """Worker, speed, splices, drops and dropout are on; checkpoints fall amid an epoch."""
 

@@ -30,10 +30,13 @@ whole_end, whole_batch_end, whole_objectives = (
     ASR.on_stage_end, ASR.on_fit_batch_end, ASR.compute_objectives
 )
 whole_update = evaluation.update_results
-ids, frames = {{}}, {{}}
+ids, frames, spliced = {{}}, {{}}, {{}}
 
 def on_fit_batch_end(self, batch, *others):
     ids.setdefault(self.epoch, []).extend(batch.id)
+    spliced.setdefault(self.epoch, []).extend(
+        said != wrd for said, wrd in zip(batch.said, batch.wrd)
+    )
     whole_batch_end(self, batch, *others)
 
 def compute_objectives(self, predictions, batch, stage):
@@ -53,6 +56,8 @@ def on_stage_end(self, stage, loss, epoch=None):
                 "steps": self.optimizer_step,
                 "ids": ids,
                 "frames": frames,
+                "spliced": spliced,
+                "pieces": self.splicing.pieces,
             }},
             f"{{folder}}/rank{{rank}}.pt",
         )
@@ -85,9 +90,9 @@ def finished(tmp_path_factory):
         dynamic_batching=False,
         batch_size=1,
         speed_perturb="null",
-        # Both align all of the speech before the second epoch, waiting for each other.
-        spliced_share=0.5,
+        spliced_share=1.0,
         splice_from_epoch=EPOCHS,
+        splice_min_log_prob=-100,
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.run(
@@ -132,6 +137,14 @@ def test_normaliser_statistics_cover_the_data_of_both_processes(finished, ranks)
     frames = sum(num_feature_frames(round(row.duration * 16000)) for row in rows)
     # Later epochs train on spliced utterances of other lengths.
     assert [rank["frames"][1] for rank in ranks] == [frames, frames]
+
+
+def test_both_processes_splice_from_the_same_pieces(ranks):
+    assert ranks[0]["pieces"] == ranks[1]["pieces"]
+    assert len(ranks[0]["pieces"]) > UTTERANCES
+    for rank in ranks:
+        assert not any(rank["spliced"][1])
+        assert any(rank["spliced"][EPOCHS])
 
 
 def test_an_infinite_loss_in_one_process_skips_the_step_in_both(ranks, finished):

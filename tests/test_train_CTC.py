@@ -193,6 +193,7 @@ def test_spliced_training_says_other_sentences_than_the_manifest(
     monkeypatch.setattr(train_CTC.ASR, "compute_objectives", compute_objectives)
     folder = tmp_path / "run"
     keys = {"spliced_share": 0.7, "splice_from_epoch": 2, "number_of_epochs": 3, **ONE_BATCH}
+    keys["splice_min_log_prob"] = -100
     assert train(command_line(tone_corpus, folder, test_splits="[]", **keys)) == 0
     spliced = {
         key: sum(text != wrd for text, wrd in texts) / len(texts) for key, texts in seen.items()
@@ -207,8 +208,18 @@ def test_spliced_training_says_other_sentences_than_the_manifest(
     } <= vocabulary_words
     chunks, origin = read_chunks(folder / "save" / "word_chunks.json")
     epoch_1_steps = max(entry["step"] for entry in metrics(folder) if entry["epoch"] == 1)
-    assert origin == {"step": epoch_1_steps, "splice_from_epoch": 2}
+    assert origin == {"step": epoch_1_steps, "epoch": 2, "first_epoch": 2}
     assert sum(len(chunk.words.split()) for chunk in chunks) > 10
+
+
+def test_a_model_that_does_not_know_the_words_cuts_none(tone_corpus, tmp_path):
+    folder = tmp_path / "run"
+    keys = {"spliced_share": 1.0, "splice_from_epoch": 2, "splice_min_log_prob": -1e-6, **ONE_BATCH}
+    assert train(command_line(tone_corpus, folder, test_splits="[]", **keys)) == 0
+    chunks, origin = read_chunks(folder / "save" / "word_chunks.json")
+    assert not chunks
+    assert origin["epoch"] == 2
+    assert "Nothing is spliced" in (folder / "log.txt").read_text(encoding="utf-8")
 
 
 def test_weights_of_another_architecture_are_named(run, tone_corpus, tmp_path, capsys):

@@ -77,7 +77,7 @@ class ASRBrain(RunBrain):
         return ", ".join(batch.id)
 
     def amount(self, batch: PaddedBatch) -> float:
-        """Seconds of audio; a perturbed utterance counts as what was read."""
+        """Seconds of audio; a perturbed or spliced utterance counts as that of the manifest."""
         return float(sum(batch.duration))
 
     def augments(self, stage: sb.Stage) -> bool:
@@ -173,12 +173,13 @@ class ASRBrain(RunBrain):
 
     def on_stage_start(self, stage, epoch=None):
         """Seed the stage, reset what is measured in it."""
+        if stage == sb.Stage.TRAIN and self.splicing is not None:
+            # Before seeds and clock: a resumed run may find this done.
+            self.prepare_splicing(epoch)
         super().on_stage_start(stage, epoch)
         if stage == sb.Stage.TRAIN:
             if self.perturbation is not None:
                 self.perturbation.epoch = epoch
-            if self.splicing is not None:
-                self.prepare_splicing(epoch)
             return
         self.wer_stats = ErrorRateStats()
         self.cer_stats = ErrorRateStats(split_tokens=True)
@@ -186,16 +187,17 @@ class ASRBrain(RunBrain):
         self.on_scoring_start(stage)
 
     def prepare_splicing(self, epoch: int) -> None:
-        """From ``splice_from_epoch`` on: cut the training speech, unless a run before did."""
+        """From ``splice_from_epoch`` on: cut the speech as soon as the model knows its words."""
         self.splicing.epoch = epoch
-        if epoch >= self.hparams.splice_from_epoch:
+        if epoch >= self.hparams.splice_from_epoch and not self.splicing.pieces:
             loader = self.make_dataloader(
                 self.unperturbed,
                 sb.Stage.VALID,
+                ckpt_prefix=None,
                 **evaluation_batches(self.unperturbed, vars(self.hparams)),
             )
             path = Path(self.hparams.save_folder) / "word_chunks.json"
-            self.splicing.use(chunk_speech(self, loader, path))
+            self.splicing.use(chunk_speech(self, loader, path, epoch))
 
     def ctc_log_probs(self, outputs) -> Tensor:
         """Hook of the subclasses: (B, T, V) of what ``compute_forward`` gave."""

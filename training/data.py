@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import sentencepiece as spm
-import soundfile
 import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
@@ -19,6 +18,7 @@ from torch.utils.data import Sampler
 
 from corpora.manifest import DATA_ROOT, read_manifest
 from modules.lengths import num_feature_frames
+from training.audio import read_audio
 from training.augment import SpeedPerturbation
 from training.errors import UserError
 from training.interrupts import UndisturbedWorker
@@ -47,19 +47,9 @@ class ReadSpeech:
         self.splicing = splicing
 
     def __call__(self, wav: str, utterance_id: str, words: str) -> tuple[torch.Tensor, str]:
-        try:
-            samples, rate = soundfile.read(wav, dtype="float32")
-        except (soundfile.LibsndfileError, OSError) as error:
-            raise UserError(f"{utterance_id}: {wav} cannot be read: {error}") from None
-        if rate != self.sample_rate or samples.ndim != 1:
-            channels = 1 if samples.ndim == 1 else samples.shape[1]
-            raise UserError(
-                f"{utterance_id}: {wav} has {rate} Hz and {channels} channel(s); "
-                f"{self.sample_rate} Hz mono is needed."
-            )
-        wav_S = torch.from_numpy(samples)
+        wav_S = read_audio(wav, utterance_id, self.sample_rate)
         if self.splicing is not None:
-            wav_S, words = self.splicing(wav_S, words, utterance_id, rate)
+            wav_S, words = self.splicing(wav_S, words, utterance_id, self.sample_rate)
         if self.perturbation is not None:
             wav_S = self.perturbation(wav_S, utterance_id)
         return wav_S, words

@@ -153,6 +153,8 @@ def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
         loaders.perturbation = SpeedPerturbation(
             hparams["speed_perturb"], hparams["seed"], hparams["augment_from_epoch"]
         )
+    if not 0 <= hparams["spliced_share"] <= 1:
+        raise UserError(f"spliced_share is {hparams['spliced_share']}; it is a part of one.")
     if hparams["spliced_share"]:
         loaders.splicing = Splicing(hparams["spliced_share"], hparams["seed"], rows)
         loaders.unperturbed = make_dataset(rows, tokenizer, sample_rate)

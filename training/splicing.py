@@ -3,10 +3,10 @@
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 
-import soundfile
 import torch
 from torch import Tensor
 
+from training.audio import read_audio
 from training.seeding import seeded
 from training.word_chunks import Chunk
 
@@ -26,7 +26,8 @@ class Splicing:
         seed: of the run.
         rows: training utterances (``wav``, ``spk_id``) by id.
 
-    Set ``epoch`` and ``chunks`` before the loader's iterator is made: the workers get a copy then.
+    Words are what stands between spaces. Set ``epoch``, and the pieces by ``use``, before the
+    loader's iterator is made: the workers get a copy then.
     """
 
     def __init__(self, share: float, seed: int, rows: Mapping[str, dict]):
@@ -35,6 +36,11 @@ class Splicing:
         self.rows = rows
         self.epoch = 0
         self._chunks: dict[str, list[Chunk]] = {}
+
+    @property
+    def pieces(self) -> list[Chunk]:
+        """What utterances are put together from."""
+        return [chunk for chunks in self._chunks.values() for chunk in chunks]
 
     def use(self, chunks: Collection[Chunk]) -> None:
         """Take these pieces from now on; those of utterances that are not trained on are left."""
@@ -66,9 +72,8 @@ class Splicing:
         return torch.cat(pieces), " ".join(chunk.words for chunk in chosen)
 
     def _read(self, chunk: Chunk, sample_rate: int) -> Tensor:
-        path = self.rows[chunk.utterance_id]["wav"]
-        samples, _ = soundfile.read(path, start=chunk.start, stop=chunk.stop, dtype="float32")
-        piece_S = torch.from_numpy(samples)
+        wav = self.rows[chunk.utterance_id]["wav"]
+        piece_S = read_audio(wav, chunk.utterance_id, sample_rate, chunk.start, chunk.stop)
         fade = min(round(_FADE_S * sample_rate), len(piece_S) // 2)
         if fade:
             ramp_S = torch.linspace(0, 1, fade)

@@ -11,9 +11,12 @@ from scipy.ndimage import uniform_filter1d
 from corpora.files import atomic_write
 
 _SMOOTHING_S = 0.05
-# A pause is a valley of at most so much above the quietest twentieth of the recording.
+# A pause is at most so much louder than the quietest twentieth of the recording, and at least so
+# much quieter than the words on both sides.
 _PAUSE_DB = 12.0
 _SPEECH_DB = 15.0
+# Zeros that somebody put before a recording are not its background.
+_DIGITAL_SILENCE_DB = -90.0
 _MARGIN_S = 0.15
 
 
@@ -50,37 +53,46 @@ def cut_at_pauses(
         words: its transcript.
         spans: for each word some samples (first, one past the last) that are surely within it.
     """
+    if not len(wav_S):
+        return []
+    level_S = _level_above_background(wav_S, sample_rate)
+    chunks: list[Chunk] = []
+    start, first_word = 0, 0
+    for place in range(len(words)):
+        cut = len(wav_S)
+        if place + 1 < len(words):
+            low = min(spans[place][1], len(wav_S) - 1)
+            high = max(low + 1, min(spans[place + 1][0], len(wav_S)))
+            cut = low + int(level_S[low:high].argmin())
+            next_word_stop = max(cut + 1, spans[place + 1][1])
+            quieter = min(level_S[start : cut + 1].max(), level_S[cut:next_word_stop].max())
+            if level_S[cut] > _PAUSE_DB or quieter - level_S[cut] < _SPEECH_DB:
+                continue
+        speech = np.flatnonzero(level_S[start:cut] > _SPEECH_DB)
+        if len(speech):
+            margin = round(_MARGIN_S * sample_rate)
+            chunks.append(
+                Chunk(
+                    utterance_id,
+                    max(start, start + int(speech[0]) - margin),
+                    min(cut, start + int(speech[-1]) + 1 + margin),
+                    " ".join(words[first_word : place + 1]),
+                )
+            )
+        start, first_word = cut, place + 1
+    return chunks
+
+
+def _level_above_background(wav_S: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Decibels of each sample's surroundings above the quiet of the recording."""
     power_S = uniform_filter1d(
         np.square(wav_S, dtype=np.float64), max(1, round(_SMOOTHING_S * sample_rate))
     )
     # The filter's running sum may come out just below zero in digital silence.
     level_S = 10 * np.log10(np.maximum(power_S, 0) + 1e-10)
-    above_floor_S = level_S - np.percentile(level_S, 5)
-    chunks: list[Chunk] = []
-    start, first_word = 0, 0
-    for place in range(len(words)):
-        if place + 1 < len(words):
-            low = min(spans[place][1], len(wav_S) - 1)
-            high = max(low + 1, min(spans[place + 1][0], len(wav_S)))
-            cut = low + int(above_floor_S[low:high].argmin())
-            if above_floor_S[cut] > _PAUSE_DB:
-                continue
-        else:
-            cut = len(wav_S)
-        text = " ".join(words[first_word : place + 1])
-        inner_start, inner_stop = _without_silence(above_floor_S[start:cut], sample_rate)
-        if inner_stop > inner_start:
-            chunks.append(Chunk(utterance_id, start + inner_start, start + inner_stop, text))
-        start, first_word = cut, place + 1
-    return chunks
-
-
-def _without_silence(above_floor_S: np.ndarray, sample_rate: int) -> tuple[int, int]:
-    speech = np.flatnonzero(above_floor_S > _SPEECH_DB)
-    if not len(speech):
-        return 0, len(above_floor_S)
-    margin = round(_MARGIN_S * sample_rate)
-    return max(0, int(speech[0]) - margin), min(len(above_floor_S), int(speech[-1]) + 1 + margin)
+    recorded_S = level_S[level_S > _DIGITAL_SILENCE_DB]
+    background = np.percentile(recorded_S, 5) if len(recorded_S) else 0.0
+    return np.maximum(level_S - background, 0.0)
 
 
 def write_chunks(path: Path, chunks: Iterable[Chunk], origin: Mapping[str, int]) -> None:

@@ -17,14 +17,12 @@ namespace {
 
 constexpr int VECTORS = 2;
 constexpr int BLOCK = VECTORS * W;
-// As many sums as leave registers for a block's weights and an input: of 32, or of AVX2's 16.
-#if defined(__AVX__) && !defined(__AVX512F__)
-constexpr int ROWS = 5;
-#else
+// As many sums as leave registers for a block's weights and an input: of 32, or of 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int ROWS = 10;
+#else
+constexpr int ROWS = 5;
 #endif
-
-INLINE vf splat(float value) { return vf{} + value; }
 
 // R rows of x times the V * W outputs that start with the output ``first``.
 template <int R, int V>

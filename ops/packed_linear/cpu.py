@@ -48,9 +48,10 @@ def unavailable() -> str | None:
 def supports(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
     """Whether a call is float32 in the memory of the CPU, of few rows, and dense."""
     return (
-        x_MK.dim() == 2
+        x_MK.dim() == weight_NK.dim() == 2
         and 0 < x_MK.shape[0] <= MAX_ROWS
         and x_MK.shape[1] == weight_NK.shape[1] > 0
+        and (bias_N is None or bias_N.shape == weight_NK.shape[:1])
         and all(
             t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous())
             for t in (x_MK, weight_NK, bias_N)

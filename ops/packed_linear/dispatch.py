@@ -44,7 +44,7 @@ def packed_linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None)
     product. Compiled for the CPU, in float32 and without gradients; else torch's.
 
     Args:
-        x_MK: (rows, K).
+        x_MK: (rows, K); of other dimensions, torch's.
         weight_NK: (N, K).
         bias_N: (N,).
 

@@ -71,3 +71,13 @@ def test_the_mean_can_stay(feats_BTM):
         module(feats_BTM, lengths, epoch=0)
         module.eval()
     assert torch.equal(ours(feats_BTM, lengths, epoch=9), theirs(feats_BTM, lengths, epoch=9))
+
+
+@pytest.mark.parametrize("width", [100, 420, 800])
+def test_the_mean_is_that_of_an_items_own_frames_at_any_length(width):
+    # Relative lengths are rounded: near n / width * width a mask may hold one frame too many.
+    num_frames_B = torch.arange(50, width + 1)
+    feats_BTM = torch.full((len(num_frames_B), width, 1), -40.0)
+    feats_BTM[torch.arange(width) >= num_frames_B[:, None]] = 1e4
+    centred = remove_utterance_mean(feats_BTM, relative_lengths(num_frames_B, width))
+    assert centred.abs().max() < 1e-4

@@ -117,10 +117,15 @@ def test_outside_it_is_torch_and_has_gradients(compiled_calls):
         lambda x, w, b: (x.bfloat16(), w.bfloat16(), b.bfloat16()),
         lambda x, w, b: (x.T.contiguous().T, w, b),
         lambda x, w, b: (x[None], w, b),
+        lambda x, w, b: (x, w, b[:1]),
+        lambda x, w, b: (x, w[0], None),
         lambda x, w, b: (x[:0], w, b),
         lambda x, w, b: (x.repeat(50, 1), w, b),
     ],
-    ids=["float64", "bfloat16", "strided", "batched", "no rows", "many rows"],
+    ids=[
+        *("float64", "bfloat16", "strided", "batched", "one bias", "one output", "no rows"),
+        "many rows",
+    ],
 )
 def test_what_the_kernel_does_not_take_goes_to_torch(change, compiled_calls):
     call = change(*inputs(4, 20, 30))
@@ -158,7 +163,16 @@ def test_linear_layers_are_taken_apart(layer, compiled_calls):
 
 
 def test_other_layers_are_called(compiled_calls):
-    layer = nn.Sequential(nn.Linear(20, 30), nn.ReLU())
+    hooked = nn.Linear(20, 30)
+    hooked.register_forward_hook(lambda layer, inputs, output: output.relu())
     with torch.no_grad(), packed_weights():
-        assert step_linear(layer, torch.randn(5, 20)).min() == 0
+        for layer in (nn.Sequential(nn.Linear(20, 30), nn.ReLU()), hooked):
+            assert step_linear(layer, torch.randn(5, 20)).min() == 0
+    assert not compiled_calls
+
+
+def test_autocast_keeps_its_type(compiled_calls):
+    call = inputs(4, 20, 30)
+    with torch.no_grad(), packed_weights(), torch.autocast("cpu", torch.bfloat16):
+        assert packed_linear(*call).dtype == torch.bfloat16
     assert not compiled_calls

@@ -43,16 +43,32 @@ def test_words_are_where_the_likeliest_path_has_their_tokens(tokens):
         if token:
             runs.append((first, stop))
         first = stop
-    assert align_words(log_probs_TV, tokens, [True] * len(tokens)) == runs
+    each_a_word = align_words(log_probs_TV, tokens, ["▁A"] * len(tokens))
+    assert each_a_word.spans == runs
+    score = sum(log_probs_TV[t, v].item() for t, v in enumerate(path))
+    assert each_a_word.log_prob_per_token == pytest.approx(score / len(tokens), rel=1e-5)
     # One word of several tokens reaches from its first to its last.
-    as_one = align_words(log_probs_TV, tokens, [True] + [False] * (len(tokens) - 1))
-    assert as_one == [(runs[0][0], runs[-1][1])]
+    as_one = align_words(log_probs_TV, tokens, ["▁A"] + ["B"] * (len(tokens) - 1))
+    assert as_one.spans == [(runs[0][0], runs[-1][1])]
+    # A space alone belongs to no word.
+    if len(tokens) > 1:
+        with_space = align_words(log_probs_TV, tokens, ["▁"] + ["B"] * (len(tokens) - 1))
+        assert with_space.spans == [(runs[1][0], runs[-1][1])]
 
 
 @pytest.mark.parametrize("tokens", [[], [1, 1, 1], [1, 2, 1, 2]])
 def test_what_cannot_be_aligned_is_none(tokens):
     log_probs_TV = torch.zeros(3, 3).log_softmax(-1)
-    assert align_words(log_probs_TV, tokens, [True] * len(tokens)) is None
+    assert align_words(log_probs_TV, tokens, ["▁A"] * len(tokens)) is None
+
+
+def test_neither_words_without_tokens_nor_broken_posteriors_are_aligned():
+    log_probs_TV = torch.zeros(5, 3).log_softmax(-1)
+    assert align_words(log_probs_TV, [1, 2], ["▁", "A"]) is not None
+    assert align_words(log_probs_TV, [1, 2, 1], ["▁", "A", "▁"]) is None
+    for value in (torch.nan, torch.inf):
+        log_probs_TV[2, 1] = value
+        assert align_words(log_probs_TV, [1, 2], ["▁A", "▁B"]) is None
 
 
 def test_a_recording_is_cut_in_its_pauses_and_nowhere_else():
@@ -67,13 +83,26 @@ def test_a_recording_is_cut_in_its_pauses_and_nowhere_else():
     assert first.stop <= second.start
 
 
-@pytest.mark.parametrize("frames", [1, 3, 800, 801])
+def test_zeros_before_a_recording_hide_no_pause():
+    wav_S = np.concatenate([np.zeros(8000), tone(0.5), quiet(0.5), tone(0.5), np.zeros(4000)])
+    spans = [(9000, 10000), (26000, 27000)]
+    assert [c.words for c in cut_at_pauses(wav_S, RATE, ["A", "B"], spans, "u")] == ["A", "B"]
+
+
+def test_speech_in_noise_is_not_cut_where_it_only_fades():
+    noise_S = 0.1 * np.random.default_rng(0).standard_normal(24000)
+    noise_S[:8000] += tone(0.5)
+    noise_S[16000:] += tone(0.5)
+    spans = [(3000, 4000), (19000, 20000)]
+    assert [c.words for c in cut_at_pauses(noise_S, RATE, ["A", "B"], spans, "u")] in ([], ["A B"])
+
+
+@pytest.mark.parametrize("frames", [0, 1, 3, 800, 801])
 @pytest.mark.parametrize("level", [0.0, 0.5])
 def test_silence_and_single_samples_are_no_mistake(frames, level):
     wav_S = np.full(frames, level, dtype=np.float32)
     spans = [(0, 1), (frames, frames)]
     chunks = cut_at_pauses(wav_S, RATE, ["A", "B"], spans, "u")
-    assert " ".join(chunk.words for chunk in chunks) in ("A B", "B")
     assert all(0 <= chunk.start < chunk.stop <= frames for chunk in chunks)
 
 
@@ -138,6 +167,7 @@ def test_the_outcome_depends_on_seed_epoch_and_utterance_alone(rows):
     variants_of_epoch = {spliced(rows, epoch=epoch)[1] for epoch in range(9)}
     assert len(variants) > 1
     assert len(variants_of_epoch) > 1
+    assert any(spliced(rows, epoch=e)[1] != spliced(rows, epoch=e, key="b")[1] for e in range(9))
 
 
 def test_a_share_of_the_utterances_is_spliced(rows):
