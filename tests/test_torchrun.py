@@ -57,7 +57,7 @@ def on_stage_end(self, stage, loss, epoch=None):
                 "ids": ids,
                 "frames": frames,
                 "spliced": spliced,
-                "pieces": self.splicing.pieces,
+                "pieces": [vars(piece) for piece in self.splicing.pieces],
             }},
             f"{{folder}}/rank{{rank}}.pt",
         )
