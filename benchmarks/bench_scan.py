@@ -262,6 +262,7 @@ def _resident_bytes(field: str) -> int:
 def bench_cpu(rounds: int, slow_rounds: int) -> tuple[str, list[Target]]:
     """Tables for the CPU, and the targets they are held against."""
     threads = torch.get_num_threads()
+    rates_before = machine_rates(threads)
     inputs = make_inputs(BATCH, DIM, TIME)
     candidates: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
         f"`{name}`": (functools.partial(scan, name), inputs)
@@ -322,6 +323,8 @@ def bench_cpu(rounds: int, slow_rounds: int) -> tuple[str, list[Target]]:
             )
         )
     targets += _memory_targets() + _hour_targets(rounds)
+    # Whoever else uses the machine makes it look slower: the better of two moments counts.
+    rates = {name: max(rate, rates_before[name]) for name, rate in machine_rates(threads).items()}
 
     rows = []
     for name in forward:
@@ -340,7 +343,7 @@ def bench_cpu(rounds: int, slow_rounds: int) -> tuple[str, list[Target]]:
         + ". Caches cold: single calls, each after other work.",
         markdown_table(header, rows),
         markdown_table(["target", "measured", "wanted", "met"], [t.row() for t in targets]),
-        _against_the_floor(forward["`cpu`"], both["`cpu`"], threads),
+        _against_the_floor(forward["`cpu`"], both["`cpu`"], rates, threads),
     ]
     return "\n\n".join(text), targets
 
@@ -415,9 +418,10 @@ def _hour_targets(rounds: int) -> list[Target]:
     ]
 
 
-def _against_the_floor(forward_ms: float, both_ms: float, threads: int) -> str:
+def _against_the_floor(
+    forward_ms: float, both_ms: float, rates: dict[str, float], threads: int
+) -> str:
     elements = BATCH * DIM * TIME * STATE
-    rates = machine_rates(threads)
     # Per element: one exponential; forward x B, the state and the output, three multiply-adds.
     exp_ms = elements / rates["exponentials"] * 1e3
     fma_ms = 3 * elements / rates["fused_multiply_adds"] * 1e3
@@ -428,7 +432,7 @@ def _against_the_floor(forward_ms: float, both_ms: float, threads: int) -> str:
     return (
         f"Against the floor: this machine evaluates {rates['exponentials'] / 1e9:.1f} G "
         f"exponentials and {rates['fused_multiply_adds'] / 1e9:.0f} G fused multiply-adds a second "
-        f"on {threads} threads (best of 7, vectors in registers) and copies at "
+        f"on {threads} threads (best of 14, vectors in registers) and copies at "
         f"{bandwidth / 1e9:.1f} GB/s. Of the first the forward needs one per element and state "
         f"({exp_ms:.2f} ms), of the second three ({fma_ms:.2f} ms; both go through the same "
         f"units), and u, delta, z and y cross the memory bus ({memory_ms:.2f} ms): together "
