@@ -10,6 +10,7 @@ from decoding.ctc_prefix_scorer import CTCScorer
 from decoding.lm_scorers import TransformerLMScorer
 from decoding.scorers import ScorerBuilder
 from modules.lm import TransformerLM
+from ops.packed_linear import cpu as packed_cpu
 
 from .networks import BLANK, BOS, EOS, VOCABULARY, memory, output_layer, recogniser
 
@@ -257,3 +258,18 @@ class TestScorerBuilder:
     def test_scorers_and_weights_must_match(self, weights):
         with pytest.raises(ValueError, match="needs one weight"):
             ScorerBuilder(weights, partial_scorers=[CTCScorer(output_layer(), BLANK, EOS)])
+
+
+@pytest.mark.skipif(packed_cpu.unavailable() is not None, reason="no C++ compiler")
+def test_a_search_packs_the_weights_of_its_steps_once(monkeypatch):
+    packed, products = [], []
+    pack, linear = packed_cpu.pack, packed_cpu.linear
+    monkeypatch.setattr(packed_cpu, "pack", lambda w: packed.append(id(w)) or pack(w))
+    monkeypatch.setattr(packed_cpu, "linear", lambda *call: products.append(1) or linear(*call))
+    searcher, _ = searchers("mamba", eos_bias=-20.0)
+    search_all(searcher)
+    # Two mixers with two projections each and the feed-forward's two, in every layer; the output.
+    num_weights = 6 * len(searcher.model.decoder.layers) + 1
+    assert len(packed) == len(set(packed)) == num_weights
+    steps = int(SETTING["max_decode_ratio"] * max(LENGTHS))
+    assert len(products) == steps * num_weights

@@ -15,6 +15,7 @@ import torch
 from ops import backends, build
 from ops.causal_conv1d import causal_conv1d_fn
 from ops.causal_conv1d import cpu as conv_cpu
+from ops.packed_linear import cpu as packed_cpu
 from ops.selective_scan import cpu as scan_cpu
 from ops.selective_scan import selective_scan_fn
 from tests.ops.scans import assert_close, in_double, random_inputs, run
@@ -202,8 +203,9 @@ def test_narrower_vectors_give_the_same_numbers(monkeypatch, flags):
         pytest.skip("this CPU has no AVX2")
     monkeypatch.setattr(build, "_libraries", {})
     monkeypatch.setenv("CXXFLAGS", flags)
-    scan_cpu._library.cache_clear()
-    conv_cpu._library.cache_clear()
+    libraries = (scan_cpu._library, conv_cpu._library, packed_cpu._library)
+    for library in libraries:
+        library.cache_clear()
     try:
         inputs = random_inputs(67, dim=35, state=16, groups=5, channels_last=True)
         options = {"lengths": torch.tensor([67, 40, 0]), "reverse": True, "reset_every": 21}
@@ -220,9 +222,13 @@ def test_narrower_vectors_give_the_same_numbers(monkeypatch, flags):
         found = causal_conv1d_fn(x, weight, activation="silu", backend="cpu")
         wanted = causal_conv1d_fn(x, weight, activation="silu", backend="reference")
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        rows, weight, bias = torch.randn(23, 35), torch.randn(45, 35), torch.randn(45)
+        found = packed_cpu.linear(rows, packed_cpu.pack(weight), bias, 45)
+        wanted = torch.nn.functional.linear(rows, weight, bias)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     finally:
-        scan_cpu._library.cache_clear()
-        conv_cpu._library.cache_clear()
+        for library in libraries:
+            library.cache_clear()
 
 
 def test_the_cache_follows_the_environment(monkeypatch):
