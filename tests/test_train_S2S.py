@@ -12,12 +12,14 @@ from speechbrain.dataio.dataio import length_to_mask
 
 import train_LM
 import train_S2S
+from corpora.manifest import read_manifest
 from training.cli import load_hparams
 from training.errors import UserError
 from training.language_model import LM_FILE, TOKENIZER_FILE
 from training.optim import count_parameters
 from training.recipe import Loaders
 from training.tokenizer import train_tokenizer
+from training.word_chunks import read_chunks
 
 FOLDER = Path(__file__).resolve().parent.parent / "hparams" / "S2S"
 FILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -99,6 +101,7 @@ def trained(tone_corpus, tmp_path_factory) -> Path:
     """Folder of a tiny trained run that has scored both test splits."""
     folder = tmp_path_factory.mktemp("s2s") / "run"
     more = ["--number_of_epochs", "2", "--test_beam_size", "3", "--valid_beam_size", "2"]
+    more += ["--spliced_share", "1", "--splice_from_epoch", "2", "--splice_min_log_prob", "-100"]
     train_S2S.main(arguments("conmambamamba_small", tone_corpus, folder, *TINY_NETWORK, *more))
     return folder
 
@@ -113,6 +116,16 @@ def test_a_run_leaves_its_files(trained):
     log = (trained / "train_log.txt").read_text()
     assert "valid ACC" in log
     assert "valid WER" in log
+
+
+def test_the_ctc_branch_cuts_the_speech_for_splicing(trained):
+    chunks, origin = read_chunks(trained / "save" / "word_chunks.json")
+    assert origin["epoch"] == 2
+    rows = {row.ID: row for row in read_manifest(trained / "train.csv")}
+    assert {chunk.utterance_id for chunk in chunks} <= set(rows)
+    assert len(chunks) > len(rows)
+    for chunk in chunks:
+        assert f" {chunk.words} " in f" {rows[chunk.utterance_id].wrd} "
 
 
 def search_of(folder: Path, **overrides):
