@@ -26,7 +26,7 @@ __all__ = ["ASR", "dataio_prepare", "main"]
 class CTCOutputs:
     """Log probabilities (B, T, V), float32, and what they were computed from."""
 
-    log_probs_BTV: Tensor
+    ctc_log_probs_BTV: Tensor
     encoded: Encoded
 
 
@@ -44,21 +44,17 @@ class ASR(ASRBrain):
         logits_BTV = self.modules.ctc_lin(encoder_BTD)
         return CTCOutputs(logits_BTV.float().log_softmax(-1), encoded)
 
-    def ctc_log_probs(self, outputs: CTCOutputs) -> Tensor:
-        """Those that words are aligned with."""
-        return outputs.log_probs_BTV
-
     def compute_objectives(
         self, predictions: CTCOutputs, batch: PaddedBatch, stage: sb.Stage
     ) -> Tensor:
         """CTC loss per utterance, plus the consistency of the two copies."""
-        return self.ctc_objective(predictions.log_probs_BTV, predictions.encoded, batch, stage)
+        return self.ctc_objective(predictions.ctc_log_probs_BTV, predictions.encoded, batch, stage)
 
     def decode(self, outputs: CTCOutputs, batch: PaddedBatch, stage: sb.Stage) -> list[str]:
         """Greedy in validation, beam search in test."""
         lengths_B = outputs.encoded.num_frames_B
         # A character tokenizer may have fewer tokens than the output layer has places for.
-        log_probs_BTV = outputs.log_probs_BTV[..., : self.tokenizer.get_piece_size()]
+        log_probs_BTV = outputs.ctc_log_probs_BTV[..., : self.tokenizer.get_piece_size()]
         frames = log_probs_BTV.shape[1]
         if stage == sb.Stage.VALID:
             tokens = ctc_greedy_decode(

@@ -67,10 +67,6 @@ class ASR(ASRBrain):
             encoded,
         )
 
-    def ctc_log_probs(self, outputs: S2SOutputs) -> Tensor:
-        """Those that words are aligned with."""
-        return outputs.ctc_log_probs_BTV
-
     def compute_objectives(
         self, predictions: S2SOutputs, batch: PaddedBatch, stage: sb.Stage
     ) -> Tensor:

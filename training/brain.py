@@ -49,8 +49,9 @@ class Encoded:
 class ASRBrain(RunBrain):
     """Training loop of a recogniser: features, augmentation, decoding and error rates.
 
-    Subclasses give ``compute_forward``, ``compute_objectives``, ``ctc_log_probs`` and ``decode``,
-    and set ``best_metric`` (key of ``validation_stats``) and ``best_is`` ("min" or "max").
+    Subclasses give ``compute_forward``, whose outputs have ``ctc_log_probs_BTV`` and ``encoded``,
+    ``compute_objectives`` and ``decode``, and set ``best_metric`` (key of ``validation_stats``) and
+    ``best_is`` ("min" or "max").
     """
 
     best_metric = "WER"
@@ -198,10 +199,6 @@ class ASRBrain(RunBrain):
             )
             path = Path(self.hparams.save_folder) / "word_chunks.json"
             self.splicing.use(chunk_speech(self, loader, path, epoch))
-
-    def ctc_log_probs(self, outputs) -> Tensor:
-        """Hook of the subclasses: (B, T, V) of what ``compute_forward`` gave."""
-        raise NotImplementedError
 
     def on_scoring_start(self, stage: sb.Stage) -> None:
         """Hook of the subclasses: reset further statistics."""

@@ -62,7 +62,7 @@ def _find_chunks(brain: "ASRBrain", loader: Iterable) -> list[Chunk]:
         with brain.evaluation_ctx:
             outputs = brain.compute_forward(batch, sb.Stage.VALID)
         if if_main_process():
-            log_probs_BTV = brain.ctc_log_probs(outputs).float().cpu()
+            log_probs_BTV = outputs.ctc_log_probs_BTV.float().cpu()
             of_each = _chunks_of_batch(brain, batch, log_probs_BTV, outputs.encoded.num_frames_B)
             utterances += len(of_each)
             sure += sum(found is not None for found in of_each)
