@@ -13,6 +13,7 @@ def step_linear(layer: nn.Module, x_BD: Tensor) -> Tensor:
 
     Args:
         layer: ``torch.nn.Linear`` or SpeechBrain's; another module, or one with hooks, is called.
+        x_BD: one row per hypothesis or stream.
     """
     inner = layer.w if type(layer) is Linear and layer.max_norm is None else layer
     hooked = layer._forward_pre_hooks or inner._forward_pre_hooks or inner._forward_hooks

@@ -5,15 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-import sys
 from collections.abc import Callable
 
 from torch import Tensor
 
 # Smaller results mostly reuse memory that the C library kept. NumPy draws the line here, too.
 _MIN_BYTES = 4 << 20
-# Of Linux' madvise(2).
-_MADV_HUGEPAGE = 14
 
 
 def ask_for_large_pages(x: Tensor) -> Tensor:
@@ -30,13 +27,13 @@ def ask_for_large_pages(x: Tensor) -> Tensor:
             # Only whole pages may be named; those that x shares with others stay as they are.
             start = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
             stop = (x.data_ptr() + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            madvise(start, stop - start, _MADV_HUGEPAGE)
+            madvise(start, stop - start, mmap.MADV_HUGEPAGE)
     return x
 
 
 @functools.cache
 def _madvise() -> Callable[[int, int, int], int] | None:
-    if sys.platform != "linux":
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     function = ctypes.CDLL(None).madvise
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

@@ -54,6 +54,11 @@ def empty_like(x: Tensor) -> Tensor:
     return ask_for_large_pages(x.new_empty(x.shape))
 
 
+def are_float32_on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether all of them that are there are float32 in the memory of the CPU."""
+    return all(x is None or (x.dtype == torch.float32 and x.device.type == "cpu") for x in tensors)
+
+
 def unsupported_types(*tensors: Tensor | None) -> str | None:
     """Why the kernels cannot take these tensors, if so."""
     for tensor in tensors:

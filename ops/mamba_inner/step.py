@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ops.mamba_inner import step_cpu
 from ops.mamba_inner.arguments import Direction
+from ops.native import are_float32_on_cpu
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def mamba_inner_step(
         y (batch, E) in the dtype of ``xz_BF``, and both states after the frame; those given are
         left as they are.
     """
-    compiled = step_cpu.supports(xz_BF, conv_state, ssm_state, *parameters)
+    compiled = are_float32_on_cpu(xz_BF, conv_state, ssm_state, *parameters)
     if compiled and not torch.compiler.is_compiling() and step_cpu.unavailable() is None:
         return step_cpu.step(xz_BF, parameters, conv_state, ssm_state)
     return step_in_torch(xz_BF, parameters, conv_state, ssm_state)

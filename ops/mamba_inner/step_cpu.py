@@ -45,15 +45,10 @@ def unavailable() -> str | None:
     return None
 
 
-def supports(*tensors: Tensor | None) -> bool:
-    """Whether all of a call's tensors are float32 in the memory of the CPU."""
-    return all(x is None or (x.dtype == torch.float32 and x.device.type == "cpu") for x in tensors)
-
-
 def step(
     xz_BF: Tensor, parameters: Direction, conv_state: Tensor, ssm_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`mamba_inner_step` on tensors that `supports` accepts."""
+    """`mamba_inner_step` on float32 tensors of the CPU."""
     xz_BF, conv_state, ssm_state = (x.contiguous() for x in (xz_BF, conv_state, ssm_state))
     weights = [None if x is None else x.contiguous() for x in parameters]
     batch, dim, state = ssm_state.shape

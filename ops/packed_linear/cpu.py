@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ops import build
-from ops.native import address
+from ops.native import address, are_float32_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,8 @@ def supports(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
         and 0 < x_MK.shape[0] <= MAX_ROWS
         and x_MK.shape[1] == weight_NK.shape[1] > 0
         and (bias_N is None or bias_N.shape == weight_NK.shape[:1])
-        and all(
-            t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous())
-            for t in (x_MK, weight_NK, bias_N)
-        )
+        and are_float32_on_cpu(x_MK, weight_NK, bias_N)
+        and all(t is None or t.is_contiguous() for t in (x_MK, weight_NK, bias_N))
     )
 
 
