@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_encoder              speed and memory from 4 to 240 seconds
     python -m benchmarks.bench_encoder --check      exit status 1 if ConMamba is not fast enough
+    python -m benchmarks.bench_encoder --device cuda --precision bf16 --batch_size 16
     python -m benchmarks.bench_encoder --profile    where a whole training step of a recipe goes
 
-A step is forward, backward and AdamW on unpadded frames at 25 a second, in float32 with dropout.
+A step is forward, backward and AdamW on unpadded frames at 25 a second, with dropout.
 The two encoders take turns, so that whatever else the machine does meets both.
 """
 
@@ -33,7 +34,7 @@ from speechbrain.nnet.linear import Linear
 from speechbrain.processing.features import InputNormalization
 from torch import Tensor, nn
 
-from benchmarks.report import markdown_table, origin, write_report
+from benchmarks.report import machine_slug, markdown_table, origin, write_report
 from modules.features import Fbank
 from modules.frontend import ConvolutionFrontEnd
 from modules.lengths import num_feature_frames, num_frames, relative_lengths
@@ -83,20 +84,30 @@ def conformer() -> nn.Module:
     return SpeechBrainTransformerASR(input_size=D_MODEL, encoder_module="conformer", **NETWORK)
 
 
-def training_step(network: nn.Module, src: Tensor) -> Callable[[], None]:
-    """A function that trains ``network`` by one step on ``src``."""
+def training_step(network: nn.Module, src: Tensor, precision: str) -> Callable[[], None]:
+    """A function that trains ``network`` by one step on ``src`` in fp32 or bf16."""
     optimizer = torch.optim.AdamW(network.parameters())
 
     def step() -> None:
-        network.encode(src).square().mean().backward()
+        with torch.autocast(src.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = network.encode(src).float().square().mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def peak_gib(run: Callable[[], object]) -> float | None:
-    """Memory that ``run`` takes at its peak beyond what was taken before; None outside Linux."""
+def peak_gib(run: Callable[[], object], device: str) -> float | None:
+    """Memory that ``run`` takes at its peak beyond what was taken before.
+
+    None where a CPU's memory cannot be told (outside Linux).
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
@@ -130,28 +141,32 @@ def available_gib() -> float:
 
 
 def measure(
-    seconds: int, batch_size: int, repeats: int
+    seconds: int, batch_size: int, repeats: int, device: str, precision: str
 ) -> tuple[dict[str, float], dict[str, float | None]]:
     """Median step time and peak memory of both networks; a network that does not fit is absent."""
     torch.manual_seed(0)
-    src = torch.randn(batch_size, seconds * FRAMES_PER_S, D_MODEL)
+    src = torch.randn(batch_size, seconds * FRAMES_PER_S, D_MODEL, device=device)
     steps = {
-        name: training_step(make(), src)
+        name: training_step(make().to(device), src, precision)
         for name, make in (("conmamba", conmamba), ("conformer", conformer))
     }
     peaks: dict[str, float | None] = {}
     for name, step in steps.items():
         try:
             step()
-            peaks[name] = peak_gib(step)
+            peaks[name] = peak_gib(step, device)
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
     durations = defaultdict(list)
     for _ in range(repeats):
         for name in peaks:
+            if device == "cuda":
+                torch.cuda.synchronize()
             started = time.perf_counter()
             steps[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
             durations[name].append(time.perf_counter() - started)
     return {name: median(times) for name, times in durations.items()}, peaks
 
@@ -160,7 +175,7 @@ def compare(args: argparse.Namespace) -> list[str]:
     """Print and write the table; returns what falls short."""
     rows, short = [], []
     for seconds in args.seconds:
-        step_s, peaks = measure(seconds, args.batch_size, args.repeats)
+        step_s, peaks = measure(seconds, args.batch_size, args.repeats, args.device, args.precision)
         audio_s = seconds * args.batch_size
         cells = [f"{audio_s / step_s[name]:.1f}" if name in step_s else "-" for name in step_s]
         memory = [_gib(peaks, name) for name in ("conmamba", "conformer")]
@@ -186,14 +201,26 @@ def compare(args: argparse.Namespace) -> list[str]:
     ]
     text = (
         f"# Training speed of encoders\n\nForward, backward and AdamW; batch {args.batch_size}, "
-        f"float32, {args.threads} threads, no padding, 12 layers, d_model 144, d_ffn 1024, medians "
-        f"of {args.repeats} steps taken in turns. s/s: seconds of audio trained on per second. "
-        f"GiB: peak beyond parameters and their moments; limit {args.max_memory_gib:.0f}. The "
-        "Conformer is SpeechBrain's own.\n\n"
-        f"{markdown_table(header, rows)}\n\n{_origin()}"
+        f"{args.precision}, {_where(args)}, no padding, 12 layers, d_model 144, d_ffn 1024, "
+        f"medians of {args.repeats} steps in turns. s/s: seconds of audio trained on per second. "
+        f"GiB: peak beyond parameters and their moments. The Conformer is SpeechBrain's own.\n\n"
+        f"{markdown_table(header, rows)}\n\n{_origin(args.device)}"
     )
-    write_report(f"encoder_{args.machine}_{date.today().isoformat()}", text)
+    write_report(f"encoder_{_machine(args)}_{date.today().isoformat()}", text)
     return short
+
+
+def _where(args: argparse.Namespace) -> str:
+    if args.device == "cuda":
+        return "on a GPU"
+    return f"{args.threads} threads, at most {args.max_memory_gib:.0f} GiB"
+
+
+def _machine(args: argparse.Namespace) -> str:
+    if args.machine:
+        return args.machine
+    precision = "" if args.precision == "fp32" else f"_{args.precision}"
+    return machine_slug(args.device) + precision
 
 
 def _gib(peaks: dict[str, float | None], name: str) -> str:
@@ -303,7 +330,7 @@ def profile(args: argparse.Namespace) -> None:
         f"{args.repeats} steps. Operators: one profiled step, forward and backward.\n\n"
         f"{_shares('stage', stage_s)}\n\n{_shares('operators', operator_s)}\n\n{_origin()}"
     )
-    write_report(f"training_step_{args.machine}_{date.today().isoformat()}", text)
+    write_report(f"training_step_{_machine(args)}_{date.today().isoformat()}", text)
 
 
 def _kind(operator: str) -> str:
@@ -322,9 +349,9 @@ def _shares(what: str, seconds: dict[str, float]) -> str:
     return markdown_table([what, "ms", "%"], [*rows, ["sum", f"{1000 * total_s:.1f}", "100"]])
 
 
-def _origin() -> str:
+def _origin(device: str = "cpu") -> str:
     command = f"python -m benchmarks.bench_encoder {' '.join(sys.argv[1:])}".rstrip()
-    return origin(command, ["torch", "speechbrain"])
+    return origin(command, ["torch", "speechbrain"], device)
 
 
 def main() -> None:
@@ -337,7 +364,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max_memory_gib", type=float, default=0.8 * available_gib())
-    parser.add_argument("--machine", default="cpu", help="part of the report's file name")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--machine", help="part of the report's file name; the processor's name")
     parser.add_argument(
         "--check", action="store_true", help="measure 16 and 60 s only; 1 on failure"
     )
@@ -345,7 +374,9 @@ def main() -> None:
     parser.add_argument("--profile_seconds", type=int, default=16)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    limit_memory(args.max_memory_gib)
+    if args.device == "cpu":
+        # A GPU's driver reserves more than that.
+        limit_memory(args.max_memory_gib)
     if args.profile:
         # As the recipes do.
         keep_freed_memory()

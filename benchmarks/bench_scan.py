@@ -15,7 +15,6 @@ import ctypes
 import functools
 import importlib.util
 import math
-import platform
 import re
 import statistics
 import subprocess
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.report import markdown_table, origin, processor, write_report
+from benchmarks.report import machine_slug, markdown_table, origin, write_report
 from ops import build
 from ops.selective_scan import bidirectional_scan_fn, selective_scan_fn
 
@@ -562,12 +561,16 @@ def main() -> int:
             "No GPU here: `python -m benchmarks.bench_scan --device cuda --report` adds its table."
         )
 
+    device = "cuda" if arguments.device == "cuda" else "cpu"
     command = "python -m benchmarks.bench_scan " + " ".join(sys.argv[1:])
-    packages = [name for name in ("torch", "mambapy", "triton") if importlib.util.find_spec(name)]
-    text = "\n\n".join(["# The scan", origin(command.strip(), packages), *sections])
+    packages = [
+        name
+        for name in ("torch", "mambapy", "triton", "mamba_ssm")
+        if importlib.util.find_spec(name)
+    ]
+    text = "\n\n".join(["# The scan", origin(command.strip(), packages, device), *sections])
     if arguments.report:
-        machine = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-") or platform.machine()
-        write_report(f"scan_{machine}_{date.today().isoformat()}", text)
+        write_report(f"scan_{machine_slug(device)}_{date.today().isoformat()}", text)
     else:
         print(text)
     missed = [target for target in targets if not target.met]

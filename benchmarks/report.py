@@ -2,12 +2,15 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 REPORTS = _REPOSITORY / "benchmarks" / "reports"
@@ -19,21 +22,25 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
-def origin(command: str, packages: Sequence[str] = ()) -> str:
+def origin(command: str, packages: Sequence[str] = (), device: str = "cpu") -> str:
     """Bullet points that say how the figures of a report were obtained.
 
     Args:
         command: what was run.
         packages: installed distributions whose versions matter.
+        device: on which type of device.
     """
     versions = [f"Python {platform.python_version()}"]
     versions += [f"{package} {version(package)}" for package in packages]
+    machine = f"{processor()}, {os.cpu_count()} cores, {platform.system()}"
+    if device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {machine}"
     return "\n".join(
         [
             f"- command: `{command}`",
             f"- commit: {_commit()}",
             f"- date: {date.today().isoformat()}",
-            f"- machine: {processor()}, {os.cpu_count()} cores, {platform.system()}",
+            f"- machine: {machine}",
             # Above the number of cores, other programs took part of the time.
             f"- load average at the end: {os.getloadavg()[0]:.1f}",
             f"- versions: {', '.join(versions)}",
@@ -59,6 +66,12 @@ def _commit() -> str:
         check=False,
     )
     return described.stdout.strip() or "unknown"
+
+
+def machine_slug(device: str = "cpu") -> str:
+    """The processor's or the GPU's name as part of a report's file name."""
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or platform.machine()
 
 
 def processor() -> str:

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from ops.selective_scan.triton_rows import (
+    END,
     LOG2E,
     TILE,
     WARP,
@@ -65,6 +66,7 @@ class WayGradientPointers(NamedTuple):
     projections: torch.Tensor | None
     carry: torch.Tensor
     last_state: torch.Tensor | None
+    end: int = END
 
 
 @triton.jit
@@ -406,13 +408,13 @@ def selective_scan_backward_kernel(
     blocks_per_program, NUM_STATE: tl.constexpr, SPLIT: tl.constexpr, FULL_CHANNELS: tl.constexpr,
     REVERSE: tl.constexpr, SECOND_REVERSE: tl.constexpr, VARIABLE_B: tl.constexpr,
     VARIABLE_C: tl.constexpr, SECOND_VARIABLE_B: tl.constexpr, SECOND_VARIABLE_C: tl.constexpr,
-    SOFTPLUS: tl.constexpr, CUT: tl.constexpr, WIDE: tl.constexpr,
+    BOTH: tl.constexpr, SOFTPLUS: tl.constexpr, CUT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `selective_scan_forward_kernel`; grid and arguments as there.
 
     Args:
         first_grads: `WayGradientPointers` of the first way.
-        second_grads: of the second, or None.
+        second_grads: of the second if BOTH, else None.
         grad_y: `Sequence`.
         grad_z: `Sequence` or None.
     """
@@ -422,10 +424,10 @@ def selective_scan_backward_kernel(
     block_to = tl.minimum(block_from + blocks_per_program, tl.cdiv(time, first.block_frames))
     _backward_way(
         first, first_grads, z, grad_y, grad_z, valid, time, dim, group, num_groups, channel,
-        channel_mask, block_from, block_to, 1.0 if second is None else 0.5, NUM_STATE, SPLIT,
+        channel_mask, block_from, block_to, 0.5 if BOTH else 1.0, NUM_STATE, SPLIT,
         REVERSE, False, VARIABLE_B, VARIABLE_C, SOFTPLUS, CUT, WIDE,
     )  # fmt: skip
-    if second is not None:
+    if BOTH:
         # The second way reads what other threads of the program have written.
         tl.debug_barrier()
         _backward_way(
@@ -440,6 +442,6 @@ def selective_scan_backward_kernel(
         store_zeros(first_grads.delta, channel, channel_mask, padding_from, padding_to)
         if grad_z is not None:
             store_zeros(grad_z, channel, channel_mask, padding_from, padding_to)
-        if second is not None:
+        if BOTH:
             store_zeros(second_grads.u, channel, channel_mask, padding_from, padding_to)
             store_zeros(second_grads.delta, channel, channel_mask, padding_from, padding_to)

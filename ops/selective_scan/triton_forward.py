@@ -139,14 +139,15 @@ def selective_scan_forward_kernel(
     NUM_STATE: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
     FULL_CHANNELS: tl.constexpr, REVERSE: tl.constexpr, SECOND_REVERSE: tl.constexpr,
     VARIABLE_B: tl.constexpr, VARIABLE_C: tl.constexpr, SECOND_VARIABLE_B: tl.constexpr,
-    SECOND_VARIABLE_C: tl.constexpr, SOFTPLUS: tl.constexpr, CUT: tl.constexpr,
-    WIDE: tl.constexpr,
+    SECOND_VARIABLE_C: tl.constexpr, BOTH: tl.constexpr, SOFTPLUS: tl.constexpr,
+    CUT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One way, or the mean of two. Grid (blocks of channels, programs in time, batch).
 
     Args:
         first: `WayPointers`.
-        second: another or None; with it, a program takes all blocks.
+        second: another if BOTH, else None; with it, a program takes all blocks. Triton 3.6 cannot
+            ask a tuple that holds a None whether it is one.
         z: `Sequence` or None.
         y: `Sequence`.
         lengths: int64 (batch,) or None.
@@ -158,10 +159,10 @@ def selective_scan_forward_kernel(
     block_to = tl.minimum(block_from + blocks_per_program, tl.cdiv(time, first.block_frames))
     _scan_way(
         first, z, y, valid, time, dim, group, num_groups, channel, channel_mask, block_from,
-        block_to, 1.0 if second is None else 0.5, NUM_STATE, STATES, REVERSE, False, VARIABLE_B,
+        block_to, 0.5 if BOTH else 1.0, NUM_STATE, STATES, REVERSE, False, VARIABLE_B,
         VARIABLE_C, SOFTPLUS, CUT, WIDE,
     )  # fmt: skip
-    if second is not None:
+    if BOTH:
         # The second way reads what other threads of the program have written.
         tl.debug_barrier()
         _scan_way(

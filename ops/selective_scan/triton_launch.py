@@ -166,6 +166,7 @@ class _Call:
             "VARIABLE_C": first.C.dim() == 4,
             "SECOND_VARIABLE_B": second.B.dim() == 4,
             "SECOND_VARIABLE_C": second.C.dim() == 4,
+            "BOTH": len(self.ways) == 2,
             "SOFTPLUS": softplus,
             "CUT": any(way.reset_every is not None for way in self.ways),
             "WIDE": any(x.stride(2) * self.time >= 2**31 for x in sequences),

@@ -25,6 +25,9 @@ TILE = tl.constexpr(TILE_FRAMES)
 # Lanes of a warp.
 WARP = tl.constexpr(32)
 LOG2E = tl.constexpr(1.4426950408889634)
+# The last of a tuple of tuples: Triton 3.6 forgets the constants of the inner ones (a stride of 1)
+# unless a constant of the outer one follows them.
+END = 1
 
 
 class Sequence(NamedTuple):
@@ -55,6 +58,7 @@ class WayPointers(NamedTuple):
     initial_state: torch.Tensor | None
     last_state: torch.Tensor | None
     block_frames: int
+    end: int = END
 
 
 @triton.jit
