@@ -7,7 +7,8 @@ before the activation again, for each tap, and leaves sums over a tile's frames 
 no atomics, the same bits every time. Block sizes are not tuned by measurements.
 
 ``back`` is a distance in scan order, 0 for the current frame; ``position`` counts frames in scan
-order from the start of their block of ``reset_every`` frames.
+order from the start of their block of ``reset_every`` frames. A kernel is compiled once for all
+numbers of frames.
 """
 
 # What is decided when a kernel is compiled must not share a condition with what it decides itself.
@@ -177,7 +178,7 @@ def _store_state(
     tl.store(state + of_caller + entry, values, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "block_frames"])
 def causal_conv1d_forward_kernel(
     x, weight, bias, initial_state, y, state, lengths, time, dim, block_frames,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, REVERSE: tl.constexpr, SILU: tl.constexpr,
@@ -250,7 +251,7 @@ def _store_initial_gradient(
     tl.store(grad_initial_state + of_caller + entry, total, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "block_frames"])
 def causal_conv1d_backward_kernel(
     grad_y, grad_state, x, weight, bias, initial_state, grad_x, grad_parameters, grad_initial_state,
     lengths, time, dim, block_frames,

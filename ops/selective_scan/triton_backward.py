@@ -33,11 +33,12 @@ from ops.selective_scan.triton_rows import (
     WARP,
     Sequence,
     channels_of_program,
-    load_parameter,
+    either,
     load_rows,
     nearest_frame,
     num_valid_frames,
     packed_projection,
+    place_in_scan,
     sigmoid,
     step_size,
     store_rows,
@@ -137,20 +138,21 @@ def _repeat(row):
 
 
 @triton.jit
-def _load_frames(first, start, lo, hi, mask, SIGN: tl.constexpr, NUM_STATE, CUT: tl.constexpr):
+def _load_frames(first, start, lo, hi, reverse, mask, NUM_STATE, CUT: tl.constexpr):
     """A state's entries of packed B or C for the frames of a tile, each (SPLIT, 1)."""
+    sign = tl.where(reverse, -1, 1)
     entries = ()
     for j in tl.static_range(TILE):
         # Without cuts the distance is a constant and costs no address arithmetic.
-        away = nearest_frame(start + SIGN * j, lo, hi) - start if CUT else SIGN * j
+        away = sign * (nearest_frame(start + sign * j, lo, hi) - start) if CUT else j
         entries = entries + (tl.load(first + away * NUM_STATE, mask=mask, other=0.0),)
     return entries
 
 
 @triton.jit
 def _load_state(
-    first_state, way, grads, program, tile, dim, channel, channel_mask, scanned_first, enters,
-    NUM_STATE: tl.constexpr, SPLIT: tl.constexpr,
+    first_state, A, grad_A, carry, tile_states, initial_state, dim, channel, channel_mask, has_kept,
+    enters, NUM_STATE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """What a tile needs of SPLIT states: each (SPLIT, channels).
 
@@ -160,96 +162,132 @@ def _load_state(
     n = first_state + tl.arange(0, SPLIT)[:, None]
     mask = (n < NUM_STATE) & channel_mask
     of_parameter = n * dim + channel
-    kept = way.states + tile * NUM_STATE * dim + of_parameter
-    h = tl.load(kept, mask=mask & (not scanned_first), other=0.0)
-    if way.initial_state is not None:
-        of_item = tl.program_id(2).to(tl.int64) * NUM_STATE * dim + of_parameter
-        begins = mask & scanned_first & enters
-        h += tl.load(way.initial_state + of_item, mask=begins, other=0.0)
-    of_program = program * NUM_STATE * dim + of_parameter
+    h = tl.load(tile_states + of_parameter, mask=mask & has_kept, other=0.0)
+    if initial_state is not None:
+        h += tl.load(initial_state + of_parameter, mask=mask & enters, other=0.0)
     return (
-        tl.load(way.A + of_parameter, mask=mask, other=0.0),
+        tl.load(A + of_parameter, mask=mask, other=0.0),
         h,
-        tl.load(grads.carry + of_program, mask=mask, other=0.0),
-        tl.load(grads.A + of_program, mask=mask, other=0.0),
+        tl.load(carry + of_parameter, mask=mask, other=0.0),
+        tl.load(grad_A + of_parameter, mask=mask, other=0.0),
     )
 
 
 @triton.jit
 def _backward_way(
-    way, grads, z, grad_y, grad_z, valid, time, dim, group, num_groups, channel, channel_mask,
-    block_from, block_to, output_scale, NUM_STATE: tl.constexpr, SPLIT: tl.constexpr,
-    REVERSE: tl.constexpr, ADD: tl.constexpr, VARIABLE_B: tl.constexpr, VARIABLE_C: tl.constexpr,
-    SOFTPLUS: tl.constexpr, CUT: tl.constexpr, WIDE: tl.constexpr,
+    first, second, first_grads, second_grads, is_second, z, grad_y, grad_z, valid, time, dim, group,
+    num_groups, channel, channel_mask, reverse, block_frames, block_from, block_to, output_scale,
+    add, NUM_STATE: tl.constexpr, SPLIT: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr,
+    VARIABLE_B: tl.constexpr, VARIABLE_C: tl.constexpr, SOFTPLUS: tl.constexpr, CUT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients over the blocks block_from .. block_to; that of z on top of it with ADD."""
-    SIGN: tl.constexpr = -1 if REVERSE else 1
+    """Gradients over the blocks block_from .. block_to; where ``add``, that of z on top of it."""
     COUNT: tl.constexpr = 16 * (VARIABLE_B + VARIABLE_C)
+    sign = tl.where(reverse, -1, 1)
     item = tl.program_id(2).to(tl.int64)
     program = item * tl.num_programs(1) + tl.program_id(1)
+    of_program = program * NUM_STATE * dim
     lane = tl.arange(0, WARP)[None, :]
-    D_row = load_parameter(way.D, channel, channel_mask)
-    bias_row = load_parameter(way.bias, channel, channel_mask)
+    u = either(first.u.pointer, second.u.pointer, is_second, BOTH)
+    delta = either(first.delta.pointer, second.delta.pointer, is_second, BOTH)
+    A = either(first.A, second.A, is_second, BOTH)
+    B = either(first.B, second.B, is_second, BOTH)
+    C = either(first.C, second.C, is_second, BOTH)
+    states = either(first.states, second.states, is_second, BOTH)
+    grad_u = either(first_grads.u.pointer, second_grads.u.pointer, is_second, BOTH)
+    grad_delta = either(first_grads.delta.pointer, second_grads.delta.pointer, is_second, BOTH)
+    grad_A = either(first_grads.A, second_grads.A, is_second, BOTH) + of_program
+    carry = either(first_grads.carry, second_grads.carry, is_second, BOTH) + of_program
+    grad_D = either(first_grads.D, second_grads.D, is_second, BOTH)
+    grad_bias = either(first_grads.bias, second_grads.bias, is_second, BOTH)
+    initial_state = None
+    if first.initial_state is not None:
+        initial_state = first.initial_state + item * NUM_STATE * dim
+    D_row = tl.zeros(channel.shape, tl.float32)
+    if first.D is not None:
+        D = either(first.D, second.D, is_second, BOTH)
+        D_row = tl.load(D + channel, mask=channel_mask, other=0.0)
+    bias_row = tl.zeros(channel.shape, tl.float32)
+    if first.bias is not None:
+        bias = either(first.bias, second.bias, is_second, BOTH)
+        bias_row = tl.load(bias + channel, mask=channel_mask, other=0.0)
     if VARIABLE_B:
-        B = packed_projection(way.B, group, num_groups, time, NUM_STATE)
+        packed_B = packed_projection(B, group, num_groups, time, NUM_STATE)
+    else:
+        grad_B = either(first_grads.B, second_grads.B, is_second, BOTH) + of_program
     if VARIABLE_C:
-        C = packed_projection(way.C, group, num_groups, time, NUM_STATE)
+        packed_C = packed_projection(C, group, num_groups, time, NUM_STATE)
+    else:
+        grad_C = either(first_grads.C, second_grads.C, is_second, BOTH) + of_program
+    if COUNT > 0:
+        projections = either(first_grads.projections, second_grads.projections, is_second, BOTH)
 
     # Sums that outlast a tile wait in memory.
     nothing = tl.zeros([SPLIT, WARP], tl.float32)
     for first_state in range(0, NUM_STATE, SPLIT):
         n = first_state + tl.arange(0, SPLIT)[:, None]
         mask = (n < NUM_STATE) & channel_mask
-        of_program = (program * NUM_STATE + n) * dim + channel
-        tl.store(grads.A + of_program, nothing, mask=mask)
+        of_parameter = n * dim + channel
+        tl.store(grad_A + of_parameter, nothing, mask=mask)
         if not VARIABLE_B:
-            tl.store(grads.B + of_program, nothing, mask=mask)
+            tl.store(grad_B + of_parameter, nothing, mask=mask)
         if not VARIABLE_C:
-            tl.store(grads.C + of_program, nothing, mask=mask)
+            tl.store(grad_C + of_parameter, nothing, mask=mask)
     grad_D_row = tl.zeros([1, WARP], tl.float32)
     grad_bias_row = tl.zeros([1, WARP], tl.float32)
 
-    final_block = tl.maximum(valid - 1, 0) // way.block_frames
+    final_block = tl.maximum(valid - 1, 0) // block_frames
     block_to = tl.minimum(block_to, final_block + 1)
     for b in range(block_to - block_from):
         # The block that is scanned first comes last, so that its carry remains.
-        block = block_from + b if REVERSE else block_to - 1 - b
-        lo = block * way.block_frames
-        hi = tl.minimum(lo + way.block_frames, valid)
-        enters = block == (final_block if REVERSE else 0)
-        leaves = block == (0 if REVERSE else final_block)
+        block = tl.where(reverse, block_from + b, block_to - 1 - b)
+        lo = block * block_frames
+        hi = tl.minimum(lo + block_frames, valid)
+        enters = block == tl.where(reverse, final_block, 0)
+        leaves = block == tl.where(reverse, 0, final_block)
+        if BOTH:
+            # Only the first way has states from and to somewhere else.
+            enters = enters & (is_second == 0)
+            leaves = leaves & (is_second == 0)
         for first_state in range(0, NUM_STATE, SPLIT):
             n = first_state + tl.arange(0, SPLIT)[:, None]
             mask = (n < NUM_STATE) & channel_mask
             g = nothing
-            if grads.last_state is not None:
+            if first_grads.last_state is not None:
                 of_item = (item * NUM_STATE + n) * dim + channel
-                g = tl.load(grads.last_state + of_item, mask=mask & leaves, other=0.0)
-            tl.store(grads.carry + (program * NUM_STATE + n) * dim + channel, g, mask=mask)
+                g = tl.load(first_grads.last_state + of_item, mask=mask & leaves, other=0.0)
+            tl.store(carry + n * dim + channel, g, mask=mask)
 
         tile_from = lo // TILE
         tile_to = tl.where(hi > lo, tl.cdiv(hi, TILE), tile_from)
         for i in range(tile_to - tile_from):
             # Carries and sums of the tile before are read by threads that did not write them.
             tl.debug_barrier()
-            tile = tile_from + i if REVERSE else tile_to - 1 - i
+            tile = tl.where(reverse, tile_from + i, tile_to - 1 - i)
             scanned_first = i == tile_to - tile_from - 1
-            start = tile * TILE + (TILE - 1 if REVERSE else 0)
+            start = tl.where(reverse, tile * TILE + TILE - 1, tile * TILE)
             # The tile that is scanned first has none.
-            kept_tile = item * (tl.cdiv(time, TILE) - 1) + tile - (0 if REVERSE else 1)
+            kept_tile = item * (tl.cdiv(time, TILE) - 1) + tl.where(reverse, tile, tile - 1)
+            tile_states = states + kept_tile * NUM_STATE * dim
 
-            u_rows = load_rows(way.u, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE)
-            delta_rows = load_rows(
-                way.delta, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE
+            u_rows = load_rows(
+                u, first.u, channel, channel_mask, start, lo, hi, reverse, TILE, WIDE
             )
-            g_rows = load_rows(grad_y, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE)
+            delta_rows = load_rows(
+                delta, first.delta, channel, channel_mask, start, lo, hi, reverse, TILE, WIDE
+            )
+            g_rows = load_rows(
+                grad_y.pointer, grad_y, channel, channel_mask, start, lo, hi, reverse, TILE, WIDE
+            )
             if z is not None:
-                z_rows = load_rows(z, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE)
+                z_rows = load_rows(
+                    z.pointer, z, channel, channel_mask, start, lo, hi, reverse, TILE, WIDE
+                )
             dt_rows = ()
             x_rows = ()
             dy_rows = ()
             for j in tl.static_range(TILE):
-                t = start + SIGN * j
+                t = start + sign * j
                 inside = (t >= lo) & (t < hi)
                 dt, _ = step_size(delta_rows[j], bias_row, inside, SOFTPLUS)
                 dy = g_rows[j] * output_scale
@@ -264,35 +302,40 @@ def _backward_way(
             by_x = _repeat(nothing)
             by_decay = _repeat(nothing)
             outputs = _repeat(nothing)
+            has_kept = scanned_first == 0
             A_next, h_next, g_next, grad_A_next = _load_state(
-                0, way, grads, program, kept_tile, dim, channel, channel_mask, scanned_first,
-                enters, NUM_STATE, SPLIT,
+                0, A, grad_A, carry, tile_states, initial_state, dim, channel, channel_mask,
+                has_kept, scanned_first & enters, NUM_STATE, SPLIT,
             )  # fmt: skip
+            place = place_in_scan(start, time, reverse)
             for first_state in range(0, NUM_STATE, SPLIT):
                 A_n = A_next
                 h = h_next
                 g = g_next
                 grad_A_n = grad_A_next
                 A_next, h_next, g_next, grad_A_next = _load_state(
-                    first_state + SPLIT, way, grads, program, kept_tile, dim, channel, channel_mask,
-                    scanned_first, enters, NUM_STATE, SPLIT,
+                    first_state + SPLIT, A, grad_A, carry, tile_states, initial_state, dim, channel,
+                    channel_mask, has_kept, scanned_first & enters, NUM_STATE, SPLIT,
                 )  # fmt: skip
                 n = first_state + tl.arange(0, SPLIT)[:, None]
                 mask = (n < NUM_STATE) & channel_mask
                 of_parameter = n * dim + channel
-                of_program = program * NUM_STATE * dim + of_parameter
                 if VARIABLE_B:
-                    B_first = B + start * NUM_STATE + n
-                    B_n = _load_frames(B_first, start, lo, hi, n < NUM_STATE, SIGN, NUM_STATE, CUT)
+                    B_first = packed_B + place * NUM_STATE + n
+                    B_n = _load_frames(
+                        B_first, start, lo, hi, reverse, n < NUM_STATE, NUM_STATE, CUT
+                    )
                 else:
-                    B_n = _repeat(tl.load(way.B + of_parameter, mask=mask, other=0.0))
-                    grad_B_n = tl.load(grads.B + of_program, mask=mask, other=0.0)
+                    B_n = _repeat(tl.load(B + of_parameter, mask=mask, other=0.0))
+                    grad_B_n = tl.load(grad_B + of_parameter, mask=mask, other=0.0)
                 if VARIABLE_C:
-                    C_first = C + start * NUM_STATE + n
-                    C_n = _load_frames(C_first, start, lo, hi, n < NUM_STATE, SIGN, NUM_STATE, CUT)
+                    C_first = packed_C + place * NUM_STATE + n
+                    C_n = _load_frames(
+                        C_first, start, lo, hi, reverse, n < NUM_STATE, NUM_STATE, CUT
+                    )
                 else:
-                    C_n = _repeat(tl.load(way.C + of_parameter, mask=mask, other=0.0))
-                    grad_C_n = tl.load(grads.C + of_program, mask=mask, other=0.0)
+                    C_n = _repeat(tl.load(C + of_parameter, mask=mask, other=0.0))
+                    grad_C_n = tl.load(grad_C + of_parameter, mask=mask, other=0.0)
 
                 # Entry j is the state in front of frame j.
                 h_rows = (h,)
@@ -330,32 +373,34 @@ def _backward_way(
                 by_decay = new_by_decay
                 if z is not None:
                     outputs = new_outputs
-                tl.store(grads.carry + of_program, g, mask=mask)
-                tl.store(grads.A + of_program, grad_A_n, mask=mask)
+                tl.store(carry + of_parameter, g, mask=mask)
+                tl.store(grad_A + of_parameter, grad_A_n, mask=mask)
                 if not VARIABLE_B:
-                    tl.store(grads.B + of_program, grad_B_n, mask=mask)
+                    tl.store(grad_B + of_parameter, grad_B_n, mask=mask)
                 if not VARIABLE_C:
-                    tl.store(grads.C + of_program, grad_C_n, mask=mask)
+                    tl.store(grad_C + of_parameter, grad_C_n, mask=mask)
                 if COUNT > 0:
-                    frame = start + SIGN * (lane % TILE)
+                    frame = start + sign * (lane % TILE)
                     kind = (lane // TILE).to(tl.int64) * tl.num_programs(2)
                     part = (kind + item) * tl.num_programs(0) + tl.program_id(0)
                     of_sum = (part * NUM_STATE + n) * time + frame
                     wanted = (n < NUM_STATE) & (lane < COUNT) & (frame >= lo) & (frame < hi)
                     sums = _fold(B_sums + C_sums, lane, COUNT)
-                    tl.store(grads.projections + of_sum, sums, mask=wanted)
+                    tl.store(projections + of_sum, sums, mask=wanted)
 
             by_x = _sum_splits(by_x, SPLIT)
             by_decay = _sum_splits(by_decay, SPLIT)
             # Loaded again: in registers they would have displaced the loop's.
-            u_rows = load_rows(way.u, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE)
+            u_rows = load_rows(
+                u, first.u, channel, channel_mask, start, lo, hi, reverse, TILE, WIDE
+            )
             delta_rows = load_rows(
-                way.delta, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE
+                delta, first.delta, channel, channel_mask, start, lo, hi, reverse, TILE, WIDE
             )
             grad_u_rows = ()
             grad_delta_rows = ()
             for j in tl.static_range(TILE):
-                t = start + SIGN * j
+                t = start + sign * j
                 inside = (t >= lo) & (t < hi)
                 dt, slope = step_size(delta_rows[j], bias_row, inside, SOFTPLUS)
                 grad_delta_row = (u_rows[j] * by_x[j] + by_decay[j]) * slope
@@ -365,27 +410,28 @@ def _backward_way(
                 grad_delta_rows = grad_delta_rows + (grad_delta_row,)
                 grad_bias_row += grad_delta_row
                 grad_D_row += tl.where(inside, dy_rows[j] * u_rows[j], 0.0)
-            store_rows(grads.u, grad_u_rows, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE)
             store_rows(
-                grads.delta,
-                grad_delta_rows,
-                channel,
-                channel_mask,
-                start,
-                lo,
-                hi,
-                TILE,
-                SIGN,
-                WIDE,
-            )
+                grad_u, first_grads.u, grad_u_rows, channel, channel_mask, start, lo, hi, reverse,
+                TILE, WIDE,
+            )  # fmt: skip
+            store_rows(
+                grad_delta, first_grads.delta, grad_delta_rows, channel, channel_mask, start, lo,
+                hi, reverse, TILE, WIDE,
+            )  # fmt: skip
             if z is not None:
                 outputs = _sum_splits(outputs, SPLIT)
-                z_rows = load_rows(z, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE)
-                g_rows = load_rows(grad_y, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE)
+                z_rows = load_rows(
+                    z.pointer, z, channel, channel_mask, start, lo, hi, reverse, TILE, WIDE
+                )
+                g_rows = load_rows(
+                    grad_y.pointer, grad_y, channel, channel_mask, start, lo, hi, reverse, TILE,
+                    WIDE,
+                )  # fmt: skip
                 if ADD:
                     sum_rows = load_rows(
-                        grad_z, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE
-                    )
+                        grad_z.pointer, grad_z, channel, channel_mask & add, start, lo, hi, reverse,
+                        TILE, WIDE,
+                    )  # fmt: skip
                 grad_z_rows = ()
                 for j in tl.static_range(TILE):
                     gate = sigmoid(z_rows[j])
@@ -396,52 +442,63 @@ def _backward_way(
                         grad_z_row += sum_rows[j]
                     grad_z_rows = grad_z_rows + (grad_z_row,)
                 store_rows(
-                    grad_z, grad_z_rows, channel, channel_mask, start, lo, hi, TILE, SIGN, WIDE
-                )
-    tl.store(grads.D + program * dim + channel, grad_D_row, mask=channel_mask)
-    tl.store(grads.bias + program * dim + channel, grad_bias_row, mask=channel_mask)
+                    grad_z.pointer, grad_z, grad_z_rows, channel, channel_mask, start, lo, hi,
+                    reverse, TILE, WIDE,
+                )  # fmt: skip
+    tl.store(grad_D + program * dim + channel, grad_D_row, mask=channel_mask)
+    tl.store(grad_bias + program * dim + channel, grad_bias_row, mask=channel_mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "time", "first_reverse", "second_reverse", "first_block_frames", "second_block_frames",
+        "blocks_per_program", "add",
+    ]
+)  # fmt: skip
 def selective_scan_backward_kernel(
     first, second, first_grads, second_grads, z, grad_y, grad_z, lengths, time, dim, num_groups,
-    blocks_per_program, NUM_STATE: tl.constexpr, SPLIT: tl.constexpr, FULL_CHANNELS: tl.constexpr,
-    REVERSE: tl.constexpr, SECOND_REVERSE: tl.constexpr, VARIABLE_B: tl.constexpr,
-    VARIABLE_C: tl.constexpr, SECOND_VARIABLE_B: tl.constexpr, SECOND_VARIABLE_C: tl.constexpr,
-    BOTH: tl.constexpr, SOFTPLUS: tl.constexpr, CUT: tl.constexpr, WIDE: tl.constexpr,
+    first_reverse, second_reverse, first_block_frames, second_block_frames, blocks_per_program, add,
+    output_scale, NUM_STATE: tl.constexpr, SPLIT: tl.constexpr, FULL_CHANNELS: tl.constexpr,
+    BOTH: tl.constexpr, ADD: tl.constexpr, VARIABLE_B: tl.constexpr, VARIABLE_C: tl.constexpr,
+    SOFTPLUS: tl.constexpr, CUT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `selective_scan_forward_kernel`; grid and arguments as there.
 
     Args:
         first_grads: `WayGradientPointers` of the first way.
-        second_grads: of the second if BOTH, else None.
+        second_grads: of the second if BOTH, else the first's again.
         grad_y: `Sequence`.
-        grad_z: `Sequence` or None.
+        grad_z: `Sequence` or None; ``add`` to what it holds.
     """
     group, channel, channel_mask = channels_of_program(dim, num_groups, WARP, FULL_CHANNELS)
     valid = num_valid_frames(lengths, time)
     block_from = tl.program_id(1) * blocks_per_program
-    block_to = tl.minimum(block_from + blocks_per_program, tl.cdiv(time, first.block_frames))
-    _backward_way(
-        first, first_grads, z, grad_y, grad_z, valid, time, dim, group, num_groups, channel,
-        channel_mask, block_from, block_to, 0.5 if BOTH else 1.0, NUM_STATE, SPLIT,
-        REVERSE, False, VARIABLE_B, VARIABLE_C, SOFTPLUS, CUT, WIDE,
-    )  # fmt: skip
-    if BOTH:
-        # The second way reads what other threads of the program have written.
-        tl.debug_barrier()
+    block_to = tl.minimum(block_from + blocks_per_program, tl.cdiv(time, first_block_frames))
+    for way in range(2 if BOTH else 1):
+        is_second = way == 1
+        if BOTH:
+            # The second way reads what other threads of the program have written.
+            tl.debug_barrier()
+        block_frames = either(first_block_frames, second_block_frames, is_second, BOTH)
         _backward_way(
-            second, second_grads, z, grad_y, grad_z, valid, time, dim, group, num_groups, channel,
-            channel_mask, 0, tl.cdiv(time, second.block_frames), 0.5, NUM_STATE, SPLIT,
-            SECOND_REVERSE, True, SECOND_VARIABLE_B, SECOND_VARIABLE_C, SOFTPLUS, CUT, WIDE,
+            first, second, first_grads, second_grads, is_second, z, grad_y, grad_z, valid, time,
+            dim, group, num_groups, channel, channel_mask,
+            either(first_reverse, second_reverse, is_second, BOTH) != 0, block_frames, block_from,
+            either(block_to, tl.cdiv(time, block_frames), is_second, BOTH), output_scale,
+            is_second | (add != 0), NUM_STATE, SPLIT, BOTH, ADD, VARIABLE_B, VARIABLE_C, SOFTPLUS,
+            CUT, WIDE,
         )  # fmt: skip
     if lengths is not None:
-        padding_from = tl.maximum(block_from * first.block_frames, valid)
-        padding_to = tl.minimum(block_to * first.block_frames, time)
-        store_zeros(first_grads.u, channel, channel_mask, padding_from, padding_to)
-        store_zeros(first_grads.delta, channel, channel_mask, padding_from, padding_to)
+        padding_from = tl.maximum(block_from * first_block_frames, valid)
+        padding_to = tl.minimum(block_to * first_block_frames, time)
+        for way in range(2 if BOTH else 1):
+            grad_u = either(first_grads.u.pointer, second_grads.u.pointer, way == 1, BOTH)
+            grad_delta = either(
+                first_grads.delta.pointer, second_grads.delta.pointer, way == 1, BOTH
+            )
+            store_zeros(grad_u, first_grads.u, channel, channel_mask, padding_from, padding_to)
+            store_zeros(
+                grad_delta, first_grads.delta, channel, channel_mask, padding_from, padding_to
+            )
         if grad_z is not None:
-            store_zeros(grad_z, channel, channel_mask, padding_from, padding_to)
-        if BOTH:
-            store_zeros(second_grads.u, channel, channel_mask, padding_from, padding_to)
-            store_zeros(second_grads.delta, channel, channel_mask, padding_from, padding_to)
+            store_zeros(grad_z.pointer, grad_z, channel, channel_mask, padding_from, padding_to)

@@ -11,8 +11,9 @@ everything else must fit beside them. So
 - The next frames are fetched while the present ones are computed.
 - Where there are too few channels to fill the GPU, a program takes fewer than 32 and spreads the
   states over the lanes that are left.
-- Both directions of a bidirectional layer run one after the other in the same program. The second
-  adds to what the first wrote: nothing is flipped, nothing is stored twice.
+- Both directions of a bidirectional layer run one after the other in the same program and through
+  the same code. The second adds to what the first wrote: nothing is flipped, nothing is stored
+  twice.
 
 The block sizes come from this arithmetic and from the compiled code; they have not been tuned by
 measurements.
@@ -28,11 +29,12 @@ from ops.selective_scan.triton_rows import (
     LOG2E,
     TILE,
     channels_of_program,
-    load_parameter,
+    either,
     load_rows,
     nearest_frame,
     num_valid_frames,
     packed_projection,
+    place_in_scan,
     sigmoid,
     step_size,
     store_rows,
@@ -45,79 +47,106 @@ STEP = tl.constexpr(8)
 
 @triton.jit
 def _scan_way(
-    way, z, y, valid, time, dim, group, num_groups, channel, channel_mask, block_from, block_to,
-    output_scale, NUM_STATE: tl.constexpr, STATES: tl.constexpr, REVERSE: tl.constexpr,
-    ADD: tl.constexpr, VARIABLE_B: tl.constexpr, VARIABLE_C: tl.constexpr, SOFTPLUS: tl.constexpr,
-    CUT: tl.constexpr, WIDE: tl.constexpr,
+    first, second, is_second, z, y, valid, time, dim, group, num_groups, channel, channel_mask,
+    reverse, block_frames, block_from, block_to, output_scale, add, NUM_STATE: tl.constexpr,
+    STATES: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr, VARIABLE_B: tl.constexpr,
+    VARIABLE_C: tl.constexpr, SOFTPLUS: tl.constexpr, CUT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Scans the blocks block_from .. block_to of an item; with ADD on top of what ``y`` holds."""
-    SIGN: tl.constexpr = -1 if REVERSE else 1
+    """Scans the blocks block_from .. block_to of an item; where ``add``, on top of ``y``."""
+    sign = tl.where(reverse, -1, 1)
     item = tl.program_id(2).to(tl.int64)
     n = tl.arange(0, STATES)[:, None]
     state_mask = (n < NUM_STATE) & channel_mask
     of_parameter = n * dim + channel
     of_item = item * NUM_STATE * dim + of_parameter
-    A2 = tl.load(way.A + of_parameter, mask=state_mask, other=0.0) * LOG2E
-    D_row = load_parameter(way.D, channel, channel_mask)
-    bias_row = load_parameter(way.bias, channel, channel_mask)
+    u = either(first.u.pointer, second.u.pointer, is_second, BOTH)
+    delta = either(first.delta.pointer, second.delta.pointer, is_second, BOTH)
+    A = either(first.A, second.A, is_second, BOTH)
+    B = either(first.B, second.B, is_second, BOTH)
+    C = either(first.C, second.C, is_second, BOTH)
+    last_state = either(first.last_state, second.last_state, is_second, BOTH)
+    A2 = tl.load(A + of_parameter, mask=state_mask, other=0.0) * LOG2E
+    D_row = tl.zeros(channel.shape, tl.float32)
+    if first.D is not None:
+        D = either(first.D, second.D, is_second, BOTH)
+        D_row = tl.load(D + channel, mask=channel_mask, other=0.0)
+    bias_row = tl.zeros(channel.shape, tl.float32)
+    if first.bias is not None:
+        bias = either(first.bias, second.bias, is_second, BOTH)
+        bias_row = tl.load(bias + channel, mask=channel_mask, other=0.0)
     if VARIABLE_B:
-        B = packed_projection(way.B, group, num_groups, time, NUM_STATE) + n
+        B = packed_projection(B, group, num_groups, time, NUM_STATE) + n
     else:
-        B_t = tl.load(way.B + of_parameter, mask=state_mask, other=0.0)
+        B_t = tl.load(B + of_parameter, mask=state_mask, other=0.0)
     if VARIABLE_C:
-        C = packed_projection(way.C, group, num_groups, time, NUM_STATE) + n
+        C = packed_projection(C, group, num_groups, time, NUM_STATE) + n
     else:
-        C_t = tl.load(way.C + of_parameter, mask=state_mask, other=0.0)
+        C_t = tl.load(C + of_parameter, mask=state_mask, other=0.0)
 
-    final_block = tl.maximum(valid - 1, 0) // way.block_frames
+    final_block = tl.maximum(valid - 1, 0) // block_frames
     block_to = tl.minimum(block_to, final_block + 1)
     for block in range(block_from, block_to):
-        lo = block * way.block_frames
-        hi = tl.minimum(lo + way.block_frames, valid)
+        lo = block * block_frames
+        hi = tl.minimum(lo + block_frames, valid)
         h = tl.zeros([STATES, channel.shape[1]], tl.float32)
-        if way.initial_state is not None:
-            enters = block == (final_block if REVERSE else 0)
-            h = tl.load(way.initial_state + of_item, mask=state_mask & enters, other=0.0)
+        if first.initial_state is not None:
+            enters = block == tl.where(reverse, final_block, 0)
+            if BOTH:
+                enters = enters & (is_second == 0)
+            h = tl.load(first.initial_state + of_item, mask=state_mask & enters, other=0.0)
 
         step_from = lo // STEP
         step_to = tl.where(hi > lo, tl.cdiv(hi, STEP), step_from)
-        start = step_to * STEP - 1 if REVERSE else step_from * STEP
-        next_u = load_rows(way.u, channel, channel_mask, start, lo, hi, STEP, SIGN, WIDE)
-        next_delta = load_rows(way.delta, channel, channel_mask, start, lo, hi, STEP, SIGN, WIDE)
+        start = tl.where(reverse, step_to * STEP - 1, step_from * STEP)
+        next_u = load_rows(u, first.u, channel, channel_mask, start, lo, hi, reverse, STEP, WIDE)
+        next_delta = load_rows(
+            delta, first.delta, channel, channel_mask, start, lo, hi, reverse, STEP, WIDE
+        )
         next_z = next_u
         if z is not None:
-            next_z = load_rows(z, channel, channel_mask, start, lo, hi, STEP, SIGN, WIDE)
+            next_z = load_rows(
+                z.pointer, z, channel, channel_mask, start, lo, hi, reverse, STEP, WIDE
+            )
         for i in range(step_to - step_from):
             u_rows = next_u
             delta_rows = next_delta
             z_rows = next_z
-            after = start + SIGN * STEP
-            next_u = load_rows(way.u, channel, channel_mask, after, lo, hi, STEP, SIGN, WIDE)
+            after = start + sign * STEP
+            next_u = load_rows(
+                u, first.u, channel, channel_mask, after, lo, hi, reverse, STEP, WIDE
+            )
             next_delta = load_rows(
-                way.delta, channel, channel_mask, after, lo, hi, STEP, SIGN, WIDE
+                delta, first.delta, channel, channel_mask, after, lo, hi, reverse, STEP, WIDE
             )
             next_z = next_u
             if z is not None:
-                next_z = load_rows(z, channel, channel_mask, after, lo, hi, STEP, SIGN, WIDE)
+                next_z = load_rows(
+                    z.pointer, z, channel, channel_mask, after, lo, hi, reverse, STEP, WIDE
+                )
             if ADD:
-                y_rows = load_rows(y, channel, channel_mask, start, lo, hi, STEP, SIGN, WIDE)
-            if way.states is not None:
-                edge = start + 1 if REVERSE else start
+                y_rows = load_rows(
+                    y.pointer, y, channel, channel_mask & add, start, lo, hi, reverse, STEP, WIDE
+                )
+            if first.states is not None:
+                states = either(first.states, second.states, is_second, BOTH)
+                edge = tl.where(reverse, start + 1, start)
                 if (edge % TILE == 0) & (i > 0):
-                    tile = item * (tl.cdiv(time, TILE) - 1) + start // TILE - (0 if REVERSE else 1)
-                    kept_states = way.states + tile * NUM_STATE * dim
+                    tile = item * (tl.cdiv(time, TILE) - 1)
+                    tile += tl.where(reverse, start // TILE, start // TILE - 1)
+                    kept_states = states + tile * NUM_STATE * dim
                     tl.store(kept_states + of_parameter, h, mask=state_mask)
 
             rows = ()
+            place = place_in_scan(start, time, reverse)
             for j in tl.static_range(STEP):
-                t = start + SIGN * j
+                t = start + sign * j
                 # Without cuts the distance is a constant and costs no address arithmetic.
-                away = nearest_frame(t, lo, hi) - start if CUT else SIGN * j
+                away = sign * (nearest_frame(t, lo, hi) - start) if CUT else j
                 if VARIABLE_B:
-                    B_start = B + start * NUM_STATE
+                    B_start = B + place * NUM_STATE
                     B_t = tl.load(B_start + away * NUM_STATE, mask=n < NUM_STATE, other=0.0)
                 if VARIABLE_C:
-                    C_start = C + start * NUM_STATE
+                    C_start = C + place * NUM_STATE
                     C_t = tl.load(C_start + away * NUM_STATE, mask=n < NUM_STATE, other=0.0)
                 dt, _ = step_size(delta_rows[j], bias_row, (t >= lo) & (t < hi), SOFTPLUS)
                 h = tl.exp2(dt * A2) * h + (dt * u_rows[j]) * B_t
@@ -127,50 +156,59 @@ def _scan_way(
                 if ADD:
                     row += y_rows[j]
                 rows = rows + (row,)
-            store_rows(y, rows, channel, channel_mask, start, lo, hi, STEP, SIGN, WIDE)
+            store_rows(
+                y.pointer, y, rows, channel, channel_mask, start, lo, hi, reverse, STEP, WIDE
+            )
             start = after
-        leaves = block == (0 if REVERSE else final_block)
-        tl.store(way.last_state + of_item, h, mask=state_mask & leaves)
+        leaves = block == tl.where(reverse, 0, final_block)
+        tl.store(last_state + of_item, h, mask=state_mask & leaves)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "time", "first_reverse", "second_reverse", "first_block_frames", "second_block_frames",
+        "blocks_per_program", "add",
+    ]
+)  # fmt: skip
 def selective_scan_forward_kernel(
-    first, second, z, y, lengths, time, dim, num_groups, blocks_per_program,
+    first, second, z, y, lengths, time, dim, num_groups, first_reverse, second_reverse,
+    first_block_frames, second_block_frames, blocks_per_program, add, output_scale,
     NUM_STATE: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
-    FULL_CHANNELS: tl.constexpr, REVERSE: tl.constexpr, SECOND_REVERSE: tl.constexpr,
-    VARIABLE_B: tl.constexpr, VARIABLE_C: tl.constexpr, SECOND_VARIABLE_B: tl.constexpr,
-    SECOND_VARIABLE_C: tl.constexpr, BOTH: tl.constexpr, SOFTPLUS: tl.constexpr,
-    CUT: tl.constexpr, WIDE: tl.constexpr,
+    FULL_CHANNELS: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr, VARIABLE_B: tl.constexpr,
+    VARIABLE_C: tl.constexpr, SOFTPLUS: tl.constexpr, CUT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One way, or the mean of two. Grid (blocks of channels, programs in time, batch).
+    """One way, or the sum of two. Grid (blocks of channels, programs in time, batch).
 
     Args:
         first: `WayPointers`.
-        second: another if BOTH, else None; with it, a program takes all blocks. Triton 3.6 cannot
-            ask a tuple that holds a None whether it is one.
+        second: another if BOTH, with the same strides and the same parts as the first but for the
+            initial state, which only the first has; else the first again.
         z: `Sequence` or None.
         y: `Sequence`.
         lengths: int64 (batch,) or None.
-        blocks_per_program: how many blocks of ``first.block_frames`` a program takes.
+        first_block_frames: frames after which the first way begins anew.
+        blocks_per_program: how many of these blocks a program takes; all of them if BOTH.
+        add: nonzero to add to what ``y`` holds, which needs ADD; the second way always does.
+        output_scale: factor of the output.
     """
     group, channel, channel_mask = channels_of_program(dim, num_groups, CHANNELS, FULL_CHANNELS)
     valid = num_valid_frames(lengths, time)
     block_from = tl.program_id(1) * blocks_per_program
-    block_to = tl.minimum(block_from + blocks_per_program, tl.cdiv(time, first.block_frames))
-    _scan_way(
-        first, z, y, valid, time, dim, group, num_groups, channel, channel_mask, block_from,
-        block_to, 0.5 if BOTH else 1.0, NUM_STATE, STATES, REVERSE, False, VARIABLE_B,
-        VARIABLE_C, SOFTPLUS, CUT, WIDE,
-    )  # fmt: skip
-    if BOTH:
-        # The second way reads what other threads of the program have written.
-        tl.debug_barrier()
+    block_to = tl.minimum(block_from + blocks_per_program, tl.cdiv(time, first_block_frames))
+    for way in range(2 if BOTH else 1):
+        is_second = way == 1
+        if BOTH:
+            # The second way reads what other threads of the program have written.
+            tl.debug_barrier()
+        block_frames = either(first_block_frames, second_block_frames, is_second, BOTH)
         _scan_way(
-            second, z, y, valid, time, dim, group, num_groups, channel, channel_mask, 0,
-            tl.cdiv(time, second.block_frames), 0.5, NUM_STATE, STATES, SECOND_REVERSE, True,
-            SECOND_VARIABLE_B, SECOND_VARIABLE_C, SOFTPLUS, CUT, WIDE,
+            first, second, is_second, z, y, valid, time, dim, group, num_groups, channel,
+            channel_mask, either(first_reverse, second_reverse, is_second, BOTH) != 0, block_frames,
+            block_from, either(block_to, tl.cdiv(time, block_frames), is_second, BOTH),
+            output_scale, is_second | (add != 0), NUM_STATE, STATES, BOTH, ADD, VARIABLE_B,
+            VARIABLE_C, SOFTPLUS, CUT, WIDE,
         )  # fmt: skip
     if lengths is not None:
-        padding_from = tl.maximum(block_from * first.block_frames, valid)
-        padding_to = tl.minimum(block_to * first.block_frames, time)
-        store_zeros(y, channel, channel_mask, padding_from, padding_to)
+        padding_from = tl.maximum(block_from * first_block_frames, valid)
+        padding_to = tl.minimum(block_to * first_block_frames, time)
+        store_zeros(y.pointer, y, channel, channel_mask, padding_from, padding_to)

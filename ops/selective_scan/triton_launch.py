@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -36,18 +37,19 @@ def launch_forward(
     states: list[Tensor] | None,
 ) -> None:
     """Fills ``y``, ``last_states`` and, unless None, ``states``; see `triton.forward`."""
-    call = _Call(ways, lengths)
-    channels = _forward_channels(call)
-    first, second = _pair(
-        call.pointers(way, last_state, kept)
-        for way, last_state, kept in zip(ways, last_states, states or [None] * 2, strict=False)
-    )
-    with torch.cuda.device_of(y):
-        selective_scan_forward_kernel[call.grid(channels)](
-            first, second, _sequence(z), _sequence(y), lengths, *call.sizes(),
-            STATES=triton.next_power_of_2(call.num_states), CHANNELS=channels,
-            **call.constants(channels, softplus, z, y), num_warps=1,
-        )  # fmt: skip
+    for launch in _launches(ways, lengths):
+        call = launch.call
+        channels = _forward_channels(call)
+        first, second = _pair(
+            call.pointers(ways[i], last_states[i], states[i] if states else None)
+            for i in launch.ways
+        )
+        with torch.cuda.device_of(y):
+            selective_scan_forward_kernel[call.grid(channels)](
+                first, second, _sequence(z), _sequence(y), lengths, *launch.sizes(),
+                STATES=triton.next_power_of_2(call.num_states), CHANNELS=channels,
+                **launch.constants(channels, softplus, z, y), num_warps=1,
+            )  # fmt: skip
 
 
 def launch_backward(
@@ -60,24 +62,73 @@ def launch_backward(
     lengths: Tensor | None,
 ) -> tuple[list[WayGradients], Tensor | None]:
     """See `triton.backward`."""
-    call = _Call(ways, lengths)
-    grid = call.grid(WARP.value)
-    split = _backward_split(call, grid)
-    parts = [
-        _GradientParts(call, grid, way, grad_last_state)
-        for way, grad_last_state in zip(ways, grad_last_states, strict=True)
-    ]
-    first, second = _pair(
-        call.pointers(way, None, kept) for way, kept in zip(ways, states, strict=True)
-    )
+    grads = []
     grad_z = None if z is None else empty_like(z)
-    with torch.cuda.device_of(grad_y):
-        selective_scan_backward_kernel[grid](
-            first, second, *_pair(part.pointers() for part in parts), _sequence(z),
-            _sequence(grad_y), _sequence(grad_z), lengths, *call.sizes(), SPLIT=split,
-            **call.constants(WARP.value, softplus, z, grad_y), num_warps=split,
-        )  # fmt: skip
-    return [part.collect() for part in parts], grad_z
+    for launch in _launches(ways, lengths):
+        call = launch.call
+        grid = call.grid(WARP.value)
+        split = _backward_split(call, grid)
+        parts = [_GradientParts(call, grid, ways[i], grad_last_states[i]) for i in launch.ways]
+        first, second = _pair(call.pointers(ways[i], None, states[i]) for i in launch.ways)
+        with torch.cuda.device_of(grad_y):
+            selective_scan_backward_kernel[grid](
+                first, second, *_pair(part.pointers() for part in parts), _sequence(z),
+                _sequence(grad_y), _sequence(grad_z), lengths, *launch.sizes(), SPLIT=split,
+                **launch.constants(WARP.value, softplus, z, grad_y), num_warps=split,
+            )  # fmt: skip
+        grads += [part.collect() for part in parts]
+    return grads, grad_z
+
+
+class _Launch(NamedTuple):
+    """Ways that go through a kernel together."""
+
+    call: _Call
+    ways: tuple[int, ...]
+    scale: float
+
+    def sizes(self) -> tuple:
+        """The arguments of a kernel from ``time`` to ``output_scale``."""
+        call, of_each = self.call, [self.call.ways[0], self.call.ways[-1]]
+        return (
+            call.time,
+            call.dim,
+            call.groups,
+            *(int(way.reverse) for way in of_each),
+            *(call.block_frames(way) for way in of_each),
+            call.blocks_per_program,
+            int(self._adds()),
+            self.scale,
+        )
+
+    def constants(self, channels: int, softplus: bool, *shared: Tensor | None) -> dict:
+        """What kernels are compiled for; ``shared`` are sequences that belong to no way."""
+        both = len(self.ways) == 2
+        return self.call.constants(channels, softplus, *shared) | {
+            "BOTH": both,
+            "ADD": both or self._adds(),
+        }
+
+    def _adds(self) -> bool:
+        return self.ways[0] > 0
+
+
+def _launches(ways: list[Way], lengths: Tensor | None) -> list[_Launch]:
+    scale = 1 / len(ways)
+    if len(ways) == 1 or _alike(*ways):
+        return [_Launch(_Call(ways, lengths), tuple(range(len(ways))), scale)]
+    return [_Launch(_Call([way], lengths), (i,), scale) for i, way in enumerate(ways)]
+
+
+def _alike(first: Way, second: Way) -> bool:
+    """Whether two ways can go through the same code, which knows one set of strides and parts."""
+
+    def parts(way: Way) -> tuple:
+        kinds = way.B.dim(), way.C.dim(), way.D is None, way.delta_bias is None
+        types = way.u.dtype, way.delta.dtype
+        return way.u.stride(), way.delta.stride(), kinds, types
+
+    return parts(first) == parts(second) and second.initial_state is None
 
 
 def _forward_channels(call: _Call) -> int:
@@ -107,8 +158,9 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 
 def _pair(items) -> tuple:
+    """Two of them, or twice the only one."""
     first, *second = items
-    return first, second[0] if second else None
+    return first, second[0] if second else first
 
 
 def _sequence(x: Tensor | None) -> Sequence | None:
@@ -149,24 +201,15 @@ class _Call:
         channel_blocks, in_time, batch = self.grid(channels)
         return channel_blocks * in_time * batch
 
-    def sizes(self) -> tuple[int, ...]:
-        return self.time, self.dim, self.groups, self.blocks_per_program
-
     def constants(self, channels: int, softplus: bool, *shared: Tensor | None) -> dict:
-        """What kernels are compiled for; ``shared`` are sequences that belong to no way."""
-        first, second = self.ways[0], self.ways[-1]
+        first = self.ways[0]
         sequences = [x for way in self.ways for x in (way.u, way.delta)]
         sequences += [x for x in shared if x is not None]
         return {
             "NUM_STATE": self.num_states,
             "FULL_CHANNELS": self.dim // self.groups % channels == 0,
-            "REVERSE": first.reverse,
-            "SECOND_REVERSE": second.reverse,
             "VARIABLE_B": first.B.dim() == 4,
             "VARIABLE_C": first.C.dim() == 4,
-            "SECOND_VARIABLE_B": second.B.dim() == 4,
-            "SECOND_VARIABLE_C": second.C.dim() == 4,
-            "BOTH": len(self.ways) == 2,
             "SOFTPLUS": softplus,
             "CUT": any(way.reset_every is not None for way in self.ways),
             "WIDE": any(x.stride(2) * self.time >= 2**31 for x in sequences),
@@ -177,17 +220,16 @@ class _Call:
             _sequence(way.u),
             _sequence(way.delta),
             float32(way.A.t()),
-            self._projection(way.B),
-            self._projection(way.C),
+            self._projection(way.B, way.reverse),
+            self._projection(way.C, way.reverse),
             float32(way.D),
             float32(way.delta_bias),
             states,
             _by_state(way.initial_state),
             None if last_state is None else last_state.transpose(1, 2),
-            self.block_frames(way),
         )
 
-    def _projection(self, projection: Tensor) -> Tensor:
+    def _projection(self, projection: Tensor, reverse: bool) -> Tensor:
         if projection.dim() == 2:
             return float32(projection.t())
         projection = projection.expand(-1, self.groups, -1, -1)
@@ -198,9 +240,9 @@ class _Call:
         grid = (triton.cdiv(packed.shape[2], _PACKED_FRAMES), self.groups, self.batch)
         with torch.cuda.device_of(packed):
             pack_projection_kernel[grid](
-                projection, packed, self.lengths, self.time, self.groups, *projection.stride(),
-                NUM_STATE=self.num_states, STATES=triton.next_power_of_2(self.num_states),
-                FRAMES=_PACKED_FRAMES,
+                projection, packed, self.lengths, self.time, int(reverse), self.groups,
+                *projection.stride(), NUM_STATE=self.num_states,
+                STATES=triton.next_power_of_2(self.num_states), FRAMES=_PACKED_FRAMES,
             )  # fmt: skip
         return packed
 

@@ -3,6 +3,10 @@
 A tile of a (batch, dim, time) tensor is a tuple of rows, one per frame in scan order, each a block
 (1, channels): frames are registers, never lanes, so that time needs no exchange between threads.
 
+The direction is known at run time only, and so are lengths: a kernel of several thousand
+instructions takes many seconds to compile, for each combination of what it is compiled for. Both
+ways of a bidirectional scan therefore go through the same code, one after the other.
+
 Tiles lie on multiples of their size in time, whatever the direction and wherever blocks of
 ``reset_every`` frames begin. Frames of a tile that lie outside the block at hand get a step size of
 0, which hands the state on unchanged; instead of what they hold, the block's outermost frame is
@@ -57,7 +61,6 @@ class WayPointers(NamedTuple):
     states: torch.Tensor | None
     initial_state: torch.Tensor | None
     last_state: torch.Tensor | None
-    block_frames: int
     end: int = END
 
 
@@ -86,10 +89,19 @@ def num_valid_frames(lengths, time):
 
 
 @triton.jit
-def pointers_at(sequence, channel):
-    """Pointers to frame 0 of the program's item and channels."""
+def either(first, second, is_second, BOTH: tl.constexpr):
+    """Of two pointers or numbers that of the way at hand; without BOTH always the first."""
+    picked = first
+    if BOTH:
+        picked = tl.where(is_second, second, first)
+    return picked
+
+
+@triton.jit
+def pointers_at(pointer, sequence, channel):
+    """Pointers to frame 0 of the program's item and channels; ``sequence`` has the strides."""
     item = tl.program_id(2).to(tl.int64)
-    return sequence.pointer + item * sequence.batch + channel.to(tl.int64) * sequence.channel
+    return pointer + item * sequence.batch + channel.to(tl.int64) * sequence.channel
 
 
 @triton.jit
@@ -99,8 +111,8 @@ def nearest_frame(t, lo, hi):
 
 
 @triton.jit
-def _split_columns(tile, FRAMES: tl.constexpr, SIGN: tl.constexpr):
-    """The columns of a tile (channels, FRAMES), 8 or 16 of them, as rows in scan order."""
+def _split_columns(tile, FRAMES: tl.constexpr):
+    """The columns of a tile (channels, FRAMES), 8 or 16 of them, as rows."""
     parts = (tile,)
     for level in tl.static_range(4):
         if FRAMES >> level > 1:
@@ -112,18 +124,16 @@ def _split_columns(tile, FRAMES: tl.constexpr, SIGN: tl.constexpr):
             parts = halves
     rows = ()
     for i in tl.static_range(FRAMES):
-        row = tl.reshape(parts[i if SIGN > 0 else FRAMES - 1 - i], [1, tile.shape[0]])
-        rows = rows + (row,)
+        rows = rows + (tl.reshape(parts[i], [1, tile.shape[0]]),)
     return rows
 
 
 @triton.jit
-def _join_columns(rows, FRAMES: tl.constexpr, SIGN: tl.constexpr):
-    """Rows in scan order as a tile (channels, FRAMES) in the order of time."""
+def _join_columns(rows, FRAMES: tl.constexpr):
+    """Rows as a tile (channels, FRAMES)."""
     parts = ()
     for i in tl.static_range(FRAMES):
-        row = rows[i if SIGN > 0 else FRAMES - 1 - i]
-        parts = parts + (tl.reshape(row, [row.shape[1], 1]),)
+        parts = parts + (tl.reshape(rows[i], [rows[i].shape[1], 1]),)
     for level in tl.static_range(4):
         if FRAMES >> level > 1:
             pairs = ()
@@ -136,68 +146,74 @@ def _join_columns(rows, FRAMES: tl.constexpr, SIGN: tl.constexpr):
 
 
 @triton.jit
+def _turn(rows, reverse, FRAMES: tl.constexpr):
+    """Rows in the order of time as rows in scan order, or the other way round."""
+    turned = ()
+    for i in tl.static_range(FRAMES):
+        turned = turned + (tl.where(reverse, rows[FRAMES - 1 - i], rows[i]),)
+    return turned
+
+
+@triton.jit
 def load_rows(
-    sequence, channel, channel_mask, start, lo, hi,
-    FRAMES: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
+    pointer, sequence, channel, mask, start, lo, hi, reverse,
+    FRAMES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """FRAMES rows in float32 from frame ``start`` on, in direction SIGN."""
+    """FRAMES rows in float32 from frame ``start`` on in scan order; ``sequence`` has the strides.
+
+    Args:
+        mask: like ``channel``; rows are zero where it is false.
+    """
     if channel.shape[1] == WARP:
         # As one tile, whose threads follow memory order, then dealt out.
-        earliest = start if SIGN > 0 else start - (FRAMES - 1)
+        earliest = start - tl.where(reverse, FRAMES - 1, 0)
         t = nearest_frame(earliest + tl.arange(0, FRAMES)[None, :], lo, hi)
         frame = (t.to(tl.int64) if WIDE else t) * sequence.frame
-        pointers = pointers_at(sequence, tl.trans(channel)) + frame
-        tile = tl.load(pointers, mask=tl.trans(channel_mask), other=0.0)
-        rows = _split_columns(tile.to(tl.float32), FRAMES, SIGN)
+        pointers = pointers_at(pointer, sequence, tl.trans(channel)) + frame
+        tile = tl.load(pointers, mask=tl.trans(mask), other=0.0)
+        rows = _turn(_split_columns(tile.to(tl.float32), FRAMES), reverse, FRAMES)
     else:
         # With lanes left over, the threads of a tile would not agree with those of the states.
-        first = pointers_at(sequence, channel)
+        first = pointers_at(pointer, sequence, channel)
+        sign = tl.where(reverse, -1, 1)
         rows = ()
         for j in tl.static_range(FRAMES):
-            t = nearest_frame(start + SIGN * j, lo, hi)
+            t = nearest_frame(start + sign * j, lo, hi)
             row = first + (t.to(tl.int64) if WIDE else t) * sequence.frame
-            rows = rows + (tl.load(row, mask=channel_mask, other=0.0).to(tl.float32),)
+            rows = rows + (tl.load(row, mask=mask, other=0.0).to(tl.float32),)
     return rows
 
 
 @triton.jit
 def store_rows(
-    sequence, rows, channel, channel_mask, start, lo, hi,
-    FRAMES: tl.constexpr, SIGN: tl.constexpr, WIDE: tl.constexpr,
+    pointer, sequence, rows, channel, channel_mask, start, lo, hi, reverse,
+    FRAMES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes those of the rows that lie within lo .. hi; see `load_rows`."""
     if channel.shape[1] == WARP:
-        earliest = start if SIGN > 0 else start - (FRAMES - 1)
+        earliest = start - tl.where(reverse, FRAMES - 1, 0)
         t = earliest + tl.arange(0, FRAMES)[None, :]
         frame = (t.to(tl.int64) if WIDE else t) * sequence.frame
-        pointers = pointers_at(sequence, tl.trans(channel)) + frame
-        tile = _join_columns(rows, FRAMES, SIGN)
+        pointers = pointers_at(pointer, sequence, tl.trans(channel)) + frame
+        tile = _join_columns(_turn(rows, reverse, FRAMES), FRAMES)
         tl.store(pointers, tile, mask=tl.trans(channel_mask) & (t >= lo) & (t < hi))
     else:
-        first = pointers_at(sequence, channel)
+        first = pointers_at(pointer, sequence, channel)
+        sign = tl.where(reverse, -1, 1)
         for j in tl.static_range(FRAMES):
-            t = start + SIGN * j
+            t = start + sign * j
             row = first + (t.to(tl.int64) if WIDE else t) * sequence.frame
             tl.store(row, rows[j], mask=channel_mask & (t >= lo) & (t < hi))
 
 
 @triton.jit
-def store_zeros(sequence, channel, channel_mask, lo, hi):
+def store_zeros(pointer, sequence, channel, channel_mask, lo, hi):
     """Zeros in the frames lo .. hi."""
-    row = pointers_at(sequence, channel) + lo.to(tl.int64) * sequence.frame
+    row = pointers_at(pointer, sequence, channel) + lo.to(tl.int64) * sequence.frame
     zeros = tl.zeros(channel.shape, tl.float32)
     for _ in range(lo, hi):
         tl.store(row, zeros, mask=channel_mask)
         row += sequence.frame
-
-
-@triton.jit
-def load_parameter(pointer, channel, channel_mask):
-    """A parameter (dim,) of the program's channels, zeros for None."""
-    row = tl.zeros(channel.shape, tl.float32)
-    if pointer is not None:
-        row = tl.load(pointer + channel, mask=channel_mask, other=0.0)
-    return row
 
 
 @triton.jit
@@ -228,32 +244,45 @@ def step_size(delta, bias, inside, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def packed_projection(packed, group, num_groups, time, NUM_STATE: tl.constexpr):
-    """Where B or C of the program's item and group begins in packed memory."""
-    frames = tl.cdiv(time, TILE) * TILE
-    item = tl.program_id(2).to(tl.int64)
-    return packed + (item * num_groups + group) * frames * NUM_STATE
+def packed_frames(time):
+    """Frames that a packed projection has room for."""
+    return tl.cdiv(time, TILE) * TILE
 
 
 @triton.jit
+def packed_projection(packed, group, num_groups, time, NUM_STATE: tl.constexpr):
+    """Where B or C of the program's item and group begins in packed memory."""
+    item = tl.program_id(2).to(tl.int64)
+    return packed + (item * num_groups + group) * packed_frames(time) * NUM_STATE
+
+
+@triton.jit
+def place_in_scan(t, time, reverse):
+    """Where frame ``t`` stands in packed memory, which is in scan order."""
+    return tl.where(reverse, packed_frames(time) - 1 - t, t)
+
+
+@triton.jit(do_not_specialize=["time", "reverse"])
 def pack_projection_kernel(
-    source, packed, lengths, time, num_groups, stride_batch, stride_group, stride_state,
+    source, packed, lengths, time, reverse, num_groups, stride_batch, stride_group, stride_state,
     stride_frame, NUM_STATE: tl.constexpr, STATES: tl.constexpr, FRAMES: tl.constexpr,
 ):  # fmt: skip
     """B or C (batch, groups, state, time) to float32 (batch, groups, tiles * TILE, state).
 
-    A thread then reads the states of a frame as vectors. Padding becomes zero, which spares the
-    scans a mask. Grid (blocks of FRAMES, groups, batch).
+    Frames stand in scan order, so that those of a tile lie at constant distances in either
+    direction, and a thread reads the states of a frame as vectors. Padding becomes zero, which
+    spares the scans a mask. Grid (blocks of FRAMES, groups, batch).
     """
     item = tl.program_id(2).to(tl.int64)
     group = tl.program_id(1)
-    t = tl.program_id(0) * FRAMES + tl.arange(0, FRAMES)[None, :]
+    place = tl.program_id(0) * FRAMES + tl.arange(0, FRAMES)[None, :]
+    t = place_in_scan(place, time, reverse != 0)
     n = tl.arange(0, STATES)[:, None]
     source += item * stride_batch + group.to(tl.int64) * stride_group
     values = tl.load(
         source + n.to(tl.int64) * stride_state + t.to(tl.int64) * stride_frame,
-        mask=(n < NUM_STATE) & (t < num_valid_frames(lengths, time)),
+        mask=(n < NUM_STATE) & (t >= 0) & (t < num_valid_frames(lengths, time)),
         other=0.0,
     )
-    target = packed_projection(packed, group, num_groups, time, NUM_STATE) + t * NUM_STATE + n
-    tl.store(target, values, mask=(n < NUM_STATE) & (t < tl.cdiv(time, TILE) * TILE))
+    target = packed_projection(packed, group, num_groups, time, NUM_STATE) + place * NUM_STATE + n
+    tl.store(target, values, mask=(n < NUM_STATE) & (place < packed_frames(time)))

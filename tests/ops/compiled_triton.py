@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for a GPU that need not be there; `test_triton` runs this file.
 
-The launching code itself says what to compile: kernels are replaced by something that takes down
-what they are called with. All are compiled to machine code but for the backward of the scan, which
-ends with Triton's own intermediate language: the rest takes a minute.
+The launching code says what to compile and Triton itself what to specialise it to: only the launch
+is left out. All kernels are compiled to machine code but for the backward of the scan, which ends
+with Triton's own intermediate language: the rest takes a minute.
 
 Usage: compiled_triton.py CAPABILITY (80 for Ampere, 90 for Hopper)
 """
@@ -14,7 +14,8 @@ import torch
 import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import make_backend
+from triton.runtime import driver
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -24,132 +25,134 @@ from ops.selective_scan import triton as scan
 from ops.selective_scan import triton_launch
 from ops.selective_scan.arguments import Way
 
-TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-}
+BATCH, DIM, STATES = 2, 64, 16
+ABSENT_GPU = 0
 
 
-class Recorder:
-    """Stands for a kernel: keeps the arguments of its last launch."""
+class AbsentGpu:
+    """Stands for Triton's driver: there is nothing to launch anything on."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return ABSENT_GPU
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+class Unlaunched:
+    """Stands for a kernel: specialises it as a launch would, and keeps what is to be compiled."""
 
     def __init__(self, kernel):
         self.kernel = kernel
+        self.variants = []
+        # Its first use, which sets what compiles it.
+        _ = kernel.device_caches[ABSENT_GPU]
+        kernel.compile = self._keep
 
-    def __getitem__(self, _grid):
-        return self._launch
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.kernel.warmup(*arguments, grid=grid, **options)
 
-    def _launch(self, *arguments, num_warps=4, **constants):
-        self.num_warps = num_warps
-        self.arguments = {
-            **dict(zip(self.kernel.arg_names, arguments, strict=False)),
-            **constants,
-        }
+    def _keep(self, source, target, options, **_):
+        self.variants.append((source, target, options))
+        return self.variants[-1]
 
-    def source(self) -> ASTSource:
-        """What Triton would specialise the kernel to for these arguments."""
-        constants, attributes = {}, {}
+    def compile_wholly(self) -> None:
+        for source, target, options in self.variants:
+            compiled = triton.compile(source, target=target, options=options)
+            assert compiled.asm["cubin"]
+            print(self.kernel.__name__, "shared memory", compiled.metadata.shared)
 
-        def describe(value, path, constant=False):
-            if constant or value is None or (type(value) is int and value == 1):
-                constants[path] = value
-                return "constexpr"
-            if isinstance(value, tuple):
-                fields = [describe(x, (*path, i)) for i, x in enumerate(value)]
-                return type(value)(*fields) if hasattr(value, "_fields") else tuple(fields)
-            tensor = isinstance(value, torch.Tensor)
-            if (value.data_ptr() if tensor else value) % 16 == 0:
-                attributes[path] = [["tt.divisibility", 16]]
-            return TYPES[value.dtype] if tensor else "i32"
-
-        signature = {
-            name: describe(self.arguments[name], (i,), self.kernel.params[i].is_constexpr)
-            for i, name in enumerate(self.kernel.arg_names)
-        }
-        return ASTSource(
-            fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes
-        )
+    def compile_partly(self) -> None:
+        for source, target, options in self.variants:
+            backend = make_backend(target)
+            options = backend.parse_options(options)
+            context = ir.context()
+            ir.load_dialects(context)
+            backend.load_dialects(context)
+            generation = backend.get_codegen_implementation(options)
+            module = source.make_ir(target, options, generation, backend.get_module_map(), context)
+            print(self.kernel.__name__, "intermediate", len(str(module)))
 
 
-def record(module, *names):
-    recorders = [Recorder(getattr(module, name)) for name in names]
-    for name, recorder in zip(names, recorders, strict=True):
-        setattr(module, name, recorder)
-    return recorders
+def unlaunched(module, *names: str) -> list[Unlaunched]:
+    found = [Unlaunched(getattr(module, name)) for name in names]
+    for name, kernel in zip(names, found, strict=True):
+        setattr(module, name, kernel)
+    return found
 
 
-def record_scan(dtype, both_ways):
-    forward, backward, pack = record(
+def call_scan(time: int, both_ways: bool, dtype: torch.dtype, bare: bool = False) -> None:
+    """Forward and backward; ``bare`` without anything that may be absent, frames last."""
+
+    def sequence(channels):
+        if bare:
+            return torch.empty(BATCH, channels, time, dtype=dtype)
+        return torch.empty(BATCH, time, channels, dtype=dtype).transpose(1, 2)
+
+    def way(reverse):
+        projections = [sequence(STATES).unsqueeze(1) for _ in range(2)]
+        D, bias = (None if bare else torch.empty(DIM) for _ in range(2))
+        A = torch.empty(DIM, STATES)
+        initial = None if bare or reverse else torch.empty(BATCH, DIM, STATES)
+        return Way(sequence(DIM), sequence(DIM), A, *projections, D, bias, reverse, initial, None)
+
+    ways = [way(False), way(True)] if both_ways else [way(bare)]
+    z, lengths = (None, None) if bare else (sequence(DIM), torch.full((BATCH,), time))
+    y, last_states, saved = scan.forward(ways, z, True, lengths, True)
+    grad_states = [None if bare else last_states[0].clone(), None][: len(ways)]
+    scan.backward(y, grad_states, saved, ways, z, True, lengths)
+
+
+def call_convolution(time: int, dtype: torch.dtype) -> None:
+    x = torch.empty(BATCH, time, DIM, dtype=dtype).transpose(1, 2)
+    lengths = torch.full((BATCH,), time)
+    call = (x, torch.empty(DIM, 4), torch.empty(DIM), "silu", lengths)
+    state = torch.empty(BATCH, DIM, 3)
+    y, last_state = convolution.conv_forward(*call, True, state, 16)
+    convolution.conv_backward(y, last_state, *call, True, state, 16)
+
+
+def main(capability: int) -> None:
+    driver.set_active(AbsentGpu(capability))
+    forward, backward, pack = unlaunched(
         triton_launch,
         "selective_scan_forward_kernel",
         "selective_scan_backward_kernel",
         "pack_projection_kernel",
     )
-    batch, time, dim, states = 2, 64, 64, 16
-
-    def sequence(channels):
-        return torch.empty(batch, time, channels, dtype=dtype).transpose(1, 2)
-
-    def way(reverse):
-        projections = [sequence(states).unsqueeze(1) for _ in range(2)]
-        parameters = [torch.empty(dim), torch.empty(dim)]
-        A = torch.empty(dim, states)
-        return Way(sequence(dim), sequence(dim), A, *projections, *parameters, reverse, None, None)
-
-    ways = [way(False), way(True)] if both_ways else [way(False)]
-    z, lengths = sequence(dim), torch.full((batch,), time)
-    # Plenty of channels for the GPU: the case that has to be fast.
-    triton_launch._num_multiprocessors = lambda _: 0
-    y, last_states, saved = scan.forward(ways, z, True, lengths, True)
-    scan.backward(y, [state.clone() for state in last_states], saved, ways, z, True, lengths)
-    return forward, backward, pack
-
-
-def record_convolution(dtype):
-    forward, backward = record(
+    kernels = [forward, backward, pack]
+    kernels += unlaunched(
         triton_kernels, "causal_conv1d_forward_kernel", "causal_conv1d_backward_kernel"
     )
-    x = torch.empty(2, 64, 64, dtype=dtype).transpose(1, 2)
-    call = (x, torch.empty(64, 4), torch.empty(64), "silu", torch.full((2,), 64))
-    state = torch.empty(2, 64, 3)
-    y, last_state = convolution.conv_forward(*call, True, state, 16)
-    convolution.conv_backward(y, last_state, *call, True, state, 16)
-    return forward, backward
+    # Plenty of channels for the GPU: the case that has to be fast.
+    triton_launch._num_multiprocessors = lambda _: 0
+    # A step of training never has the length of the one before: one compilation must serve all.
+    for time in (1, 7, 64, 400):
+        call_scan(time, True, torch.bfloat16)
+        call_convolution(time, torch.bfloat16)
+    for kernel in kernels:
+        assert len(kernel.variants) == 1, (kernel.kernel.__name__, len(kernel.variants))
+    forward.compile_wholly()
+    pack.compile_wholly()
+    for convolved in kernels[3:]:
+        convolved.compile_wholly()
+    backward.compile_partly()
 
-
-def compile_wholly(recorder, target):
-    options = {"num_warps": recorder.num_warps}
-    compiled = triton.compile(recorder.source(), target=target, options=options)
-    assert compiled.asm["cubin"]
-    print(recorder.kernel.__name__, "shared memory", compiled.metadata.shared)
-
-
-def compile_partly(recorder, target):
-    backend = make_backend(target)
-    options = backend.parse_options({"num_warps": recorder.num_warps})
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    module = recorder.source().make_ir(
-        target,
-        options,
-        backend.get_codegen_implementation(options),
-        backend.get_module_map(),
-        context,
-    )
-    print(recorder.kernel.__name__, "intermediate", len(str(module)))
-
-
-def main(capability: int) -> None:
-    target = GPUTarget("cuda", capability, 32)
-    forward, backward, pack = record_scan(torch.bfloat16, both_ways=False)
-    compile_wholly(forward, target)
-    compile_wholly(pack, target)
-    compile_partly(backward, target)
-    for recorder in record_convolution(torch.bfloat16):
-        compile_wholly(recorder, target)
+    # Other calls: one way and few channels, and two of which nothing may be absent.
+    forward.variants.clear()
+    backward.variants.clear()
+    call_scan(7, True, torch.float32, bare=True)
+    triton_launch._num_multiprocessors = lambda _: 1000
+    call_scan(7, False, torch.float32)
+    for kernel in (forward, backward):
+        assert len(kernel.variants) == 2
+        kernel.compile_partly()
 
 
 if __name__ == "__main__":
