@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -83,6 +83,15 @@ def load(source: Path, header: Path) -> ctypes.CDLL:
             _failure = f"the kernels could not be built: {_explain(error)}"
             raise BuildError(_failure) from error
         return _libraries[source]
+
+
+def failure_of(loading: Callable[[], object]) -> str | None:
+    """Why ``loading``, which calls `load`, failed; None if it did not."""
+    try:
+        loading()
+    except BuildError as error:
+        return str(error)
+    return None
 
 
 def parallel_for_address() -> int:

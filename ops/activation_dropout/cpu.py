@@ -51,11 +51,7 @@ def unavailable() -> str | None:
 
 def prepare() -> str | None:
     """Builds the kernel where this machine has none yet; why that failed, if so."""
-    try:
-        _library()
-    except build.BuildError as error:
-        return str(error)
-    return None
+    return build.failure_of(_library)
 
 
 def unsupported(x: Tensor, activation: str | None, p: float) -> str | None:

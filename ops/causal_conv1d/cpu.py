@@ -62,11 +62,7 @@ def unavailable() -> str | None:
 @torch.compiler.assume_constant_result
 def prepare() -> str | None:
     """Builds the kernel where this machine has none yet; why that failed, if so."""
-    try:
-        _library()
-    except build.BuildError as error:
-        return str(error)
-    return None
+    return build.failure_of(_library)
 
 
 def unsupported(*arguments) -> str | None:

@@ -37,12 +37,10 @@ class _Step(ctypes.Structure):
 @functools.cache
 def unavailable() -> str | None:
     """Why the compiled step cannot be used on this machine; builds it if need be."""
-    try:
-        build.load(_SOURCE, _HEADER)
-    except build.BuildError as error:
-        logger.info("mixers step in torch operations: %s", error)
-        return str(error)
-    return None
+    reason = build.failure_of(_library)
+    if reason is not None:
+        logger.info("mixers step in torch operations: %s", reason)
+    return reason
 
 
 def step(
@@ -51,6 +49,7 @@ def step(
     """`mamba_inner_step` on float32 tensors of the CPU."""
     xz_BF, conv_state, ssm_state = (x.contiguous() for x in (xz_BF, conv_state, ssm_state))
     weights = [None if x is None else x.contiguous() for x in parameters]
+    library, parallel_for = _library()
     batch, dim, state = ssm_state.shape
     y_BE = xz_BF.new_empty(batch, dim)
     next_conv, next_ssm = torch.empty_like(conv_state), torch.empty_like(ssm_state)
@@ -68,12 +67,12 @@ def step(
         next_conv.data_ptr(),
         next_ssm.data_ptr(),
         min(torch.get_num_threads(), 1 + ssm_state.numel() // _THREAD_ELEMENTS),
-        _parallel_for(),
+        parallel_for,
     )
-    build.load(_SOURCE, _HEADER).mamba_inner_step(ctypes.byref(call))
+    library.mamba_inner_step(ctypes.byref(call))
     return y_BE, next_conv, next_ssm
 
 
 @functools.cache
-def _parallel_for() -> int:
-    return build.parallel_for_address()
+def _library() -> tuple[ctypes.CDLL, int]:
+    return build.load(_SOURCE, _HEADER), build.parallel_for_address()

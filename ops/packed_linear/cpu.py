@@ -37,12 +37,10 @@ class _Call(ctypes.Structure):
 @functools.cache
 def unavailable() -> str | None:
     """Why the compiled product cannot be used on this machine; builds it if need be."""
-    try:
-        _library()
-    except build.BuildError as error:
-        logger.info("products with few rows run in torch: %s", error)
-        return str(error)
-    return None
+    reason = build.failure_of(_library)
+    if reason is not None:
+        logger.info("products with few rows run in torch: %s", reason)
+    return reason
 
 
 def supports(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
