@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import functools
 import importlib.util
-import math
 import re
 import statistics
 import subprocess
@@ -23,187 +22,38 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.report import machine_slug, markdown_table, origin, write_report
+from benchmarks.scan_gpu import bench_cuda
+from benchmarks.scans import (
+    STATE,
+    both_ways,
+    make_inputs,
+    make_inputs_of_both,
+    parallel_scan,
+    runner,
+    scan,
+    textbook_loop,
+)
+from benchmarks.targets import Target
+from benchmarks.timing import (
+    BLOCK_MS,
+    blocks_ms,
+    cold_ms,
+    copy_bandwidth,
+    medians_ms,
+    nothing,
+    tell,
+    timed_ms,
+)
 from ops import build
-from ops.selective_scan import bidirectional_scan_fn, selective_scan_fn
 
-BATCH, DIM, TIME, STATE = 8, 512, 400, 16
+BATCH, DIM, TIME = 8, 512, 400
 HOUR_FRAMES = 90_000
-# A block lasts at least so long: what ran before it has left the caches by then.
-BLOCK_MS = 100
 _KERNEL_FOLDER = Path(__file__).resolve().parent
-
-
-class Target(NamedTuple):
-    """One line of the table of targets."""
-
-    name: str
-    value: float
-    limit: float
-    at_least: bool
-    unit: str
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def row(self) -> list[str]:
-        relation = "at least" if self.at_least else "at most"
-        verdict = "yes" if self.met else "**NO**"
-        return [
-            self.name,
-            f"{self.value:.3g}{self.unit}",
-            f"{relation} {self.limit:g}{self.unit}",
-            verdict,
-        ]
-
-
-def make_inputs(
-    batch: int, dim: int, frames: int, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> list[Tensor]:
-    """u, delta, A, B, C, D, z and delta_bias, channels next to each other in memory."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, generator=generator)
-
-    def over_time(channels: int) -> Tensor:
-        return normal(batch, frames, channels).to(dtype).transpose(1, 2)
-
-    rates = torch.arange(1.0, STATE + 1, device=device)
-    return [
-        over_time(dim),
-        over_time(dim),
-        -rates.expand(dim, STATE).contiguous(),
-        over_time(STATE),
-        over_time(STATE),
-        normal(dim),
-        over_time(dim),
-        normal(dim) - 4,
-    ]
-
-
-def make_inputs_of_both(*size, **options) -> list[Tensor]:
-    """Both directions' tensors as `bidirectional_scan_fn` takes them; only the gate is shared."""
-    u, delta, A, B, C, D, z, bias = make_inputs(*size, **options)
-    pairs = [[x, x.clone()] for x in (u, delta, A, B, C, D)]
-    return [*(x for pair in pairs for x in pair), z, bias, bias.clone()]
-
-
-def scan(backend: str, *inputs: Tensor) -> Tensor:
-    return selective_scan_fn(*inputs, delta_softplus=True, backend=backend)
-
-
-def both_ways(backend: str, *inputs: Tensor) -> Tensor:
-    return bidirectional_scan_fn(*inputs, True, backend=backend)
-
-
-def two_calls(backend: str, *inputs: Tensor) -> Tensor:
-    """The same by flipping, as one does with a function that knows no direction."""
-    *of_each, z, bias, bias_b = inputs
-    first = [*of_each[0::2], z, bias]
-    second = [x.flip(-1) if x.dim() == 3 else x for x in (*of_each[1::2], z, bias_b)]
-    return (scan(backend, *first) + scan(backend, *second).flip(-1)) / 2
-
-
-def textbook_loop(u, delta, A, B, C, D, z, delta_bias) -> Tensor:
-    """A loop that slices its inputs frame by frame, as mamba_ssm's reference is written."""
-    dt = F.softplus(delta + delta_bias[:, None])
-    decay = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
-    entering = torch.einsum("bdl,bnl,bdl->bdln", dt, B, u)
-    h, outputs = torch.zeros_like(entering[:, :, 0]), []
-    for t in range(u.shape[-1]):
-        h = decay[:, :, t] * h + entering[:, :, t]
-        outputs.append(torch.einsum("bdn,bn->bd", h, C[:, :, t]))
-    return (torch.stack(outputs, dim=2) + u * D[:, None]) * F.silu(z)
-
-
-@functools.cache
-def _mambapy_block():
-    from mambapy.mamba import MambaBlock, MambaConfig
-
-    return MambaBlock(MambaConfig(d_model=DIM // 2, n_layers=1, d_state=STATE))
-
-
-def parallel_scan(*inputs: Tensor) -> Tensor:
-    """mamba.py's parallel scan (package mambapy), softplus and gate around it as in its block."""
-    u, delta, A, B, C, D, z, bias = (x.transpose(1, 2) if x.dim() == 3 else x for x in inputs)
-    dt = F.softplus(delta + bias)
-    return (_mambapy_block().selective_scan(u, dt, A, B, C, D) * F.silu(z)).transpose(1, 2)
-
-
-def runner(
-    function: Callable[..., Tensor], inputs: list[Tensor], backward: bool
-) -> Callable[[], None]:
-    """A call of ``function``; with ``backward`` also the gradients of all inputs."""
-    if not backward:
-
-        def forward_only() -> None:
-            with torch.no_grad():
-                function(*inputs)
-
-        return forward_only
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    grad_y = torch.randn_like(inputs[0])
-
-    def forward_and_backward() -> None:
-        torch.autograd.grad(function(*leaves), leaves, grad_y)
-
-    return forward_and_backward
-
-
-def blocks_ms(
-    candidates: dict[str, Callable[[], None]],
-    rounds: int,
-    synchronise: Callable[[], None],
-) -> dict[str, list[float]]:
-    """Milliseconds per call of each, one value per block of calls that last ``BLOCK_MS``.
-
-    They take turns, so that a busy spell hits all of them.
-    """
-
-    def block(call: Callable[[], None], count: int) -> float:
-        synchronise()
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        synchronise()
-        return (time.perf_counter() - start) * 1e3 / count
-
-    calls = {}
-    for name, call in candidates.items():
-        # The first call pays for compilation and fresh memory, a disturbed one tells nothing.
-        fastest_ms = min([block(call, 1) for _ in range(3)][1:])
-        calls[name] = max(1, math.ceil(BLOCK_MS / fastest_ms))
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            times[name].append(block(call, calls[name]))
-    return times
-
-
-def medians_ms(
-    candidates: dict[str, Callable[[], None]], rounds: int, synchronise: Callable[[], None]
-) -> dict[str, float]:
-    """Medians of ``blocks_ms``."""
-    times = blocks_ms(candidates, rounds, synchronise)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def cold_ms(call: Callable[[], None], rounds: int) -> float:
-    """Median milliseconds of a single call that finds nothing of its own in the caches."""
-    other_work = torch.empty(1 << 26)
-    times = []
-    for _ in range(rounds):
-        other_work.zero_()
-        times.append(_timed_ms(call))
-    return statistics.median(times)
 
 
 def machine_rates(threads: int) -> dict[str, float]:
@@ -273,16 +123,18 @@ def bench_cpu(rounds: int, slow_rounds: int) -> tuple[str, list[Target]]:
     )
     if importlib.util.find_spec("mambapy"):
         candidates["mamba.py's parallel scan"] = (parallel_scan, inputs)
-    forward = medians_ms({n: runner(*c, False) for n, c in candidates.items()}, rounds, _nothing)
+    forward = medians_ms({n: runner(*c, False) for n, c in candidates.items()}, rounds, nothing)
+    tell("forward", forward)
     forward["`cpu`, caches cold"] = cold_ms(runner(*candidates["`cpu`"], False), rounds)
     slow = {"`reference`": candidates.pop("`reference`")}
-    both = medians_ms({n: runner(*c, True) for n, c in candidates.items()}, rounds, _nothing)
+    both = medians_ms({n: runner(*c, True) for n, c in candidates.items()}, rounds, nothing)
+    tell("forward + backward", both)
     if slow_rounds:
         textbook = {"textbook loop": (textbook_loop, inputs)}
-        forward |= medians_ms({n: runner(*c, False) for n, c in textbook.items()}, 5, _nothing)
+        forward |= medians_ms({n: runner(*c, False) for n, c in textbook.items()}, 5, nothing)
         for name, candidate in (slow | textbook).items():
             call = runner(*candidate, True)
-            both[name] = statistics.median(_timed_ms(call) for _ in range(slow_rounds))
+            both[name] = statistics.median(timed_ms(call) for _ in range(slow_rounds))
 
     pscan = "mamba.py's parallel scan"
     targets = [
@@ -347,16 +199,6 @@ def bench_cpu(rounds: int, slow_rounds: int) -> tuple[str, list[Target]]:
     return "\n\n".join(text), targets
 
 
-def _nothing() -> None:
-    pass
-
-
-def _timed_ms(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
 def _memory_targets() -> list[Target]:
     # Ten times the frames of the table: beside 65 MB the odd page of the process does not count.
     frames = 10 * TIME
@@ -387,7 +229,7 @@ def _hour_targets(rounds: int) -> list[Target]:
         for part in parts:
             part()
 
-    times = blocks_ms({"hour": hour, "quarters": one_by_one}, rounds, _nothing)
+    times = blocks_ms({"hour": hour, "quarters": one_by_one}, rounds, nothing)
     # Of neighbours, which a busy spell of the machine slows alike.
     ratio = statistics.median(
         whole / in_parts for whole, in_parts in zip(*times.values(), strict=True)
@@ -424,7 +266,7 @@ def _against_the_floor(
     # Per element: one exponential; forward x B, the state and the output, three multiply-adds.
     exp_ms = elements / rates["exponentials"] * 1e3
     fma_ms = 3 * elements / rates["fused_multiply_adds"] * 1e3
-    bandwidth = _copy_bandwidth("cpu", 1 << 24, _nothing)
+    bandwidth = copy_bandwidth("cpu", 1 << 24, nothing)
     # u, delta, z in, y out.
     memory_ms = 4 * BATCH * DIM * TIME * 4 / bandwidth * 1e3
     floor_ms = exp_ms + fma_ms + memory_ms
@@ -443,87 +285,6 @@ def _against_the_floor(
         "from the second-level cache. Forward + backward evaluates each exponential twice "
         f"({2 * exp_ms / both_ms:.0%} of the exponential rate)."
     )
-
-
-class GpuShape(NamedTuple):
-    batch: int
-    dim: int
-    frames: int
-
-
-def bench_cuda(rounds: int) -> tuple[str, list[Target]]:
-    """Milliseconds and the share of the memory bandwidth that an ideal kernel would need."""
-    bandwidth = _copy_bandwidth("cuda", 1 << 28, torch.cuda.synchronize)
-    rows, targets = [], []
-    for shape in (GpuShape(32, 1024, 400), GpuShape(8, 1024, 3000)):
-        for dtype in (torch.float32, torch.bfloat16):
-            inputs = make_inputs(*shape, device="cuda", dtype=dtype)
-            of_both = make_inputs_of_both(*shape, device="cuda", dtype=dtype)
-            candidates = {
-                "`triton`": (functools.partial(scan, "triton"), inputs),
-                "`triton`, both directions": (functools.partial(both_ways, "triton"), of_both),
-                "`triton`, two calls and flips": (functools.partial(two_calls, "triton"), of_both),
-            }
-            if importlib.util.find_spec("selective_scan_cuda"):
-                # In the layout that its kernel reads without converting.
-                contiguous = [x.contiguous() for x in inputs]
-                candidates["mamba_ssm"] = (functools.partial(scan, "mamba_ssm"), contiguous)
-            for backward in (False, True):
-                times = medians_ms(
-                    {name: runner(*c, backward) for name, c in candidates.items()},
-                    rounds,
-                    torch.cuda.synchronize,
-                )
-                what = f"{tuple(shape)} {str(dtype).removeprefix('torch.')}" + (
-                    " forward + backward" if backward else " forward"
-                )
-                for name, ms in times.items():
-                    ways = 1 if name in ("`triton`", "mamba_ssm") else 2
-                    floor = _bytes_moved(inputs, backward, ways) / bandwidth * 1e3
-                    rows.append([what, name, f"{ms:.3f}", f"{floor / ms:.0%}"])
-                targets.append(
-                    Target(
-                        f"{what}: both directions, times as fast as two calls",
-                        times["`triton`, two calls and flips"] / times["`triton`, both directions"],
-                        1.3,
-                        True,
-                        "x",
-                    )
-                )
-                if "mamba_ssm" in times:
-                    targets.append(
-                        Target(
-                            f"{what}: times as fast as mamba_ssm",
-                            times["mamba_ssm"] / times["`triton`"],
-                            1,
-                            True,
-                            "x",
-                        )
-                    )
-    text = [
-        f"GPU: {torch.cuda.get_device_name()}, measured copy bandwidth {bandwidth / 1e9:.0f} GB/s; "
-        f"medians of {rounds}. The floor reads every input and writes every output once.",
-        markdown_table(["shape and pass", "scan", "ms", "of the bandwidth floor"], rows),
-        markdown_table(["target", "measured", "wanted", "met"], [t.row() for t in targets]),
-    ]
-    return "\n\n".join(text), targets
-
-
-def _bytes_moved(inputs: list[Tensor], backward: bool, ways: int) -> int:
-    """What has to cross the memory bus; the gate and the output are shared by both ways."""
-    u, delta, _, B, C, _, z, _ = (x.numel() * x.element_size() for x in inputs)
-    of_each_way = u + delta + B + C
-    forward = ways * of_each_way + z + u
-    # Reads the inputs and the output's gradient, writes the gradients.
-    return forward + (2 * ways * of_each_way + 2 * z + u if backward else 0)
-
-
-def _copy_bandwidth(device: str, elements: int, synchronise: Callable[[], None]) -> float:
-    """Bytes a second that a large copy reads and writes."""
-    source = torch.ones(elements, device=device)
-    target = torch.ones_like(source)
-    ms = medians_ms({"copy": lambda: target.copy_(source)}, 10, synchronise)["copy"]
-    return 2 * source.numel() * source.element_size() / ms * 1e3
 
 
 def main() -> int:
