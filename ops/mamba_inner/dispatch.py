@@ -50,6 +50,8 @@ def mamba_inner_fn(
     if xz_BTF.dim() != 3 or xz_BTF.shape[-1] != 2 * inner:
         raise ValueError(f"xz has shape {tuple(xz_BTF.shape)}; wanted (batch, time, {2 * inner})")
     batch, time, _ = xz_BTF.shape
+    if backward is not None:
+        check_shape("A_log of the backward direction", backward.A_log, (inner, state), "(E, N)")
     check_shape("ssm_state", ssm_state, (batch, inner, state), "(batch, E, N)")
     edge = forward.conv_weight.shape[1] - 1
     check_shape("conv_state", conv_state, (batch, inner, edge), "(batch, E, W-1)")

@@ -126,6 +126,11 @@ def normalise(
     )
 
 
+def of_one_form(first: ScanArguments, second: ScanArguments) -> bool:
+    """Whether two ways agree in what a kernel that takes both is told once."""
+    return all(x.shape == y.shape for x, y in zip(first[2:5], second[2:5], strict=True))
+
+
 def _normalise_projection(
     name: str, tensor: Tensor, batch: int, dim: int, state: int, time: int
 ) -> Tensor:

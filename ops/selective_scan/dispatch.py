@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ops.backends import Backends
+from ops.checks import check_float_types, check_shape
 from ops.selective_scan import chunked, cpu, mamba_ssm, reference, triton
-from ops.selective_scan.arguments import normalise
+from ops.selective_scan.arguments import normalise, of_one_form
 
 BACKENDS = Backends(
     "selective_scan",
@@ -124,7 +125,8 @@ def bidirectional_scan_fn(
 
     Both directions stand in the order of time: the backward one scans each item from its own last
     valid frame, nothing is flipped. ``reset_every`` cuts the backward direction only. A backend
-    that offers ``bidirectional_scan`` computes both in one pass.
+    that offers ``bidirectional_scan`` computes both in one pass where A, B and C have the same
+    shapes in both.
 
     Args:
         lengths: valid frames of each item (batch,).
@@ -137,6 +139,8 @@ def bidirectional_scan_fn(
     Raises:
         ValueError: as `selective_scan_fn`.
     """
+    check_shape("u_b", u_b, tuple(u_f.shape), "that of u_f")
+    check_float_types(u_f.device, u_f=u_f, u_b=u_b)
     forward = normalise(
         u_f, delta_f, A_f, B_f, C_f, D_f, z, delta_bias_f, delta_softplus, lengths, False, None,
         None,
@@ -147,7 +151,7 @@ def bidirectional_scan_fn(
     )  # fmt: skip
     name = "reference" if u_f.numel() == 0 and backend == "auto" else backend
     module = BACKENDS.choose(name, u_f.device, backward)
-    if hasattr(module, "bidirectional_scan"):
+    if hasattr(module, "bidirectional_scan") and of_one_form(forward, backward):
         return module.bidirectional_scan(
             u_f, u_b, delta_f, delta_b, A_f, A_b, forward.B, backward.B, forward.C, backward.C,
             D_f, D_b, z, delta_bias_f, delta_bias_b, forward.delta_softplus, forward.lengths,

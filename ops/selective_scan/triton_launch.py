@@ -124,9 +124,9 @@ def _alike(first: Way, second: Way) -> bool:
     """Whether two ways can go through the same code, which knows one set of strides and parts."""
 
     def parts(way: Way) -> tuple:
-        kinds = way.B.dim(), way.C.dim(), way.D is None, way.delta_bias is None
         types = way.u.dtype, way.delta.dtype
-        return way.u.stride(), way.delta.stride(), kinds, types
+        present = way.D is not None, way.delta_bias is not None
+        return way.u.stride(), way.delta.stride(), types, present
 
     return parts(first) == parts(second) and second.initial_state is None
 

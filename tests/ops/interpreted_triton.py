@@ -179,11 +179,15 @@ def test_scan_writes_the_same_bits_again():
         assert torch.equal(x, second[name]), name
 
 
-@pytest.mark.parametrize(("lengths", "reset_every"), [(None, None), ([19, 0], 7)])
-def test_scan_in_both_directions(lengths, reset_every):
+@pytest.mark.parametrize(
+    ("lengths", "reset_every", "alike"),
+    [(None, None, True), ([19, 0], 7, True), ([19, 0], 7, False)],
+)
+def test_scan_in_both_directions(lengths, reset_every, alike):
     lengths = None if lengths is None else torch.tensor(lengths)
     forward, backward = (
-        random_inputs(19, batch=2, dim=3, state=2, channels_last=True, seed=seed) for seed in (0, 1)
+        random_inputs(19, batch=2, dim=3, state=2, channels_last=last, seed=seed)
+        for seed, last in ((0, True), (1, alike))
     )
     if lengths is not None:
         forward, backward = poisoned(forward, lengths), poisoned(backward, lengths)

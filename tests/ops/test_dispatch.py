@@ -10,7 +10,8 @@ import torch
 from ops import doctor
 from ops.backends import Backends
 from ops.causal_conv1d import causal_conv1d_fn
-from ops.selective_scan import mamba_ssm, selective_scan_fn
+from ops.mamba_inner import Direction, mamba_inner_fn
+from ops.selective_scan import bidirectional_scan_fn, mamba_ssm, selective_scan_fn
 from ops.selective_scan.arguments import normalise
 from ops.selective_scan.dispatch import BACKENDS
 from tests.ops.scans import random_inputs
@@ -181,3 +182,20 @@ def test_the_doctor_names_every_backend_and_the_choice(capsys, monkeypatch):
     assert re.search(r"selective_scan +cpu +torch", printed)
     monkeypatch.setenv("MAMBA_ASR_SCAN", "nonsense")
     assert doctor.main() == 1
+
+
+def test_directions_of_other_shapes_are_refused():
+    one, other = random_inputs(6), random_inputs(7)
+    names = ("u", "delta", "A", "B", "C", "D")
+    pairs = [side[name] for name in names for side in (one, other)]
+    with pytest.raises(ValueError, match=r"u_b has shape \(3, 6, 7\); wanted that of u_f"):
+        bidirectional_scan_fn(*pairs, one["z"], None, None, True)
+
+
+def test_directions_of_a_mixer_have_the_same_state():
+    def direction(states):
+        shapes = ((4, 3), (4,), (1 + 2 * states, 4), (4, 1), (4,), (4, states), (4,))
+        return Direction(*(torch.randn(shape) for shape in shapes))
+
+    with pytest.raises(ValueError, match=r"A_log of the backward direction.*\(E, N\) = \(4, 2\)"):
+        mamba_inner_fn(torch.randn(1, 5, 8), direction(2), direction(3))

@@ -385,13 +385,17 @@ def test_inputs_and_states_are_left_as_they_were(backend):
 
 
 @all_backends
+@pytest.mark.parametrize("other_has", [{}, {"channels_last": False}, {"state": 7, "constant": "B"}])
 @pytest.mark.parametrize("reset_every", [None, 5])
 @pytest.mark.parametrize("with_lengths", [False, True])
-def test_both_directions_at_once_are_the_mean_of_two_scans(backend, reset_every, with_lengths):
+def test_both_directions_at_once_are_the_mean_of_two_scans(
+    backend, reset_every, with_lengths, other_has
+):
     lengths = torch.tensor([23, 0, 11]) if with_lengths else None
 
     def leaves_of(dtype, device):
-        both = [random_inputs(23, seed=seed, channels_last=True) for seed in (1, 2)]
+        like = {"channels_last": True}
+        both = [random_inputs(23, seed=1, **like), random_inputs(23, seed=2, **like | other_has)]
         both[1]["z"] = both[0]["z"]
         for inputs in both:
             del inputs["initial_state"]
