@@ -17,6 +17,9 @@ namespace {
 constexpr int kFrames = 56;
 // States that run together: independent recurrences hide each other's latency.
 constexpr int kStates = 4;
+// Of something long, all units scan so many tiles before one goes on: B, C and the tables of pages
+// that the units share stay in the second-level cache.
+constexpr int64_t kLongTiles = 32;
 }  // namespace
 
 // One direction of a scan. Members named d... are gradients. "padded" is rounded up to whole
@@ -203,6 +206,8 @@ void scan_states_backward(const Segments& segments, const Block& block, Projecti
 // One batch item and some channels of one group.
 class Unit {
  public:
+  static int64_t num_tiles(int64_t frames) { return ceil_divide(frames, kFrames); }
+
   Unit(const Scan& scan, int64_t index) : scan_(scan), way_(nullptr) {
     const int64_t group_dim = scan.dim / scan.groups;
     const int64_t parts = ceil_divide(group_dim, scan.channels_per_unit);
@@ -223,19 +228,22 @@ class Unit {
   }
 
   void forward() {
-    for (int64_t i = 0; i < scan_.directions; ++i) {
-      way_ = &scan_.direction[i];
-      Scratch& scratch = thread_scratch();
-      take_common(scratch);
-      load_states(way_->initial_state, at_.batch, h_);
-      for (int64_t tile = 0; tile < num_tiles(length_); ++tile) forward_tile(tile, i > 0);
-      store_states(h_, way_->last_state);
-      // Nothing that a caller can look at is left uninitialised.
-      std::fill(h_, h_ + block_states_, vf{});
-      for (int64_t tile = num_tiles(length_); tile < num_tiles(scan_.frames); ++tile)
-        save_checkpoint(tile);
-    }
-    zero_padding(scan_.out, at_, z_);
+    for (int64_t i = 0; i < scan_.directions; ++i) forward(i, 0, num_tiles(scan_.frames));
+  }
+
+  // The tiles from .. to of one direction, in scan order; a later call goes on from last_state.
+  void forward(int64_t direction, int64_t from, int64_t to) {
+    way_ = &scan_.direction[direction];
+    take_common(thread_scratch());
+    load_states(from ? way_->last_state : way_->initial_state, at_.batch, h_);
+    const int64_t valid_to = smaller(to, num_tiles(length_));
+    for (int64_t tile = from; tile < valid_to; ++tile) forward_tile(tile, direction > 0);
+    store_states(h_, way_->last_state);
+    if (to < num_tiles(scan_.frames)) return;
+    // Nothing that a caller can look at is left uninitialised.
+    std::fill(h_, h_ + block_states_, vf{});
+    for (int64_t tile = num_tiles(length_); tile < to; ++tile) save_checkpoint(tile);
+    if (direction + 1 == scan_.directions) zero_padding(scan_.out, at_, z_);
   }
 
   void backward() {
@@ -261,8 +269,6 @@ class Unit {
   }
 
  private:
-  static int64_t num_tiles(int64_t frames) { return ceil_divide(frames, kFrames); }
-
   void take_common(Scratch& scratch) {
     scratch.release();
     for (vf** p : {&u_, &dt_, &x_, &y_, &z_}) *p = scratch.take(tile_);
@@ -568,8 +574,16 @@ EXPORT void selective_scan_layout(int64_t* frames, int64_t* channels, int64_t* s
 }
 
 EXPORT void selective_scan_forward(const Scan* scan) {
-  for_each_unit(scan->parallel_for, scan->threads, num_units(*scan),
-                [=](int64_t unit) { Unit(*scan, unit).forward(); });
+  const int64_t tiles = Unit::num_tiles(scan->frames);
+  const auto run = [=](const auto& body) {
+    for_each_unit(scan->parallel_for, scan->threads, num_units(*scan), body);
+  };
+  if (tiles <= 2 * kLongTiles) return run([=](int64_t unit) { Unit(*scan, unit).forward(); });
+  for (int64_t direction = 0; direction < scan->directions; ++direction)
+    for (int64_t from = 0; from < tiles; from += kLongTiles)
+      run([=](int64_t unit) {
+        Unit(*scan, unit).forward(direction, from, smaller(from + kLongTiles, tiles));
+      });
 }
 
 EXPORT void selective_scan_backward(const Scan* scan) {

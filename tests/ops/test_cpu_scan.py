@@ -207,13 +207,22 @@ def test_ten_thousand_decays_near_one_do_not_drift():
     assert relative_error(state.double(), wanted) < 1e-5
 
 
-def test_both_directions_in_one_pass_equal_two_scans():
-    first = random_inputs(75, dim=24, state=16, channels_last=True, seed=1)
-    second = random_inputs(75, dim=24, state=16, channels_last=True, seed=2)
+@pytest.mark.parametrize(("reverse", "reset_every"), [(False, None), (True, 1500), (True, None)])
+def test_long_scans_in_which_units_take_turns(reverse, reset_every):
+    inputs = random_inputs(4200, batch=4, dim=5, state=3)
+    options = {"lengths": torch.tensor([4200, 1792, 1793, 0]), "reverse": reverse}
+    options["reset_every"] = reset_every
+    assert_close(run("cpu", inputs, **options), in_double(inputs, **options), 1e-5)
+
+
+@pytest.mark.parametrize("time", [75, 4200])
+def test_both_directions_in_one_pass_equal_two_scans(time):
+    first = random_inputs(time, dim=24, state=16, channels_last=True, seed=1)
+    second = random_inputs(time, dim=24, state=16, channels_last=True, seed=2)
     for inputs in (first, second):
         del inputs["initial_state"]
     second["z"] = first["z"]
-    lengths = torch.tensor([75, 32, 0])
+    lengths = torch.tensor([time, 32, 0])
     leaves = [x.requires_grad_() for x in (*first.values(), *second.values())]
     leaves = list({id(x): x for x in leaves}.values())
     weights = torch.randn(first["u"].shape)
