@@ -78,15 +78,19 @@ def machine_rates(threads: int) -> dict[str, float]:
 
 def extra_memory(frames: int, batch: int, backward: bool) -> int:
     """Bytes beyond inputs, outputs and gradients at the peak, measured in a fresh process."""
-    arguments = [str(frames), str(batch), "backward" if backward else "forward"]
-    output = subprocess.run(
-        [sys.executable, "-m", "benchmarks.bench_scan", "--memory_of", *arguments],
+    what = "backward" if backward else "forward"
+    return int(_in_fresh_process("--memory_of", str(frames), str(batch), what)[-1])
+
+
+def _in_fresh_process(*arguments: str) -> list[str]:
+    """What this program prints when called so, by words."""
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench_scan", *arguments],
         cwd=_KERNEL_FOLDER.parent,
         check=True,
         capture_output=True,
         text=True,
-    ).stdout
-    return int(output.split()[-1])
+    ).stdout.split()
 
 
 def print_memory(frames: int, batch: int, backward: bool) -> None:
@@ -173,7 +177,7 @@ def bench_cpu(rounds: int, slow_rounds: int) -> tuple[str, list[Target]]:
                 "x",
             )
         )
-    targets += _memory_targets() + _hour_targets(rounds)
+    targets += _memory_targets() + _hour_targets(rounds, threads)
     # Whoever else uses the machine makes it look slower: the better of two moments counts.
     rates = {name: max(rate, rates_before[name]) for name, rate in machine_rates(threads).items()}
 
@@ -215,7 +219,8 @@ def _memory_targets() -> list[Target]:
     ]
 
 
-def _hour_targets(rounds: int) -> list[Target]:
+def print_hour(rounds: int) -> None:
+    """Milliseconds of an hour, and how many times those of its four quarters."""
     inputs, length = make_inputs(1, DIM, HOUR_FRAMES), HOUR_FRAMES // 4
     quarters = [
         [x[..., first : first + length] if x.dim() == 3 else x for x in inputs]
@@ -234,6 +239,15 @@ def _hour_targets(rounds: int) -> list[Target]:
     ratio = statistics.median(
         whole / in_parts for whole, in_parts in zip(*times.values(), strict=True)
     )
+    print(statistics.median(times["hour"]), ratio)
+
+
+def _hour_targets(rounds: int, threads: int) -> list[Target]:
+    # Where others have freed memory before, it would serve the results of the quarters without
+    # page faults and be too small for the hour's.
+    hour_ms, ratio = map(
+        float, _in_fresh_process("--hour", "--rounds", str(rounds), "--threads", str(threads))
+    )
     extra = [
         statistics.median(extra_memory(frames, 1, backward=False) for _ in range(3))
         for frames in (HOUR_FRAMES // 4, HOUR_FRAMES)
@@ -241,7 +255,7 @@ def _hour_targets(rounds: int) -> list[Target]:
     output = HOUR_FRAMES * DIM * 4
     return [
         Target(
-            f"one hour of audio ({HOUR_FRAMES} frames, {statistics.median(times['hour']):.0f} ms) "
+            f"one hour of audio ({HOUR_FRAMES} frames, {hour_ms:.0f} ms) "
             "against its four quarters, forward",
             ratio,
             1.1,
@@ -301,8 +315,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--report", action="store_true", help="write to benchmarks/reports")
     parser.add_argument("--memory_of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--hour", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.hour:
+        print_hour(arguments.rounds)
+        return 0
     if arguments.memory_of:
         frames, batch, what = arguments.memory_of
         print_memory(int(frames), int(batch), what == "backward")
