@@ -34,6 +34,7 @@ from ops.selective_scan.triton_rows import (
     Sequence,
     channels_of_program,
     either,
+    load_parameter,
     load_rows,
     nearest_frame,
     num_valid_frames,
@@ -203,14 +204,8 @@ def _backward_way(
     initial_state = None
     if first.initial_state is not None:
         initial_state = first.initial_state + item * NUM_STATE * dim
-    D_row = tl.zeros(channel.shape, tl.float32)
-    if first.D is not None:
-        D = either(first.D, second.D, is_second, BOTH)
-        D_row = tl.load(D + channel, mask=channel_mask, other=0.0)
-    bias_row = tl.zeros(channel.shape, tl.float32)
-    if first.bias is not None:
-        bias = either(first.bias, second.bias, is_second, BOTH)
-        bias_row = tl.load(bias + channel, mask=channel_mask, other=0.0)
+    D_row = load_parameter(first.D, second.D, is_second, channel, channel_mask, BOTH)
+    bias_row = load_parameter(first.bias, second.bias, is_second, channel, channel_mask, BOTH)
     if VARIABLE_B:
         packed_B = packed_projection(B, group, num_groups, time, NUM_STATE)
     else:

@@ -30,6 +30,7 @@ from ops.selective_scan.triton_rows import (
     TILE,
     channels_of_program,
     either,
+    load_parameter,
     load_rows,
     nearest_frame,
     num_valid_frames,
@@ -66,14 +67,8 @@ def _scan_way(
     C = either(first.C, second.C, is_second, BOTH)
     last_state = either(first.last_state, second.last_state, is_second, BOTH)
     A2 = tl.load(A + of_parameter, mask=state_mask, other=0.0) * LOG2E
-    D_row = tl.zeros(channel.shape, tl.float32)
-    if first.D is not None:
-        D = either(first.D, second.D, is_second, BOTH)
-        D_row = tl.load(D + channel, mask=channel_mask, other=0.0)
-    bias_row = tl.zeros(channel.shape, tl.float32)
-    if first.bias is not None:
-        bias = either(first.bias, second.bias, is_second, BOTH)
-        bias_row = tl.load(bias + channel, mask=channel_mask, other=0.0)
+    D_row = load_parameter(first.D, second.D, is_second, channel, channel_mask, BOTH)
+    bias_row = load_parameter(first.bias, second.bias, is_second, channel, channel_mask, BOTH)
     if VARIABLE_B:
         B = packed_projection(B, group, num_groups, time, NUM_STATE) + n
     else:

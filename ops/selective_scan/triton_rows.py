@@ -98,6 +98,17 @@ def either(first, second, is_second, BOTH: tl.constexpr):
 
 
 @triton.jit
+def load_parameter(first, second, is_second, channel, channel_mask, BOTH: tl.constexpr):
+    """A parameter (dim,) of the way at hand for the program's channels; zeros if there is none."""
+    row = tl.zeros(channel.shape, tl.float32)
+    if first is not None:
+        row = tl.load(
+            either(first, second, is_second, BOTH) + channel, mask=channel_mask, other=0.0
+        )
+    return row
+
+
+@triton.jit
 def pointers_at(pointer, sequence, channel):
     """Pointers to frame 0 of the program's item and channels; ``sequence`` has the strides."""
     item = tl.program_id(2).to(tl.int64)
