@@ -21,8 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.files import file_digest
+from common.record import PreparationRecord
 from corpora import download, lexicon
-from corpora.files import file_digest
 from corpora.flac import FlacError, check_flac
 from corpora.librispeech import (
     AUDIO_SUFFIX,
@@ -37,7 +38,6 @@ from corpora.librispeech import (
     other_audio_suffixes,
 )
 from corpora.manifest import DATA_ROOT, ManifestRow, merge_manifests, write_manifest
-from corpora.record import PreparationRecord
 
 __all__ = ["PreparationError", "find_data_root", "prepare_librispeech"]
 

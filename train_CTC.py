@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import speechbrain as sb
+from sentencepiece import SentencePieceProcessor
 from speechbrain.dataio.batch import PaddedBatch
-from speechbrain.decoders.ctc import CTCBeamSearcher, ctc_greedy_decode
+from speechbrain.decoders.ctc import ctc_greedy_decode
 from torch import Tensor
 
-from training.brain import ASRBrain, Encoded
-from training.cli import run_script
-from training.data import Loaders
-from training.errors import UserError
+from decoding.searches import make_ctc_search
+from training.brains.asr_brain import ASRBrain, FrontEndOutput
+from training.launch.command_line import run_script
 from training.recipe import dataio_prepare, run_recipe
-from training.tokenizer import vocabulary
 
 __all__ = ["ASR", "dataio_prepare", "main"]
 
@@ -27,7 +26,7 @@ class CTCOutputs:
     """Log probabilities (B, T, V), float32, and what they were computed from."""
 
     ctc_log_probs_BTV: Tensor
-    encoded: Encoded
+    front_end: FrontEndOutput
 
 
 class ASR(ASRBrain):
@@ -39,20 +38,24 @@ class ASR(ASRBrain):
     def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> CTCOutputs:
         """Waveforms to log probabilities."""
         batch = batch.to(self.device)
-        encoded = self.features(batch, stage)
-        encoder_BTD, _ = self.modules.Transformer(encoded.feats, None, encoded.wav_lens)
+        front_end = self.front_end(batch, stage)
+        encoder_BTD, _ = self.modules.Transformer(
+            front_end.frames_BTFC, None, front_end.num_frames_B
+        )
         logits_BTV = self.modules.ctc_lin(encoder_BTD)
-        return CTCOutputs(logits_BTV.float().log_softmax(-1), encoded)
+        return CTCOutputs(logits_BTV.float().log_softmax(-1), front_end)
 
     def compute_objectives(
         self, predictions: CTCOutputs, batch: PaddedBatch, stage: sb.Stage
     ) -> Tensor:
         """CTC loss per utterance, plus the consistency of the two copies."""
-        return self.ctc_objective(predictions.ctc_log_probs_BTV, predictions.encoded, batch, stage)
+        return self.ctc_objective(
+            predictions.ctc_log_probs_BTV, predictions.front_end, batch, stage
+        )
 
     def decode(self, outputs: CTCOutputs, batch: PaddedBatch, stage: sb.Stage) -> list[str]:
         """Greedy in validation, beam search in test."""
-        lengths_B = outputs.encoded.num_frames_B
+        lengths_B = outputs.front_end.num_frames_B
         # A character tokenizer may have fewer tokens than the output layer has places for.
         log_probs_BTV = outputs.ctc_log_probs_BTV[..., : self.tokenizer.get_piece_size()]
         frames = log_probs_BTV.shape[1]
@@ -66,29 +69,16 @@ class ASR(ASRBrain):
         return [beam[0].text for beam in beams]
 
 
-def add_search(hparams: dict, loaders: Loaders) -> None:
-    """Build the test search, which needs the tokenizer's vocabulary."""
-    try:
-        hparams["test_search"] = CTCBeamSearcher(
-            vocab_list=vocabulary(loaders.tokenizer),
-            blank_index=hparams["blank_index"],
-            kenlm_model_path=hparams["kenlm_model_path"],
-            alpha=hparams["alpha"],
-            beta=hparams["beta"],
-            beam_size=hparams["test_beam_size"],
-            beam_prune_logp=hparams["beam_prune_logp"],
-            token_prune_min_logp=hparams["token_prune_min_logp"],
-            prune_history=hparams["prune_history"],
-        )
-    except ImportError:
-        raise UserError("--kenlm_model_path needs kenlm: pip install -e '.[ngram]'") from None
-    except OSError as error:
-        raise UserError(f"kenlm_model_path {hparams['kenlm_model_path']}: {error}") from None
+def prepare_searches(hparams: dict, tokenizer: SentencePieceProcessor) -> None:
+    """Make the test search, which needs the tokenizer's vocabulary."""
+    hparams["test_search"] = make_ctc_search(
+        hparams["test_searcher"], hparams["test_beam_search"], tokenizer
+    )
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the recipe with these command-line arguments."""
-    run_recipe(argv, ASR, __doc__, add_search)
+    run_recipe(argv, ASR, __doc__, prepare_searches)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ torchrun --nproc-per-node=4 train_LM.py hparams/LM/transformer_large.yaml --trai
 
 from collections.abc import Sequence
 
-from training.cli import run_script
-from training.lm_recipe import run_lm_recipe
+from training.launch.command_line import run_script
+from training.lm.recipe import run_lm_recipe
 
 
 def main(argv: Sequence[str]) -> None:

@@ -6,24 +6,21 @@ torchrun --nproc-per-node=4 train_S2S.py hparams/S2S/conmamba_large.yaml --data_
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import speechbrain as sb
+from sentencepiece import SentencePieceProcessor
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.nnet.losses import kldiv_loss
 from speechbrain.utils.Accuracy import AccuracyStats
 from torch import Tensor
 
-from decoding.beam_search import CachedBeamSearcher
-from decoding.ctc_prefix_scorer import CTCScorer
-from decoding.lm_scorers import CachedLMScorer, KenLMScorer
-from decoding.scorers import ScorerBuilder, scorer_key
-from training.brain import ASRBrain, Encoded
-from training.cli import run_script
-from training.data import Loaders
-from training.errors import UserError
-from training.language_model import load_lm_scorer, load_token_ngram
+from decoding.searches import prepare_joint_search
+from modules.lengths import relative_lengths
+from training.brains.asr_brain import ASRBrain, FrontEndOutput
+from training.data.token_noise import replace_tokens
+from training.launch.command_line import run_script
 from training.recipe import dataio_prepare, run_recipe
-from training.token_noise import replace_tokens
 
 __all__ = ["ASR", "dataio_prepare", "main"]
 
@@ -35,7 +32,7 @@ class S2SOutputs:
     encoder_BTD: Tensor
     ctc_log_probs_BTV: Tensor
     seq_log_probs_BUV: Tensor
-    encoded: Encoded
+    front_end: FrontEndOutput
 
 
 class ASR(ASRBrain):
@@ -47,8 +44,8 @@ class ASR(ASRBrain):
     def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> S2SOutputs:
         """Waveforms and the tokens so far to log probabilities."""
         batch = batch.to(self.device)
-        encoded = self.features(batch, stage)
-        tokens_BU = batch.tokens_bos.data.repeat(encoded.copies, 1)
+        front_end = self.front_end(batch, stage)
+        tokens_BU = batch.tokens_bos.data.repeat(front_end.copies, 1)
         if stage == sb.Stage.TRAIN and self.hparams.decoder_token_noise:
             tokens_BU = replace_tokens(
                 tokens_BU,
@@ -58,22 +55,25 @@ class ASR(ASRBrain):
                 vocabulary=self.hparams.output_neurons,
             )
         encoder_BTD, decoder_BUD = self.modules.Transformer(
-            encoded.feats, tokens_BU, encoded.wav_lens, pad_idx=self.hparams.pad_index
+            front_end.frames_BTFC,
+            tokens_BU,
+            front_end.num_frames_B,
+            pad_idx=self.hparams.pad_index,
         )
         return S2SOutputs(
             encoder_BTD,
             self.modules.ctc_lin(encoder_BTD).float().log_softmax(-1),
             self.modules.seq_lin(decoder_BUD).float().log_softmax(-1),
-            encoded,
+            front_end,
         )
 
     def compute_objectives(
         self, predictions: S2SOutputs, batch: PaddedBatch, stage: sb.Stage
     ) -> Tensor:
         """``ctc_weight`` times the CTC loss plus the rest of one times the attention loss."""
-        encoded, hparams = predictions.encoded, self.hparams
-        copies = encoded.copies
-        ctc = self.ctc_objective(predictions.ctc_log_probs_BTV, encoded, batch, stage)
+        front_end, hparams = predictions.front_end, self.hparams
+        copies = front_end.copies
+        ctc = self.ctc_objective(predictions.ctc_log_probs_BTV, front_end, batch, stage)
         seq = kldiv_loss(
             predictions.seq_log_probs_BUV,
             batch.tokens_eos.data.repeat(copies, 1),
@@ -94,7 +94,7 @@ class ASR(ASRBrain):
         SpeechBrain masks positions at or above this times the width: half a token less keeps
         rounding from letting a padded one in.
         """
-        num_targets_B = self.num_tokens(batch).to(self.device) + 1
+        num_targets_B = batch.num_tokens.to(self.device) + 1
         return (num_targets_B - 0.5) / batch.tokens_eos.data.shape[1]
 
     def decode(self, outputs: S2SOutputs, batch: PaddedBatch, stage: sb.Stage) -> list[str] | None:
@@ -102,7 +102,8 @@ class ASR(ASRBrain):
         if stage == sb.Stage.VALID and not self.searches_this_epoch():
             return None
         search = self.hparams.valid_search if stage == sb.Stage.VALID else self.hparams.test_search
-        tokens, _, _, _ = search(outputs.encoder_BTD, outputs.encoded.wav_lens)
+        wav_lens = relative_lengths(outputs.front_end.num_frames_B, outputs.encoder_BTD.shape[1])
+        tokens, _, _, _ = search(outputs.encoder_BTD, wav_lens)
         # Specials are no text, and the output layer may be wider than the tokenizer.
         first, size = self.hparams.eos_index + 1, self.tokenizer.get_piece_size()
         return [self.tokenizer.decode([t for t in ids if first <= t < size]) for ids in tokens]
@@ -124,64 +125,16 @@ class ASR(ASRBrain):
         return {**stats, "ACC": 100 * self.accuracy.summarize()}
 
 
-def add_search(hparams: dict, loaders: Loaders) -> None:
-    """Build both searches; the language model joins that of the test splits unless ``no_lm``.
-
-    Without it nothing else changes: same beam, same temperature, same CTC weight.
-    """
-    del loaders
-    ctc = CTCScorer(
-        ctc_fc=hparams["ctc_lin"],
-        blank_index=hparams["blank_index"],
-        eos_index=hparams["eos_index"],
-    )
-    language_models = [] if hparams["no_lm"] else [load_lm_scorer(hparams)]
-    ngram = load_token_ngram(hparams)
-    hparams["valid_search"] = _search(hparams, hparams["valid_beam_size"], ctc, [])
-    hparams["test_search"] = _search(
-        hparams, hparams["test_beam_size"], ctc, language_models, ngram
-    )
-
-
-def _search(
-    hparams: dict,
-    beam_size: int,
-    ctc: CTCScorer,
-    language_models: list[CachedLMScorer],
-    ngram: KenLMScorer | None = None,
-) -> CachedBeamSearcher:
-    weights = {scorer_key(scorer): hparams["lm_weight"] for scorer in language_models}
-    if not 0 <= hparams["ctc_weight_decode"] < 1:
-        raise UserError(
-            f"ctc_weight_decode is {hparams['ctc_weight_decode']}; it must be at least 0 and below "
-            "1. train_CTC.py decodes with CTC alone."
-        )
-    weights["ctc"] = hparams["ctc_weight_decode"]
-    if ngram is not None:
-        weights["kenlm"] = hparams["token_ngram_weight"]
-    return CachedBeamSearcher(
-        modules=[hparams["Transformer"], hparams["seq_lin"]],
-        bos_index=hparams["bos_index"],
-        eos_index=hparams["eos_index"],
-        min_decode_ratio=hparams["min_decode_ratio"],
-        max_decode_ratio=hparams["max_decode_ratio"],
-        beam_size=beam_size,
-        temperature=hparams["temperature"],
-        using_eos_threshold=hparams["using_eos_threshold"],
-        eos_threshold=hparams["eos_threshold"],
-        length_normalization=hparams["length_normalization"],
-        scorer=ScorerBuilder(
-            full_scorers=language_models,
-            partial_scorers=[ctc] if ngram is None else [ctc, ngram],
-            weights=weights,
-            scorer_beam_scale=hparams["scorer_beam_scale"],
-        ),
-    )
+def prepare_searches(hparams: dict, tokenizer: SentencePieceProcessor) -> None:
+    """Complete both searches with the scorers that need the tokenizer."""
+    folder = Path(hparams["save_folder"]) / "pretrained"
+    for name in ("valid_search", "test_search"):
+        prepare_joint_search(hparams[name], tokenizer, hparams["output_neurons"], folder)
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the recipe with these command-line arguments."""
-    run_recipe(argv, ASR, __doc__, add_search)
+    run_recipe(argv, ASR, __doc__, prepare_searches)
 
 
 if __name__ == "__main__":

@@ -24,18 +24,18 @@ from speechbrain.decoders import scorer as speechbrain_scorers
 from speechbrain.nnet.linear import Linear
 from torch import nn
 
-from benchmarks.report import markdown_table, origin, write_report
+from benchmarks.report import origin, write_report
+from common.tables import markdown_table
 from decoding.beam_search import CachedBeamSearcher
 from decoding.ctc_prefix_scorer import CTCScorer
-from decoding.lm_scorers import TransformerLMScorer
+from decoding.lm_scorers import LMScorer
 from decoding.scorers import ScorerBuilder
-from modules.lengths import num_frames
 from modules.lm import TransformerLM
 from modules.TransformerASR import TransformerASR
 
 VOCABULARY, D_MODEL = 5000, 144
 BLANK, BOS, EOS = 0, 1, 2
-SAMPLE_RATE = 16000
+FRAMES_PER_S = 25
 LONG_S = 10.0
 
 
@@ -96,7 +96,7 @@ def network(decoder_module: str) -> TransformerASR:
 def encoder_output(seconds: float, batch_size: int = 1) -> torch.Tensor:
     """Random (batch, frames, width) of the scale of a LayerNorm's output."""
     torch.manual_seed(1)
-    return torch.randn(batch_size, num_frames(round(seconds * SAMPLE_RATE)), D_MODEL)
+    return torch.randn(batch_size, round(seconds * FRAMES_PER_S) + 1, D_MODEL)
 
 
 def search_options(frames: int, beam_size: int, tokens: int) -> dict[str, Any]:
@@ -151,20 +151,21 @@ def search_pair(
         ctc = Linear(input_size=D_MODEL, n_neurons=VOCABULARY)
         lm = large_lm()
         kinds = [
-            (ScorerBuilder, CTCScorer, TransformerLMScorer),
+            (ScorerBuilder, CTCScorer, LMScorer, "lm"),
             (
                 speechbrain_scorers.ScorerBuilder,
                 speechbrain_scorers.CTCScorer,
                 speechbrain_scorers.TransformerLMScorer,
+                "transformerlm",
             ),
         ]
         scorers = [
             builder(
-                weights={"ctc": 0.4, "transformerlm": 0.6},
+                weights={"ctc": 0.4, lm_key: 0.6},
                 full_scorers=[lm_class(lm, temperature=1.15)],
                 partial_scorers=[ctc_class(ctc, BLANK, EOS)],
             )
-            for builder, ctc_class, lm_class in kinds
+            for builder, ctc_class, lm_class, lm_key in kinds
         ]
     cached = CachedBeamSearcher(modules=[model, output], scorer=scorers[0], **options)
     uncached = S2STransformerBeamSearcher(modules=[model, output], scorer=scorers[1], **options)

@@ -34,12 +34,13 @@ from speechbrain.nnet.linear import Linear
 from speechbrain.processing.features import InputNormalization
 from torch import Tensor, nn
 
-from benchmarks.report import machine_slug, markdown_table, origin, write_report
+from benchmarks.report import machine_slug, origin, write_report
+from common.tables import markdown_table
 from modules.features import Fbank
 from modules.frontend import ConvolutionFrontEnd
-from modules.lengths import num_feature_frames, num_frames, relative_lengths
+from modules.speech_encoder import SpeechEncoder
 from modules.TransformerASR import TransformerASR
-from training.allocator import keep_freed_memory
+from training.launch.allocator import keep_freed_memory
 
 SAMPLE_RATE = 16000
 FRAMES_PER_S = 25
@@ -239,18 +240,21 @@ class TrainingStep:
         for path in self.paths:
             soundfile.write(path, 0.1 * rng.standard_normal(seconds * SAMPLE_RATE), SAMPLE_RATE)
         self.speed = SpeedPerturb(SAMPLE_RATE, speeds=[95, 100, 105])
-        self.fbank = Fbank(n_fft=512)
-        self.normalize = InputNormalization(norm_type="global", update_until_epoch=4)
         drop = {"replace": "mean", "drop_count_low": 1}
         self.drops = [
             SpectrogramDrop(6, 12, drop_count_high=5, dim=1, **drop),
             SpectrogramDrop(10, 20, drop_count_high=3, dim=2, **drop),
         ]
-        self.front_end = ConvolutionFrontEnd((8, 10, 80))
+        front_end = ConvolutionFrontEnd((8, 10, 80))
         network = TransformerASR(input_size=640, encoder_module="conmamba", **NETWORK)
-        self.network = network
+        self.encoder = SpeechEncoder(
+            Fbank(n_fft=512),
+            InputNormalization(norm_type="global", update_until_epoch=4),
+            front_end,
+            network,
+        )
         self.output = Linear(input_size=D_MODEL, n_neurons=VOCABULARY)
-        self.model = nn.ModuleList([self.front_end, network, self.output])
+        self.model = nn.ModuleList([front_end, network, self.output])
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.tokens = torch.randint(1, VOCABULARY, (batch_size, 10 * seconds))
         self.stage_s: dict[str, list[float]] = defaultdict(list)
@@ -270,19 +274,15 @@ class TrainingStep:
             waves = [self.speed(wave[None])[0] for wave in waves]
             samples_B = torch.tensor([len(wave) for wave in waves])
             wav_BS = nn.utils.rnn.pad_sequence(waves, batch_first=True)
-        with self._timed("filterbank and normalisation"), torch.no_grad():
-            feats_BTM = self.fbank(wav_BS, samples_B)
-            feature_frames_B = num_feature_frames(samples_B)
-            lengths = relative_lengths(feature_frames_B, feats_BTM.shape[1])
-            feats_BTM = self.normalize(feats_BTM, lengths, epoch=1)
+        with self._timed("filterbank and normalisation"):
+            feats_BTM, feature_frames_B = self.encoder.features(wav_BS, samples_B, epoch=1)
         with self._timed("spectrogram drops"):
             for drop in self.drops:
                 feats_BTM = drop(feats_BTM)
         with self._timed("front end, forward"):
-            src = self.front_end(feats_BTM, feature_frames_B)
-        frames_B = num_frames(samples_B)
+            src, frames_B = self.encoder.frontend(feats_BTM, feature_frames_B)
         with self._timed("encoder, forward"):
-            encoded_BTD = self.network.encode(src, relative_lengths(frames_B, src.shape[1]))
+            encoded_BTD = self.encoder.encode(src, frames_B)
         with self._timed("output and CTC loss, forward"):
             log_probs_BTV = self.output(encoded_BTD).log_softmax(-1)
             token_lengths_B = torch.full((len(self.paths),), self.tokens.shape[1])

@@ -26,7 +26,8 @@ from speechbrain.dataio.dataio import read_audio_info
 from speechbrain.utils.parallel import parallel_map
 from tqdm import tqdm
 
-from benchmarks.report import markdown_table, origin, write_report
+from benchmarks.report import origin, write_report
+from common.tables import markdown_table
 from librispeech_prepare import prepare_librispeech
 
 _SPLIT = "train-clean-100"

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.report import machine_slug, markdown_table, origin, write_report
+from benchmarks.report import machine_slug, origin, write_report
 from benchmarks.scan_gpu import bench_cuda
 from benchmarks.scans import (
     STATE,
@@ -49,6 +49,7 @@ from benchmarks.timing import (
     tell,
     timed_ms,
 )
+from common.tables import markdown_table
 from ops import build
 
 BATCH, DIM, TIME = 8, 512, 400

@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
@@ -12,14 +11,10 @@ from pathlib import Path
 
 import torch
 
+from common.provenance import git_commit
+
 _REPOSITORY = Path(__file__).resolve().parent.parent
 REPORTS = _REPOSITORY / "benchmarks" / "reports"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; every cell is written with ``str``."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 def origin(command: str, packages: Sequence[str] = (), device: str = "cpu") -> str:
@@ -38,7 +33,7 @@ def origin(command: str, packages: Sequence[str] = (), device: str = "cpu") -> s
     return "\n".join(
         [
             f"- command: `{command}`",
-            f"- commit: {_commit()}",
+            f"- commit: {git_commit() or 'unknown'}",
             f"- date: {date.today().isoformat()}",
             f"- machine: {machine}",
             # Above the number of cores, other programs took part of the time.
@@ -55,17 +50,6 @@ def write_report(name: str, text: str) -> Path:
     path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     sys.stdout.write(path.read_text(encoding="utf-8"))
     return path
-
-
-def _commit() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=_REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or "unknown"
 
 
 def machine_slug(device: str = "cpu") -> str:

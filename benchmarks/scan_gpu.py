@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.report import markdown_table
 from benchmarks.scans import both_ways, make_inputs, make_inputs_of_both, runner, scan, two_calls
 from benchmarks.targets import Target
 from benchmarks.timing import copy_bandwidth, medians_ms, tell
+from common.tables import markdown_table
 
 
 class GpuShape(NamedTuple):

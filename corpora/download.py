@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from corpora.files import file_digest
+from common.files import file_digest
 
 logger = logging.getLogger(__name__)
 

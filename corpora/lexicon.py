@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from corpora.files import atomic_write
+from common.files import atomic_write
 
 HEADER = ("ID", "duration", "char", "phn")
 PARTS = {"lexicon_tr.csv": 0.98, "lexicon_dev.csv": 0.01, "lexicon_test.csv": 0.01}

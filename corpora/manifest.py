@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from corpora.files import atomic_write
+from common.files import atomic_write
 
 DATA_ROOT = "$data_root"
 """Begins every audio path; whoever reads the manifest replaces it by the corpus's folder."""

@@ -53,7 +53,10 @@ class CachedBeamSearcher(S2STransformerBeamSearcher):
                 "A Mamba decoder has no attention weights, which the coverage scorer and "
                 "using_max_attn_shift need: leave them out, or use decoder_module: transformer."
             )
-        self._drops_items = self.scorer is None or scorers.can_select_items(self.scorer)
+
+    @property
+    def _drops_items(self) -> bool:
+        return self.scorer is None or scorers.can_select_items(self.scorer)
 
     @torch.no_grad()
     @packed_weights()

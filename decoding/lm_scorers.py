@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from speechbrain.decoders.scorer import TransformerLMScorer as SpeechBrainTransf
 from speechbrain.lobes.models.transformer.TransformerLM import (
     TransformerLM as SpeechBrainTransformerLM,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from modules import lm as language_models
 
@@ -23,13 +24,27 @@ class LMState(Protocol):
         """The state of some hypotheses, in the order of ``rows_N``."""
 
 
-class CachedLMScorer(SpeechBrainTransformerLMScorer):
-    """SpeechBrain's LM scorer over a model with a state instead of over the prefix.
+class LMScorer(SpeechBrainTransformerLMScorer):
+    """SpeechBrain's LM scorer over a state instead of over the prefix; its key is ``lm``.
 
     Args:
-        language_model: a model with ``initial_state(batch_size)`` and ``step(tokens, state)``.
+        language_model: any ``TransformerLM`` of SpeechBrain, for which a key/value cache is kept
+            here, or a model with ``initial_state(batch_size)`` and ``step(tokens, state)``.
         temperature: the logits are divided by it.
+
+    Raises:
+        ValueError: a ``TransformerLM`` that cannot be run token by token.
     """
+
+    def __init__(self, language_model: nn.Module, temperature: float = 1.0) -> None:
+        super().__init__(language_model, temperature)
+        if isinstance(language_model, SpeechBrainTransformerLM):
+            language_models.check_cacheable(language_model)
+            self._initial_state = partial(language_models.transformer_lm_state, language_model)
+            self._step = partial(language_models.transformer_lm_step, language_model)
+        else:
+            self._initial_state = language_model.initial_state
+            self._step = language_model.step
 
     @torch.no_grad()
     def score(
@@ -49,38 +64,6 @@ class CachedLMScorer(SpeechBrainTransformerLMScorer):
     def permute_mem(self, memory: LMState, index: Tensor) -> LMState:
         """The states of the hypotheses that the search goes on with."""
         return memory.select(index)
-
-    def _initial_state(self, batch_size: int) -> LMState:
-        return self.lm.initial_state(batch_size)
-
-    def _step(self, tokens_N: Tensor, state: LMState) -> tuple[Tensor, LMState]:
-        return self.lm.step(tokens_N, state)
-
-
-class TransformerLMScorer(CachedLMScorer):
-    """Scorer of any ``TransformerLM`` of SpeechBrain; its weight has the key ``transformerlm``.
-
-    Args:
-        language_model: the model; a key/value cache is kept for it here.
-        temperature: the logits are divided by it.
-
-    Raises:
-        ValueError: the model cannot be run token by token.
-    """
-
-    def __init__(self, language_model: SpeechBrainTransformerLM, temperature: float = 1.0) -> None:
-        language_models.check_cacheable(language_model)
-        super().__init__(language_model, temperature)
-
-    def _initial_state(self, batch_size: int) -> LMState:
-        return language_models.transformer_lm_state(self.lm, batch_size)
-
-    def _step(self, tokens_N: Tensor, state: LMState) -> tuple[Tensor, LMState]:
-        return language_models.transformer_lm_step(self.lm, tokens_N, state)
-
-
-class MambaLMScorer(CachedLMScorer):
-    """Scorer of a :class:`modules.lm.MambaLM`; its weight has the key ``mambalm``."""
 
 
 class KenLMScorer(SpeechBrainKenLMScorer):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import sentencepiece as spm
 from speechbrain.decoders.scorer import BaseScorerInterface
 from speechbrain.decoders.scorer import ScorerBuilder as SpeechBrainScorerBuilder
 from torch import Tensor
@@ -12,13 +14,30 @@ CHOSEN_BY_CANDIDATE = ("ctc", "kenlm")
 """Full scorers whose memory SpeechBrain reorders by beam and token, not by beam alone."""
 
 
+class DeferredScorer(Protocol):
+    """A scorer that can be made only once the tokenizer is known."""
+
+    key: str
+
+    def make(
+        self, tokenizer: spm.SentencePieceProcessor, num_tokens: int, folder: Path
+    ) -> BaseScorerInterface | None:
+        """The scorer, or None where the configuration leaves it out.
+
+        Args:
+            tokenizer: the recogniser's.
+            num_tokens: size of its output layer, at least that of the tokenizer.
+            folder: where downloads go.
+        """
+
+
 class ScorerBuilder(SpeechBrainScorerBuilder):
     """SpeechBrain's builder, which refuses scorers that it does not define itself.
 
     Args:
         weights: weight of each scorer under its key: the class name in small letters without
-            "Scorer" (``ctc``, ``transformerlm``, ``mambalm``, ``kenlm``, ``coverage``, ``length``).
-        full_scorers: scorers of the whole vocabulary.
+            "Scorer" (``ctc``, ``lm``, ``kenlm``, ``coverage``, ``length``).
+        full_scorers: scorers of the whole vocabulary; some may be deferred, see ``prepare``.
         partial_scorers: scorers of the best ``beam_size * scorer_beam_scale`` tokens of each
             hypothesis so far.
 
@@ -29,8 +48,8 @@ class ScorerBuilder(SpeechBrainScorerBuilder):
     def __init__(
         self,
         weights: dict[str, float] | None = None,
-        full_scorers: list[BaseScorerInterface] | None = None,
-        partial_scorers: list[BaseScorerInterface] | None = None,
+        full_scorers: list[BaseScorerInterface | DeferredScorer] | None = None,
+        partial_scorers: list[BaseScorerInterface | DeferredScorer] | None = None,
         scorer_beam_scale: float = 2,
     ) -> None:
         weights, full, partial = weights or {}, full_scorers or [], partial_scorers or []
@@ -40,14 +59,37 @@ class ScorerBuilder(SpeechBrainScorerBuilder):
                 f"The scorers are {sorted(keys)} and the weights {sorted(weights)}; every scorer "
                 "needs one weight under its key."
             )
-        super().__init__(weights, full, partial, scorer_beam_scale)
+        self._deferred_full = [scorer for scorer in full if hasattr(scorer, "make")]
+        self._deferred_partial = [scorer for scorer in partial if hasattr(scorer, "make")]
+        deferred = {scorer.key for scorer in [*self._deferred_full, *self._deferred_partial]}
+        super().__init__(
+            {key: weight for key, weight in weights.items() if key not in deferred},
+            [scorer for scorer in full if not hasattr(scorer, "make")],
+            [scorer for scorer in partial if not hasattr(scorer, "make")],
+            scorer_beam_scale,
+        )
+        self._given_weights = weights
+
+    def prepare(self, tokenizer: spm.SentencePieceProcessor, num_tokens: int, folder: Path) -> None:
+        """Makes the deferred scorers; arguments as in ``DeferredScorer.make``."""
+        for deferred, scorers in (
+            (self._deferred_full, self.full_scorers),
+            (self._deferred_partial, self.partial_scorers),
+        ):
+            while deferred:
+                scorer = deferred.pop(0).make(tokenizer, num_tokens, folder)
+                if scorer is not None:
+                    scorers[scorer_key(scorer)] = scorer
+                    self.weights[scorer_key(scorer)] = self._given_weights[scorer_key(scorer)]
 
     def _validate_scorer(self, scorer_names: list[str]) -> None:
         super()._validate_scorer([*scorer_names, *self.full_scorers, *self.partial_scorers])
 
 
-def scorer_key(scorer: BaseScorerInterface) -> str:
+def scorer_key(scorer: BaseScorerInterface | DeferredScorer) -> str:
     """The name under which SpeechBrain files a scorer."""
+    if hasattr(scorer, "make"):
+        return scorer.key
     return type(scorer).__name__.lower().split("scorer")[0]
 
 

@@ -240,7 +240,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         Args:
             src: frames (batch, time, features) or (batch, time, frequency, channel).
             tgt: tokens (batch, tokens) that begin with bos, or None.
-            wav_len: frames of each item as a fraction of those of the batch; None means all.
+            wav_len: frames of each item, integers or a fraction of those of the batch; None: all.
             pad_idx: token that fills up ``tgt``.
 
         Returns:
@@ -267,7 +267,7 @@ class TransformerASR(SpeechBrainTransformerASR):
 
         Args:
             src: frames (batch, time, features) or (batch, time, frequency, channel).
-            wav_len: frames of each item as a fraction of those of the batch; None means all.
+            wav_len: frames of each item, integers or a fraction of those of the batch; None: all.
             pad_idx: has no effect; SpeechBrain's signature.
             dynchunktrain_config: cuts time into chunks; a frame sees nothing behind its chunk.
             intermediate_layers: layers, counted from 1, whose outputs are wanted too.

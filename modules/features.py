@@ -8,7 +8,7 @@ from speechbrain.processing.features import STFT, spectral_magnitude
 from speechbrain.utils.autocast import fwd_default_precision
 from torch import Tensor
 
-from modules.lengths import num_feature_frames, padding_mask
+from modules.lengths import IntOrTensor, padding_mask
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,28 @@ class Fbank(SpeechBrainFbank):
         """Samples between two frames."""
         return self.compute_STFT.hop_length
 
+    def num_frames(self, num_samples: IntOrTensor) -> IntOrTensor:
+        """Frames that so many samples (an integer or integers) become.
+
+        Raises:
+            ValueError: the count is negative or not an integer.
+
+        >>> Fbank(sample_rate=8000).num_frames(8000)
+        101
+        """
+        if isinstance(num_samples, Tensor):
+            if num_samples.is_floating_point():
+                raise ValueError(
+                    f"num_samples has dtype {num_samples.dtype}; wanted integers. Relative lengths "
+                    "must be multiplied by the padded length first."
+                )
+        elif num_samples < 0:
+            raise ValueError(f"num_samples is {num_samples}; a count cannot be negative.")
+        return 1 + num_samples // self.hop_samples
+
     @fwd_default_precision(cast_inputs=torch.float32)
     def forward(self, wav_BS: Tensor, num_samples_B: Tensor | None = None) -> Tensor:
-        """Features ``feats_BTM`` in dB, zero at and after an item's ``num_feature_frames``.
+        """Features ``feats_BTM`` in dB, zero at and after an item's ``num_frames``.
 
         Args:
             wav_BS: waveforms between -1 and 1, padded with anything.
@@ -98,7 +117,7 @@ class Fbank(SpeechBrainFbank):
             )
         wav_BS = wav_BS.masked_fill(padding_mask(num_samples_B, wav_BS.shape[1]), 0.0)
         feats_BTM = self._decibels(wav_BS)
-        frames_B = num_feature_frames(num_samples_B, self.hop_samples)
+        frames_B = self.num_frames(num_samples_B)
         padding_BT1 = padding_mask(frames_B, feats_BTM.shape[1]).unsqueeze(-1)
         return self._floored(feats_BTM, padding_BT1).masked_fill(padding_BT1, 0.0)
 

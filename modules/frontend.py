@@ -217,7 +217,7 @@ class ConvolutionFrontEnd(SpeechBrainFrontEnd):
 
         Args:
             feats_BTM: features, padded with anything.
-            num_frames_B: integer feature frames per item (``num_feature_frames``); ``None``: all.
+            num_frames_B: integer feature frames per item; ``None``: all.
         """
         x = feats_BTM
         if num_frames_B is not None:

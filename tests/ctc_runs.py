@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import train_CTC
-from training.cli import run_script
+from training.launch.command_line import run_script
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONMAMBA = REPOSITORY / "hparams" / "CTC" / "conmamba_small.yaml"
@@ -89,7 +89,7 @@ def start(arguments: Sequence[str], before: str = "") -> subprocess.Popen:
     Args:
         before: Python code to run first, with ``train_CTC`` imported.
     """
-    code = f"import sys, train_CTC\n{before}\nfrom training.cli import run_script\n"
+    code = f"import sys, train_CTC\n{before}\nfrom training.launch.command_line import run_script\n"
     code += "run_script(train_CTC.main)"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],

@@ -10,8 +10,8 @@ import pytest
 import ruamel.yaml
 
 from tests.ctc_runs import REPOSITORY, TINY, command_line, metrics, train
-from training.cli import load_hparams
-from training.optim import count_parameters
+from training.brains.optimization import count_parameters
+from training.launch.command_line import load_hparams
 
 FOLDER = REPOSITORY / "hparams" / "CTC"
 FILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

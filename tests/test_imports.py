@@ -1,4 +1,4 @@
-"""Imports point down only: scripts -> training, inference -> decoding -> modules -> ops."""
+"""Imports point down only: scripts -> training -> inference -> decoding -> modules -> ops."""
 
 import ast
 import sys
@@ -9,22 +9,27 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 MAY_IMPORT = {
+    "common": set(),
     "ops": set(),
-    "corpora": set(),
-    "modules": {"ops"},
-    "decoding": {"modules", "ops"},
-    "inference": {"decoding", "modules", "ops"},
-    "training": {"decoding", "modules", "ops", "corpora", "librispeech_prepare"},
-    "librispeech_prepare": {"corpora"},
-    "transcribe": {"inference", "decoding", "modules", "ops"},
-    "train_CTC": {"training", "decoding", "modules", "ops", "corpora", "librispeech_prepare"},
+    "text": {"common"},
+    "corpora": {"common"},
+    "modules": {"ops", "common"},
+    "decoding": {"modules", "text", "ops", "common"},
+    "inference": {"decoding", "modules", "text", "corpora", "ops", "common"},
+    "librispeech_prepare": {"corpora", "common"},
 }
-MAY_IMPORT |= dict.fromkeys(("train_S2S", "train_LM"), MAY_IMPORT["train_CTC"])
+MAY_IMPORT["training"] = MAY_IMPORT["inference"] | {"inference", "librispeech_prepare"}
+MAY_IMPORT["export"] = MAY_IMPORT["serving"] = MAY_IMPORT["inference"] | {"inference"}
+MAY_IMPORT |= dict.fromkeys(("transcribe", "evaluate"), MAY_IMPORT["serving"])
+MAY_IMPORT |= dict.fromkeys(
+    ("train_CTC", "train_S2S", "train_LM", "train_RNNT"), MAY_IMPORT["training"] | {"training"}
+)
 UPPERMOST = {"tests", "benchmarks", "tools"}
 """These may import everything, and nothing imports them."""
 
 OPTIONAL_IN_OPS = {"triton", "mamba_ssm", "causal_conv1d", "selective_scan_cuda"}
 NO_MODEL_CODE = {"torch", "speechbrain", "torchaudio", "sentencepiece"}
+NO_TORCH = {"torch", "speechbrain", "torchaudio"}
 
 
 def top_level_names() -> dict[str, list[Path]]:
@@ -61,7 +66,7 @@ def name_of(source: Path) -> str:
 
 def test_every_part_has_its_place_in_the_rule():
     assert UNITS.keys() <= MAY_IMPORT.keys() | UPPERMOST
-    assert {"ops", "modules", "decoding", "training", "corpora", "train_CTC"} <= UNITS.keys()
+    assert {"common", "ops", "text", "modules", "decoding", "training", "corpora"} <= UNITS.keys()
 
 
 @pytest.mark.parametrize("source", sources(*(MAY_IMPORT.keys() & UNITS.keys())), ids=name_of)
@@ -80,6 +85,11 @@ def test_ops_imports_torch_alone(source):
 @pytest.mark.parametrize("source", sources("corpora", "librispeech_prepare"), ids=name_of)
 def test_preparing_a_corpus_needs_no_model_code(source):
     assert not imports_of(source) & NO_MODEL_CODE
+
+
+@pytest.mark.parametrize("source", sources("common", "text", "serving"), ids=name_of)
+def test_text_errors_and_serving_need_no_torch(source):
+    assert not imports_of(source) & NO_TORCH
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train_CTC
+from common.errors import EXIT_SIGTERM, EXIT_USER_ERROR
 from tests.ctc_runs import (
     assert_same_end,
     checkpoints,
@@ -19,7 +20,6 @@ from tests.ctc_runs import (
     train,
 )
 from tests.generated_corpus import make_corpus
-from training.errors import EXIT_SIGTERM, EXIT_USER_ERROR
 
 LIFE = {
     "number_of_epochs": 3,

@@ -4,13 +4,13 @@ import csv
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import speechbrain as sb
 import torch
 
 import train_CTC
+from common.errors import EXIT_USER_ERROR
 from corpora.manifest import read_manifest
 from tests.ctc_runs import (
     CONMAMBA,
@@ -23,12 +23,11 @@ from tests.ctc_runs import (
     weights_of,
 )
 from tests.generated_corpus import make_corpus
+from text.tokenizer import load_tokenizer, tokens_of, vocabulary
 from tools.make_ngram import main as make_ngram
-from training import brain as brain_module
-from training.cli import load_hparams, parse_command_line, run_options
-from training.errors import EXIT_USER_ERROR
-from training.tokenizer import load_tokenizer, tokens_of, vocabulary
-from training.word_chunks import read_chunks
+from training.brains import asr_brain as brain_module
+from training.launch.command_line import load_hparams, parse_command_line, run_options
+from training.splicing.segments import read_segments
 
 ONE_BATCH = {"max_batch_length_train": 1000, "num_bucket": 10}
 """Puts the training set into a batch or two, for tests that need no more steps."""
@@ -181,7 +180,7 @@ def test_spliced_training_says_other_sentences_than_the_manifest(
 
     def compute_objectives(self, predictions, batch, stage):
         said = [self.tokenizer.decode(tokens_of(self.tokenizer, text)) for text in batch.said]
-        counts = self.num_tokens(batch).tolist()
+        counts = batch.num_tokens.tolist()
         tokens = [
             row[:count].tolist() for row, count in zip(batch.tokens.data, counts, strict=True)
         ]
@@ -206,18 +205,18 @@ def test_spliced_training_says_other_sentences_than_the_manifest(
     assert {
         word for text, _ in seen[sb.Stage.TRAIN, 3] for word in text.split()
     } <= vocabulary_words
-    chunks, origin = read_chunks(folder / "save" / "word_chunks.json")
+    segments, origin = read_segments(folder / "save" / "segments.json")
     epoch_1_steps = max(entry["step"] for entry in metrics(folder) if entry["epoch"] == 1)
     assert origin == {"step": epoch_1_steps, "epoch": 2, "first_epoch": 2}
-    assert sum(len(chunk.words.split()) for chunk in chunks) > 10
+    assert sum(len(segment.words.split()) for segment in segments) > 10
 
 
 def test_a_model_that_does_not_know_the_words_cuts_none(tone_corpus, tmp_path):
     folder = tmp_path / "run"
     keys = {"spliced_share": 1.0, "splice_from_epoch": 2, "splice_min_log_prob": -1e-6, **ONE_BATCH}
     assert train(command_line(tone_corpus, folder, test_splits="[]", **keys)) == 0
-    chunks, origin = read_chunks(folder / "save" / "word_chunks.json")
-    assert not chunks
+    segments, origin = read_segments(folder / "save" / "segments.json")
+    assert not segments
     assert origin["epoch"] == 2
     assert "Nothing is spliced" in (folder / "log.txt").read_text(encoding="utf-8")
 
@@ -462,10 +461,8 @@ def test_a_word_ngram_decides_between_what_the_audio_leaves_open(run, tone_corpu
     text = tmp_path / "text.txt"
     text.write_text("ONE TWO\nONE TWO THREE\n", encoding="utf-8")
     assert make_ngram([str(text), "--output", str(tmp_path / "words.arpa")]) == 0
-    loaders = SimpleNamespace(
-        tokenizer=load_tokenizer(run / "save" / "tokenizer.model", 31),
-    )
-    pieces = vocabulary(loaders.tokenizer)
+    tokenizer = load_tokenizer(run / "save" / "tokenizer.model", 31)
+    pieces = vocabulary(tokenizer)
     # Every letter of ONE TWO is a little less likely than another letter.
     spoken = [pieces.index(c) for c in "▁ONE▁TWO"]
     log_probs_1TV = torch.full((1, 2 * len(spoken), len(pieces)), -12.0)
@@ -478,7 +475,7 @@ def test_a_word_ngram_decides_between_what_the_audio_leaves_open(run, tone_corpu
             command_line(tone_corpus, tmp_path)[0],
             {"data_folder": "x", "kenlm_model_path": path, "alpha": 2.0},
         )
-        train_CTC.add_search(hparams, loaders)
+        train_CTC.prepare_searches(hparams, tokenizer)
         (beams,) = hparams["test_search"](log_probs_1TV, torch.ones(1))
         texts.append(beams[0].text)
     assert texts[0] != "ONE TWO"

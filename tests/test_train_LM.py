@@ -11,14 +11,14 @@ from speechbrain.lobes.models.transformer.TransformerLM import (
     TransformerLM as SpeechBrainTransformerLM,
 )
 
+from common.errors import Interrupted, UserError
 from modules.lm import MambaLM
+from text.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 from train_LM import main
-from training.cli import load_hparams
-from training.errors import Interrupted, UserError
-from training.lm_brain import LMBrain
-from training.lm_data import TextBatches, read_sentences
-from training.optim import count_parameters
-from training.tokenizer import BOS_ID, EOS_ID, train_tokenizer
+from training.brains.optimization import count_parameters
+from training.launch.command_line import load_hparams
+from training.lm.brain import LMBrain
+from training.lm.text_batches import TextBatches, read_sentences
 
 WORDS = "ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN".split()  # noqa: SIM905
 SENTENCES = [
@@ -72,7 +72,7 @@ def weights(output_folder):
 @pytest.fixture
 def _no_plots(monkeypatch):
     """Curves are tested elsewhere and take longer than these runs."""
-    monkeypatch.setattr("training.run_brain.plot_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr("training.brains.run_brain.plot_curves", lambda *args, **kwargs: None)
 
 
 @pytest.mark.usefixtures("_no_plots")
@@ -224,7 +224,7 @@ class TestText:
                 read += 1
                 yield sentence
 
-        monkeypatch.setattr("training.lm_data.read_sentences", counted)
+        monkeypatch.setattr("training.lm.text_batches.read_sentences", counted)
         next(iter(self.batches(files, tokenizer, chunk_sentences=10)))
         assert read == 10
 

@@ -12,14 +12,13 @@ from speechbrain.dataio.dataio import length_to_mask
 
 import train_LM
 import train_S2S
+from common.errors import UserError
 from corpora.manifest import read_manifest
-from training.cli import load_hparams
-from training.errors import UserError
-from training.language_model import LM_FILE, TOKENIZER_FILE
-from training.optim import count_parameters
-from training.recipe import Loaders
-from training.tokenizer import train_tokenizer
-from training.word_chunks import read_chunks
+from decoding.pretrained_lm import LM_FILE, TOKENIZER_FILE
+from text.tokenizer import train_tokenizer
+from training.brains.optimization import count_parameters
+from training.launch.command_line import load_hparams
+from training.splicing.segments import read_segments
 
 FOLDER = Path(__file__).resolve().parent.parent / "hparams" / "S2S"
 FILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -119,13 +118,13 @@ def test_a_run_leaves_its_files(trained):
 
 
 def test_the_ctc_branch_cuts_the_speech_for_splicing(trained):
-    chunks, origin = read_chunks(trained / "save" / "word_chunks.json")
+    segments, origin = read_segments(trained / "save" / "segments.json")
     assert origin["epoch"] == 2
     rows = {row.ID: row for row in read_manifest(trained / "train.csv")}
-    assert {chunk.utterance_id for chunk in chunks} <= set(rows)
-    assert len(chunks) > len(rows)
-    for chunk in chunks:
-        assert f" {chunk.words} " in f" {rows[chunk.utterance_id].wrd} "
+    assert {segment.utterance_id for segment in segments} <= set(rows)
+    assert len(segments) > len(rows)
+    for segment in segments:
+        assert f" {segment.words} " in f" {rows[segment.utterance_id].wrd} "
 
 
 def search_of(folder: Path, **overrides):
@@ -144,8 +143,7 @@ def search_of(folder: Path, **overrides):
         },
     )
     model_file = folder / TOKENIZER_FILE
-    hparams["tokenizer"] = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    return hparams, Loaders(train=None, valid=None, tests={}, tokenizer=hparams["tokenizer"])
+    return hparams, sentencepiece.SentencePieceProcessor(model_file=str(model_file))
 
 
 @pytest.fixture
@@ -167,14 +165,14 @@ def tiny_lm(hparams):
 def test_no_lm_removes_the_language_model_and_nothing_else(lm_folder):
     searches = {}
     for no_lm in (True, False):
-        hparams, loaders = search_of(
+        hparams, tokenizer = search_of(
             lm_folder, no_lm=no_lm, pretrained_lm_tokenizer_path=str(lm_folder)
         )
-        hparams["lm_model"] = tiny_lm(hparams)
-        train_S2S.add_search(hparams, loaders)
+        hparams["lm_scorer"].language_model = tiny_lm(hparams)
+        train_S2S.prepare_searches(hparams, tokenizer)
         searches[no_lm] = hparams["test_search"]
     without, with_lm = searches[True], searches[False]
-    assert "transformerlm" in with_lm.scorer.full_scorers
+    assert "lm" in with_lm.scorer.full_scorers
     assert without.scorer.full_scorers == {}
     for name in ("beam_size", "temperature", "ctc_weight", "attn_weight", "max_decode_ratio"):
         assert getattr(without, name) == getattr(with_lm, name), name
@@ -182,39 +180,38 @@ def test_no_lm_removes_the_language_model_and_nothing_else(lm_folder):
 
 
 def test_a_language_model_over_other_tokens_is_refused(lm_folder):
-    hparams, loaders = search_of(
+    hparams, tokenizer = search_of(
         lm_folder, no_lm=False, pretrained_lm_tokenizer_path=str(lm_folder)
     )
     other = lm_folder / "other.model"
     train_tokenizer(["ABC DEF"], other, token_type="char", output_neurons=31)
-    hparams["tokenizer"] = sentencepiece.SentencePieceProcessor(model_file=str(other))
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(other))
     with pytest.raises(UserError, match="first differences"):
-        train_S2S.add_search(hparams, loaders)
+        train_S2S.prepare_searches(hparams, tokenizer)
 
 
 def test_a_language_model_folder_without_its_files_is_named(lm_folder):
     (lm_folder / LM_FILE).unlink()
-    hparams, loaders = search_of(
+    hparams, tokenizer = search_of(
         lm_folder, no_lm=False, pretrained_lm_tokenizer_path=str(lm_folder)
     )
     with pytest.raises(UserError, match=r"has no lm\.ckpt"):
-        train_S2S.add_search(hparams, loaders)
+        train_S2S.prepare_searches(hparams, tokenizer)
 
 
 def test_a_language_model_of_another_size_names_parameters(lm_folder):
-    hparams, loaders = search_of(
+    hparams, tokenizer = search_of(
         lm_folder, no_lm=False, pretrained_lm_tokenizer_path=str(lm_folder)
     )
     partial = tiny_lm(hparams)
-    hparams["lm_model"] = type(partial)(partial, d_ffn=24)
+    hparams["lm_scorer"].language_model = type(partial)(partial, d_ffn=24)
     with pytest.raises(UserError, match="another architecture"):
-        train_S2S.add_search(hparams, loaders)
+        train_S2S.prepare_searches(hparams, tokenizer)
 
 
 def test_pure_ctc_decoding_is_left_to_the_other_script(lm_folder):
-    hparams, loaders = search_of(lm_folder, no_lm=True, ctc_weight_decode=1.0)
     with pytest.raises(UserError, match=r"train_CTC\.py"):
-        train_S2S.add_search(hparams, loaders)
+        search_of(lm_folder, no_lm=True, ctc_weight_decode=1.0)
 
 
 def test_no_padded_target_is_scored_whatever_the_lengths():
@@ -223,13 +220,10 @@ def test_no_padded_target_is_scored_whatever_the_lengths():
     for width in (70, 141, 199):
         lengths_B = lengths[lengths <= width]
         batch = SimpleNamespace(
-            tokens=SimpleNamespace(
-                data=torch.zeros(len(lengths_B), width - 1),
-                lengths=(lengths_B - 1) / (width - 1),
-            ),
+            num_tokens=lengths_B - 1,
             tokens_eos=SimpleNamespace(data=torch.zeros(len(lengths_B), width)),
         )
-        brain = SimpleNamespace(num_tokens=train_S2S.ASR.num_tokens, device="cpu")
+        brain = SimpleNamespace(device="cpu")
         scored = length_to_mask(train_S2S.ASR.target_lens(brain, batch) * width, max_len=width)
         assert scored.sum(1).tolist() == lengths_B.tolist()
 

@@ -21,7 +21,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from corpora.files import atomic_write
+from common.files import atomic_write
 from corpora.librispeech import SAMPLE_RATE, list_split
 from corpora.synthetic import room, speech
 from corpora.synthetic.sentences import SentenceMaker

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from corpora.files import atomic_write
-from training.errors import EXIT_USER_ERROR
-from training.lm_data import read_sentences
-from training.tokenizer import UNK_ID
-from training.tokenizer import load_tokenizer as load_sentencepiece
+from common.errors import EXIT_USER_ERROR
+from common.files import atomic_write
+from text.tokenizer import UNK_ID
+from text.tokenizer import load_tokenizer as load_sentencepiece
+from training.lm.text_batches import read_sentences
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)

@@ -18,15 +18,10 @@ from pathlib import Path
 import numpy as np
 from speechbrain.utils.edit_distance import wer_details_for_batch
 
-from corpora.files import atomic_write
-from training.errors import EXIT_USER_ERROR
-from training.reports import (
-    SplitScore,
-    format_number,
-    markdown_table,
-    read_hypotheses,
-    read_results,
-)
+from common.errors import EXIT_USER_ERROR
+from common.files import atomic_write
+from common.tables import format_number, markdown_table
+from training.reporting.reports import SplitScore, read_hypotheses, read_results
 
 # Bounds the memory of one batch of resamples (8 bytes an entry, a few arrays at a time).
 _ENTRIES_AT_ONCE = 4_000_000

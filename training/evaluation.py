@@ -11,13 +11,13 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import ddp_barrier, if_main_process, is_distributed_initialized
 
-from corpora.files import atomic_write
-from training.brain import ASRBrain
-from training.checkpoints import load_model_weights
-from training.data import evaluation_batches
-from training.errors import UserError
-from training.optim import count_parameters
-from training.reports import SplitScore, run_record, update_results, write_split_report
+from common.errors import UserError
+from common.files import atomic_write
+from modules.weights import load_model_weights
+from training.brains.asr_brain import ASRBrain
+from training.brains.optimization import count_parameters
+from training.data.recordings import evaluation_batches
+from training.reporting.reports import SplitScore, run_record, update_results, write_split_report
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,25 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from sentencepiece import SentencePieceProcessor
 from speechbrain.utils.distributed import if_main_process, run_on_main
 
+from common.errors import UserError
 from corpora.librispeech import find_data_root
+from decoding.pretrained_lm import TOKENIZER_FILE, fetch_pretrained
 from librispeech_prepare import prepare_librispeech
-from training.augment import SpeedPerturbation
-from training.brain import ASRBrain
-from training.checkpoints import load_model_weights
-from training.data import (
+from modules.weights import load_model_weights
+from text.tokenizer import (
+    TOKENIZER_SETTINGS,
+    check_unknown_characters,
+    count_unknown_characters,
+    load_tokenizer,
+    train_tokenizer,
+)
+from training.brains.asr_brain import ASRBrain
+from training.checkpoints.run_tokenizer import copy_tokenizer, keep_tokenizer
+from training.data.augmentation import SpeedPerturbation
+from training.data.recordings import (
     Loaders,
     SkippedUtterances,
     evaluation_batches,
@@ -27,21 +38,11 @@ from training.data import (
     unalignable,
     with_characters,
 )
-from training.errors import UserError
 from training.evaluation import evaluate_splits
-from training.language_model import TOKENIZER_FILE, fetch_pretrained, uses_pretrained_tokenizer
-from training.loggers import make_loggers
-from training.reports import results_table
-from training.run_tokenizer import copy_tokenizer, keep_tokenizer
-from training.splicing import Splicing
-from training.start import make_output_folder, start_run
-from training.tokenizer import (
-    TOKENIZER_SETTINGS,
-    check_unknown_characters,
-    count_unknown_characters,
-    load_tokenizer,
-    train_tokenizer,
-)
+from training.launch.start import make_output_folder, start_run
+from training.reporting.loggers import make_loggers
+from training.reporting.reports import results_table
+from training.splicing.splice import Splicing
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,13 @@ def prepare_manifests(hparams: dict, test_only: bool) -> None:
 def tokenizer_file(hparams: dict) -> Path:
     """Where the run keeps its sentencepiece model."""
     return Path(hparams["save_folder"]) / "tokenizer.model"
+
+
+def uses_pretrained_tokenizer(hparams: dict) -> bool:
+    """Whether the tokenizer comes from the language model's source: always from a local folder,
+    from the hub only for a language model that is really used."""
+    source = hparams.get("pretrained_lm_tokenizer_path")
+    return bool(source) and (Path(source).is_dir() or not hparams["no_lm"])
 
 
 def prepare_tokenizer(hparams: dict) -> None:
@@ -141,7 +149,7 @@ def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
     policy = hparams["unknown_characters"]
     unknown = count_unknown_characters(tokenizer, (row["wrd"] for row in rows.values()))
     check_unknown_characters(unknown, policy, "Training transcripts")
-    skipped = unalignable(rows, tokenizer, sample_rate, hparams["CNN"].out_frames)
+    skipped = unalignable(rows, tokenizer, sample_rate, hparams["speech_encoder"].num_frames)
     if policy == "skip":
         skipped |= with_characters(rows, unknown)
     if if_main_process():
@@ -153,8 +161,6 @@ def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
         loaders.perturbation = SpeedPerturbation(
             hparams["speed_perturb"], hparams["seed"], hparams["augment_from_epoch"]
         )
-    if not 0 <= hparams["spliced_share"] <= 1:
-        raise UserError(f"spliced_share is {hparams['spliced_share']}; it is a part of one.")
     if hparams["spliced_share"]:
         loaders.splicing = Splicing(hparams["spliced_share"], hparams["seed"], rows)
         loaders.unperturbed = make_dataset(rows, tokenizer, sample_rate)
@@ -174,14 +180,14 @@ def run_recipe(
     argv: Sequence[str],
     brain_class: type[ASRBrain],
     description: str,
-    complete_hparams: Callable[[dict, Loaders], None] | None = None,
+    prepare_searches: Callable[[dict, SentencePieceProcessor], None],
 ) -> ASRBrain:
     """Prepare, train (or resume), evaluate.
 
     Args:
         argv: arguments of the command line, the YAML file first.
         brain_class: the recipe's Brain.
-        complete_hparams: adds to the hparams what needs the tokenizer (searchers, scorers).
+        prepare_searches: completes the searches of the hparams with what needs the tokenizer.
 
     Raises:
         UserError: something that the user can mend.
@@ -203,8 +209,7 @@ def run_recipe(
         run_on_main(prepare_tokenizer, args=[hparams])
     loaders = dataio_prepare(hparams, test_only)
     hparams["tokenizer"] = loaders.tokenizer
-    if complete_hparams is not None:
-        complete_hparams(hparams, loaders)
+    prepare_searches(hparams, loaders.tokenizer)
     if line.init_from is not None and not test_only:
         load_model_weights(hparams["model"], Path(line.init_from), "file")
     brain = brain_class(

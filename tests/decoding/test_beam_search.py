@@ -7,7 +7,7 @@ from speechbrain.decoders import scorer as speechbrain_scorers
 
 from decoding.beam_search import CachedBeamSearcher
 from decoding.ctc_prefix_scorer import CTCScorer
-from decoding.lm_scorers import TransformerLMScorer
+from decoding.lm_scorers import LMScorer
 from decoding.scorers import ScorerBuilder
 from modules.lm import TransformerLM
 from ops.packed_linear import cpu as packed_cpu
@@ -38,11 +38,11 @@ def joint_scorers(namespace, full_ctc=False, coverage=False):
     """CTC and LM (and coverage) scorers, SpeechBrain's or ours."""
     ours = namespace == "ours"
     ctc_class = CTCScorer if ours else speechbrain_scorers.CTCScorer
-    lm_class = TransformerLMScorer if ours else speechbrain_scorers.TransformerLMScorer
+    lm_class = LMScorer if ours else speechbrain_scorers.TransformerLMScorer
     builder = ScorerBuilder if ours else speechbrain_scorers.ScorerBuilder
     ctc = ctc_class(output_layer(seed=3), BLANK, EOS)
     full = [lm_class(small_lm(), temperature=1.15)]
-    weights = {"ctc": 0.4, "transformerlm": 0.6}
+    weights = {"ctc": 0.4, "lm" if ours else "transformerlm": 0.6}
     if coverage:
         full.append(speechbrain_scorers.CoverageScorer(VOCABULARY, threshold=0.1))
         weights["coverage"] = 0.5

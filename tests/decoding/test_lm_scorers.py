@@ -11,7 +11,7 @@ from speechbrain.lobes.models.transformer.TransformerLM import (
     TransformerLM as SpeechBrainTransformerLM,
 )
 
-from decoding.lm_scorers import KenLMScorer, MambaLMScorer, TransformerLMScorer
+from decoding.lm_scorers import KenLMScorer, LMScorer
 from modules.lm import MambaLM, TransformerLM
 from tools.make_ngram import estimate, write_arpa
 
@@ -47,7 +47,7 @@ def test_transformer_scores_are_those_of_speechbrain(normalize_before, d_embeddi
         VOCABULARY, normalize_before=normalize_before, d_embedding=d_embedding, **SIZES
     )
     expected = scores_of_a_search(SpeechBrainTransformerLMScorer(network, temperature=1.15))
-    actual = scores_of_a_search(TransformerLMScorer(network, temperature=1.15))
+    actual = scores_of_a_search(LMScorer(network, temperature=1.15))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
@@ -56,15 +56,13 @@ def test_our_transformer_has_the_weights_of_speechbrains():
     theirs, ours = SpeechBrainTransformerLM(VOCABULARY, **SIZES), TransformerLM(VOCABULARY, **SIZES)
     ours.load_state_dict(theirs.state_dict())
     expected = scores_of_a_search(SpeechBrainTransformerLMScorer(theirs))
-    torch.testing.assert_close(
-        scores_of_a_search(TransformerLMScorer(ours)), expected, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(scores_of_a_search(LMScorer(ours)), expected, rtol=0, atol=1e-5)
 
 
 def test_mamba_scores_are_those_of_the_whole_prefix():
     network = mamba_lm()
     expected = scores_of_a_search(SpeechBrainTransformerLMScorer(LongTokens(network), 1.15))
-    actual = scores_of_a_search(MambaLMScorer(network, 1.15))
+    actual = scores_of_a_search(LMScorer(network, 1.15))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
@@ -115,13 +113,13 @@ def test_state_of_the_mamba_does_not_grow():
 def test_models_without_a_cached_step_are_refused(options, message):
     network = SpeechBrainTransformerLM(VOCABULARY, **SIZES, **options)
     with pytest.raises(ValueError, match=message):
-        TransformerLMScorer(network)
+        LMScorer(network)
 
 
 def test_a_hypothesis_beyond_the_positions_is_refused():
     network = TransformerLM(VOCABULARY, max_length=2, **SIZES)
     with pytest.raises(ValueError, match="max_length 2"):
-        scores_of_a_search(TransformerLMScorer(network), steps=3)
+        scores_of_a_search(LMScorer(network), steps=3)
 
 
 def test_a_bidirectional_language_model_is_refused():

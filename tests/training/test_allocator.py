@@ -7,7 +7,7 @@ import pytest
 # In a process of its own: the setting cannot be taken back.
 SCRIPT = """
 import resource, sys, torch
-from training.allocator import keep_freed_memory
+from training.launch.allocator import keep_freed_memory
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from training.compare import compare, main, resample_counts
-from training.reports import update_results, write_split_report
+from training.reporting.reports import update_results, write_split_report
 
 UTTERANCES = 300
 WORDS = "ONE TWO THREE FOUR"

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from training.devices import (
+from common.errors import UserError
+from training.launch.devices import (
     check_device,
     check_precision,
     distributed_backend_for,
     own_device,
     peak_memory_gib,
 )
-from training.errors import UserError
 
 
 @pytest.mark.parametrize(

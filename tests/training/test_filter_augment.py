@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.filter_augment import FilterAugment
+from training.data.filter_augment import FilterAugment
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from training.interrupts import StopRequest, UndisturbedWorker
+from training.launch.interrupts import StopRequest, UndisturbedWorker
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,6 +1,6 @@
 """Which run a logger writes to."""
 
-from training.loggers import run_id
+from training.reporting.loggers import run_id
 
 
 def test_a_folder_keeps_its_id_and_another_gets_another(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.metrics_log import MetricsLog
+from training.reporting.metrics_log import MetricsLog
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from training import plots
-from training.metrics_log import MetricsLog
-from training.plots import plot_curves, smooth
+from training.reporting import plots
+from training.reporting.metrics_log import MetricsLog
+from training.reporting.plots import plot_curves, smooth
 
 
 @pytest.fixture

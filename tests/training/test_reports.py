@@ -1,13 +1,10 @@
 """The files an evaluation leaves, and the numbers in them."""
 
 import json
-import shutil
-import subprocess
 
 import pytest
 
-from training import reports
-from training.reports import (
+from training.reporting.reports import (
     SplitScore,
     read_hypotheses,
     results_table,
@@ -243,49 +240,6 @@ def test_run_record_tells_versions_and_a_command_that_can_be_pasted():
     assert all(record["versions"][name] for name in ("python", "torch", "speechbrain"))
 
 
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A repository of one commit that stands in for ours."""
-    if shutil.which("git") is None:
-        pytest.skip("git is not installed")
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    (folder / "file.py").write_text("x = 1\n")
-    git(folder, "init", "-q")
-    git(folder, "add", "-A")
-    git(folder, "-c", "user.name=x", "-c", "user.email=x@localhost", "commit", "-q", "-m", "x")
-    monkeypatch.setattr(reports, "_REPOSITORY", folder.resolve())
-    return folder
-
-
-def git(folder, *arguments):
-    subprocess.run(["git", "-C", str(folder), *arguments], check=True)
-
-
-def commit_of_record():
-    return run_record(seed=0, precision="fp32", device="cpu", command="x")["commit"]
-
-
-def test_commit_says_whether_tracked_files_differ(repository):
-    (repository / "notes.txt").write_text("not tracked\n")
-    clean = commit_of_record()
-    assert len(clean) == 40
-    (repository / "file.py").write_text("x = 2\n")
-    assert commit_of_record() == f"{clean}+dirty"
-
-
-def test_a_copy_inside_another_repository_is_not_given_that_ones_commit(repository, monkeypatch):
-    copy = repository / "copy"
-    copy.mkdir()
-    monkeypatch.setattr(reports, "_REPOSITORY", copy.resolve())
-    assert commit_of_record() is None
-
-
-def test_no_commit_without_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert commit_of_record() is None
-
-
 SPLITS = {
     "test-clean": score(wer=2.0, audio_s=7384.0, decode_s=738.4),
     "x": score(audio_s=59.94, decode_s=6.0),
@@ -307,17 +261,3 @@ def test_markdown_table_has_one_cell_per_column():
     lines = results_table(SPLITS | {"a|b": score()}, markdown=True).splitlines()
     assert [line.replace("\\|", "").count("|") for line in lines] == [6] * 6
     assert set(lines[1]) == set("| -:")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0.0 s"),
-        (59.94, "59.9 s"),
-        (59.96, "1 min 00 s"),
-        (294, "4 min 54 s"),
-        (3599.6, "1 h 00 min"),
-    ],
-)
-def test_durations(seconds, text):
-    assert reports.format_duration(seconds) == text

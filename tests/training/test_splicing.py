@@ -7,9 +7,9 @@ import pytest
 import soundfile
 import torch
 
-from training.alignment import align_words
-from training.splicing import Splicing
-from training.word_chunks import Chunk, cut_at_pauses, read_chunks, write_chunks
+from decoding.ctc_alignment import align_words
+from training.splicing.segments import Segment, cut_at_pauses, read_segments, write_segments
+from training.splicing.splice import Splicing
 
 RATE = 16000
 
@@ -77,9 +77,9 @@ def test_a_recording_is_cut_in_its_pauses_and_nowhere_else():
     spans = [(9000, 10000), (14000, 15000), (25000, 26000)]
     first, second = cut_at_pauses(wav_S, RATE, ["A", "B", "C"], spans, "u")
     assert (first.words, second.words) == ("A B", "C")
-    for chunk, begin_s, end_s in ((first, 0.5, 1.1), (second, 1.5, 1.8)):
-        assert 0.1 < begin_s - chunk.start / RATE < 0.2 + 1e-3
-        assert 0.1 < chunk.stop / RATE - end_s < 0.2 + 1e-3
+    for segment, begin_s, end_s in ((first, 0.5, 1.1), (second, 1.5, 1.8)):
+        assert 0.1 < begin_s - segment.start / RATE < 0.2 + 1e-3
+        assert 0.1 < segment.stop / RATE - end_s < 0.2 + 1e-3
     assert first.stop <= second.start
 
 
@@ -102,14 +102,14 @@ def test_speech_in_noise_is_not_cut_where_it_only_fades():
 def test_silence_and_single_samples_are_no_mistake(frames, level):
     wav_S = np.full(frames, level, dtype=np.float32)
     spans = [(0, 1), (frames, frames)]
-    chunks = cut_at_pauses(wav_S, RATE, ["A", "B"], spans, "u")
-    assert all(0 <= chunk.start < chunk.stop <= frames for chunk in chunks)
+    segments = cut_at_pauses(wav_S, RATE, ["A", "B"], spans, "u")
+    assert all(0 <= segment.start < segment.stop <= frames for segment in segments)
 
 
 def test_chunks_come_back_from_their_file(tmp_path):
-    chunks = [Chunk("a", 0, 10, "ÄRGER ഒന്ന്"), Chunk("b", 5, 6, "B")]
-    write_chunks(tmp_path / "chunks.json", chunks, {"step": 17})
-    assert read_chunks(tmp_path / "chunks.json") == (chunks, {"step": 17})
+    segments = [Segment("a", 0, 10, "ÄRGER ഒന്ന്"), Segment("b", 5, 6, "B")]
+    write_segments(tmp_path / "segments.json", segments, {"step": 17})
+    assert read_segments(tmp_path / "segments.json") == (segments, {"step": 17})
 
 
 @pytest.fixture
@@ -124,11 +124,11 @@ def rows(tmp_path):
 
 
 CHUNKS = [
-    Chunk("a", 0, 4000, "ONE"),
-    Chunk("a", 4000, 9000, "TWO TWO"),
-    Chunk("b", 100, 6100, "THREE"),
-    Chunk("c", 0, 3000, "FOUR"),
-    Chunk("left out", 0, 10, "NOTHING"),
+    Segment("a", 0, 4000, "ONE"),
+    Segment("a", 4000, 9000, "TWO TWO"),
+    Segment("b", 100, 6100, "THREE"),
+    Segment("c", 0, 3000, "FOUR"),
+    Segment("left out", 0, 10, "NOTHING"),
 ]
 LEVELS = {"ONE": 0.1, "TWO TWO": 0.1, "THREE": 0.2, "FOUR": 0.3}
 
@@ -141,7 +141,7 @@ def spliced(rows, share=1.0, seed=1, epoch=1, key="a", samples=RATE):
 
 
 def test_a_spliced_utterance_says_what_its_pieces_say(rows):
-    lengths = {chunk.words: chunk.stop - chunk.start for chunk in CHUNKS}
+    lengths = {segment.words: segment.stop - segment.start for segment in CHUNKS}
     seen = set()
     for epoch in range(20):
         wav_S, words = spliced(rows, epoch=epoch)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.token_noise import replace_tokens
+from training.data.token_noise import replace_tokens
 
 TOKENS_BU = torch.cat([torch.ones(64, 1, dtype=torch.long), torch.full((64, 30), 5)], dim=1)
 

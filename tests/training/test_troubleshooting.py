@@ -8,7 +8,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "troubleshooting.md"
-FOLDERS = ("training", "modules", "corpora", "ops", "decoding")
+FOLDERS = ("common", "text", "training", "modules", "corpora", "ops", "decoding")
 
 
 def quoted_messages() -> list[str]:

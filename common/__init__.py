@@ -1,0 +1,1 @@
+"""Errors and file helpers that every level of the repository needs."""

@@ -1,0 +1,66 @@
+"""When the words of a transcript were said, after a CTC model's best path."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchaudio.functional import forced_align, merge_tokens
+
+
+def min_ctc_frames(tokens_BU: Tensor, num_tokens_B: Tensor) -> Tensor:
+    """Fewest frames that a CTC path needs: one per token and one per adjacent repetition."""
+    positions_U = torch.arange(tokens_BU.shape[1], device=tokens_BU.device)
+    repeat_BU = torch.zeros_like(tokens_BU, dtype=torch.bool)
+    repeat_BU[:, 1:] = tokens_BU[:, 1:] == tokens_BU[:, :-1]
+    repeat_BU &= positions_U < num_tokens_B[:, None]
+    return num_tokens_B + repeat_BU.sum(1)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where the words of an utterance are.
+
+    Attributes:
+        spans: for each word the first frame of its tokens and one past the last. CTC marks a token
+            with a few frames somewhere inside it: a word is longer than that.
+        log_prob_per_token: of the whole path; near 0 where the model is sure.
+    """
+
+    spans: list[tuple[int, int]]
+    log_prob_per_token: float
+
+
+def align_words(
+    log_probs_TV: Tensor, tokens: Sequence[int], pieces: Sequence[str], blank: int = 0
+) -> Alignment | None:
+    """The likeliest path through a transcript.
+
+    Args:
+        log_probs_TV: float32 log probabilities of one utterance, without padding.
+        tokens: its targets, without blanks.
+        pieces: their text; a word begins with "▁", as in sentencepiece. A piece that is nothing
+            else belongs to the pause before the word.
+
+    Returns:
+        None where the frames do not suffice for the tokens, a word has none, or log probabilities
+        are not finite.
+    """
+    targets_1U = torch.tensor([list(tokens)], dtype=torch.int32)
+    enough = int(min_ctc_frames(targets_1U, torch.tensor([len(tokens)])))
+    if not len(tokens) or len(log_probs_TV) < enough or not log_probs_TV.isfinite().all():
+        return None
+    path_1T, scores_1T = forced_align(
+        log_probs_TV[None].float().cpu().contiguous(), targets_1U, blank=blank
+    )
+    words: list[tuple[int, int] | None] = []
+    token_spans = merge_tokens(path_1T[0], scores_1T[0], blank)
+    for span, piece in zip(token_spans, pieces, strict=True):
+        if piece.startswith("▁") or not words:
+            words.append(None)
+        if piece != "▁":
+            start = span.start if words[-1] is None else words[-1][0]
+            words[-1] = (start, span.end)
+    if None in words:
+        return None
+    return Alignment(words, float(scores_1T.sum()) / len(tokens))

@@ -1,0 +1,97 @@
+"""From waveforms to encoder output: the one path that training, decoding and inference take."""
+
+import torch
+from speechbrain.processing.features import InputNormalization
+from torch import Tensor, nn
+
+from modules.features import Fbank
+from modules.frontend import ConvolutionFrontEnd
+from modules.lengths import IntOrTensor, relative_lengths
+from modules.TransformerASR import TransformerASR
+
+
+class SpeechEncoder(nn.Module):
+    """Filterbank, normaliser, convolutional front end and network as one module.
+
+    ``forward`` is ``features``, ``frontend`` and ``encode`` in a row; a trainer calls the three and
+    augments between them. It is the only source of frame counts.
+
+    Args:
+        compute_features: waveforms to features.
+        normalize: of the features; trained before ``forward`` is called.
+        CNN: features to fewer frames.
+        Transformer: frames to encoder output.
+
+    >>> from modules.frontend import ConvolutionFrontEnd
+    >>> cnn = ConvolutionFrontEnd((None, None, 80))
+    >>> network = TransformerASR(31, 640, 16, 2, 1, 0, 16, encoder_module="conmamba")
+    >>> encoder = SpeechEncoder(Fbank(), InputNormalization(), cnn, network).eval()
+    >>> encoder_out_BTD, num_frames_B = encoder(torch.zeros(2, 16000), torch.tensor([16000, 8000]))
+    >>> encoder_out_BTD.shape, num_frames_B
+    (torch.Size([2, 26, 16]), tensor([26, 13]))
+    >>> encoder.num_frames(8000)
+    13
+    """
+
+    def __init__(
+        self,
+        compute_features: Fbank,
+        normalize: InputNormalization,
+        CNN: ConvolutionFrontEnd,
+        Transformer: TransformerASR,
+    ):
+        super().__init__()
+        self.compute_features = compute_features
+        self.normalize = normalize
+        self.CNN = CNN
+        self.Transformer = Transformer
+        # A distributed wrapper that takes the front end's place has no such method.
+        self._frontend_frames = CNN.out_frames
+
+    def num_feature_frames(self, num_samples: IntOrTensor) -> IntOrTensor:
+        """Frames that the filterbank makes of so many samples (an integer or integers)."""
+        return self.compute_features.num_frames(num_samples)
+
+    def num_frames(self, num_samples: IntOrTensor) -> IntOrTensor:
+        """Encoder frames that so many samples (an integer or integers) become."""
+        return self._frontend_frames(self.num_feature_frames(num_samples))
+
+    def features(
+        self, wav_BS: Tensor, num_samples_B: Tensor, epoch: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised features ``feats_BTM`` and their frames per item, without a gradient.
+
+        Args:
+            wav_BS: waveforms between -1 and 1, padded with anything.
+            num_samples_B: integer samples per item.
+            epoch: in training: the normaliser learns in the first ones.
+        """
+        # Filterbank energies span more decades than bfloat16 has bits.
+        with torch.autocast(wav_BS.device.type, enabled=False), torch.no_grad():
+            feats_BTM = self.compute_features(wav_BS, num_samples_B)
+            num_frames_B = self.num_feature_frames(num_samples_B)
+            wav_lens = relative_lengths(num_frames_B, feats_BTM.shape[1])
+            return self.normalize(feats_BTM, wav_lens, epoch=epoch), num_frames_B
+
+    def frontend(self, feats_BTM: Tensor, num_feature_frames_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Front-end frames (batch, time, frequency, channel), and how many each item has."""
+        return self.CNN(feats_BTM, num_feature_frames_B), self._frontend_frames(
+            num_feature_frames_B
+        )
+
+    def encode(self, frames_BTFC: Tensor, num_frames_B: Tensor) -> Tensor:
+        """Encoder output ``encoder_out_BTD`` of front-end frames."""
+        return self.Transformer(frames_BTFC, None, num_frames_B)[0]
+
+    def forward(self, wav_BS: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Waveforms to ``encoder_out_BTD`` and integer frames per item ``num_frames_B``.
+
+        Args:
+            wav_BS: waveforms between -1 and 1, padded with anything.
+            num_samples_B: integer samples per item.
+
+        Raises:
+            ValueError: the lengths are not one integer per item.
+        """
+        frames_BTFC, num_frames_B = self.frontend(*self.features(wav_BS, num_samples_B))
+        return self.encode(frames_BTFC, num_frames_B), num_frames_B

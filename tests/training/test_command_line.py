@@ -1,0 +1,240 @@
+"""Command line: options, overrides, and mistakes that end with one message."""
+
+import errno
+
+import pytest
+
+from common.errors import EXIT_USER_ERROR, Interrupted, UserError
+from training.launch.command_line import (
+    load_hparams,
+    parse_command_line,
+    parse_overrides,
+    run_options,
+    run_script,
+)
+
+YAML = """
+batch_size: 8
+lr_adam: 0.001
+output_folder: !ref results/<batch_size>
+data_folder: !PLACEHOLDER
+train_splits: [train-clean-100]
+mamba_config:
+  d_state: 16
+  expand: 2
+precision: bf16
+layer: !new:torch.nn.Linear
+  in_features: !ref <batch_size>
+  out_features: 2
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text(YAML, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {}),
+        (["--a", "1"], {"a": 1}),
+        (["--a=1"], {"a": 1}),
+        (["--a", "x=y"], {"a": "x=y"}),
+        (["--a=x=y=z"], {"a": "x=y=z"}),
+        (["--a", "-12.5"], {"a": -12.5}),
+        (["--a", "1e-3", "--b=-2e4"], {"a": 0.001, "b": -20000.0}),
+        (["--a", "[x, 'y z']", "--b=[]"], {"a": ["x", "y z"], "b": []}),
+        (["--a", "{k: 1, l: [2]}"], {"a": {"k": 1, "l": [2]}}),
+        (["--a", "True", "--b", "null", "--c", ""], {"a": True, "b": None, "c": None}),
+        (["--a", "path with spaces/x.yaml"], {"a": "path with spaces/x.yaml"}),
+        (["--a", "1", "--a", "2"], {"a": 2}),
+    ],
+)
+def test_overrides_are_yaml_values(arguments, expected):
+    assert parse_overrides(arguments) == expected
+
+
+@pytest.mark.parametrize("arguments", [["--a"], ["--a", "--b", "1"], ["--b", "1", "--a"]])
+def test_a_key_without_a_value_is_named(arguments):
+    with pytest.raises(UserError, match="--a has no value"):
+        parse_overrides(arguments)
+
+
+def test_a_value_without_a_key_is_named():
+    with pytest.raises(UserError, match=r"'train-clean-360'.*Lists need quotes"):
+        parse_overrides(["--train_splits", "train-clean-100", "train-clean-360"])
+
+
+def test_a_value_that_is_not_yaml_is_named():
+    with pytest.raises(UserError, match="value of --a is not valid YAML"):
+        parse_overrides(["--a", "[1, 2"])
+
+
+def test_options_and_overrides_are_told_apart():
+    line = parse_command_line(
+        ["m.yaml", "--batch_size", "4", "--precision=fp32", "--test_only", "--lr_adam=0.1"], ""
+    )
+    assert line.param_file == "m.yaml"
+    assert line.overrides == {"batch_size": 4, "lr_adam": 0.1}
+    assert line.run_options == {"param_file": "m.yaml", "precision": "fp32", "test_only": True}
+    assert (line.resume, line.init_from) == (None, None)
+
+
+def test_a_key_that_begins_like_an_option_is_a_key():
+    line = parse_command_line(["m.yaml", "--test", "1", "--dev", "x"], "")
+    assert line.overrides == {"test": 1, "dev": "x"}
+
+
+def test_own_options_are_no_overrides():
+    line = parse_command_line(["m.yaml", "--resume", "save/CKPT+1", "--init_from=w.ckpt"], "")
+    assert (line.resume, line.init_from) == ("save/CKPT+1", "w.ckpt")
+    assert line.overrides == {}
+    assert not {"resume", "init_from"} & line.run_options.keys()
+
+
+def options_of(arguments, hparams):
+    return run_options(parse_command_line(["m.yaml", *arguments], ""), hparams)
+
+
+def test_a_run_option_comes_from_the_command_line_else_the_yaml_else_the_default():
+    hparams = {"precision": "bf16", "device": "cpu", "max_grad_norm": 2.0}
+    options = options_of(["--precision", "fp32"], hparams)
+    assert (options.precision, options.device, options.max_grad_norm) == ("fp32", "cpu", 2.0)
+    assert options.grad_accumulation_factor == 1
+    assert options_of([], hparams).precision == "bf16"
+
+
+def test_the_backend_of_processes_suits_the_device():
+    assert options_of(["--device", "cpu"], {}).distributed_backend == "gloo"
+    assert options_of(["--device", "cuda:1"], {}).distributed_backend == "nccl"
+    assert options_of(
+        ["--device", "cuda", "--distributed_backend=gloo"], {}
+    ).distributed_backend == ("gloo")
+
+
+def test_a_checkpoint_interval_in_steps_replaces_the_one_in_minutes():
+    options = options_of(["--ckpt_interval_steps", "5"], {"ckpt_interval_minutes": 30})
+    assert (options.ckpt_interval_steps, options.ckpt_interval_minutes) == (5, 0)
+
+
+def test_overrides_reach_references_and_objects(yaml_file):
+    hparams = load_hparams(
+        yaml_file, {"batch_size": 3, "data_folder": "x=y", "mamba_config": {"d_state": 4}}
+    )
+    assert hparams["output_folder"] == "results/3"
+    assert hparams["layer"].in_features == 3
+    assert hparams["data_folder"] == "x=y"
+    assert hparams["mamba_config"] == {"d_state": 4, "expand": 2}
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("batchsize", "Did you mean batch_size"),
+        ("lr_adma", "lr_adam"),
+        ("zzz", "It has: batch_size"),
+    ],
+)
+def test_an_unknown_key_is_an_error_with_a_suggestion(yaml_file, key, hint):
+    with pytest.raises(UserError, match=f"has no key '{key}'.*{hint}"):
+        load_hparams(yaml_file, {key: 1, "data_folder": "x"})
+
+
+def test_a_required_key_left_open_is_named(yaml_file):
+    with pytest.raises(UserError, match=r"data_folder.*--data_folder /path/to"):
+        load_hparams(yaml_file, {})
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"No such hyperparameter file: .*conmanba\.yaml"):
+        load_hparams(str(tmp_path / "conmanba.yaml"), {})
+
+
+@pytest.mark.parametrize(
+    "content", ["a: [1, 2", "a: b: c", "- 1\n- 2\n", "", "a: !new:no.such.Thing\n"]
+)
+def test_a_file_that_is_no_hyperparameter_file_is_one_error(tmp_path, content):
+    path = tmp_path / "broken.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        load_hparams(str(path), {})
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("what, where, what to do"), EXIT_USER_ERROR, "error: what, where, what to do\n"),
+        (OSError(errno.ENOSPC, "No space left", "log"), EXIT_USER_ERROR, "make room and repeat"),
+        (Interrupted(2), 130, ""),
+        (Interrupted(15), 143, ""),
+    ],
+)
+def test_a_script_ends_with_the_documented_status_and_one_message(capsys, error, status, message):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, [])
+    assert ended.value.code == status
+    stderr = capsys.readouterr().err
+    assert message in stderr
+    assert stderr.count("\n") == bool(message)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("bug"), FileNotFoundError("bug"), ValueError("bug")]
+)
+def test_a_fault_of_the_code_keeps_its_traceback(error):
+    def main(argv):
+        raise error
+
+    with pytest.raises(type(error), match="bug"):
+        run_script(main, [])
+
+
+def test_a_script_gets_the_arguments_of_the_process(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "m.yaml", "--a", "1"])
+    got = []
+    run_script(got.extend)
+    assert got == ["m.yaml", "--a", "1"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("width", "abc", "a number"),
+        ("width", True, "a number"),
+        ("shuffle", "abc", "True or False"),
+        ("shuffle", 1, "True or False"),
+    ],
+)
+def test_a_value_of_another_kind_than_the_files_is_an_error(tmp_path, key, value, wanted):
+    path = tmp_path / "kinds.yaml"
+    path.write_text("width: 4\nshuffle: False\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"--{key} is {value!r}; it must be {wanted}"):
+        load_hparams(str(path), {key: value})
+    assert load_hparams(str(path), {"width": 2.5, "shuffle": True})["shuffle"] is True
+    assert load_hparams(str(path), {"width": None})["width"] is None
+
+
+def test_a_misspelt_switch_is_suggested():
+    with pytest.raises(UserError, match="Did you mean --test_only"):
+        parse_command_line(["m.yaml", "--test-only"], "")
+
+
+def test_an_accumulation_over_no_batch_is_an_error():
+    with pytest.raises(UserError, match="at least 1"):
+        options_of(["--grad_accumulation_factor", "0"], {})
+
+
+def test_an_interruption_before_training_has_the_documented_status(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, [])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.count("\n") == 1

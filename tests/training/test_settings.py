@@ -1,0 +1,78 @@
+"""Values of the YAML files are checked before anything is built."""
+
+import pytest
+
+from common.errors import UserError
+from tests.ctc_runs import CONMAMBA
+from training.launch.command_line import load_hparams
+from training.launch.settings import DEFAULTS, SETTINGS, check_setting
+
+REFUSED = {
+    "seed": None,
+    "num_encoder_layers": 2.5,
+    "log_interval_steps": 0,
+    "test_beam_size": 0,
+    "max_batch_length_train": 0,
+    "num_workers": -1,
+    "mamba_config": 8,
+    "test_splits": None,
+    "avg_checkpoints": 0,
+    "max_decode_ratio": -1,
+    "temperature": 0,
+    "sorting": "upwards",
+    "token_type": "word",
+    "unknown_characters": "ignore",
+    "blank_index": 3,
+    "eos_index": 0,
+    "ctc_weight_decode": 1,
+    "spliced_share": 1.5,
+    "label_smoothing": "high",
+    "skip_prep": "maybe",
+    "transformer_dropout": True,
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_value_that_cannot_be_is_refused_by_its_key(key):
+    with pytest.raises(UserError, match=f"^--{key} is .*; it must be"):
+        check_setting(key, REFUSED[key], "--")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", -5),
+        ("test_splits", "dev-clean"),
+        ("test_splits", []),
+        ("mamba_config", None),
+        ("skip_prep", False),
+        ("num_workers", 0),
+        ("lr_adam", 1e-3),
+        ("no such key", object()),
+    ],
+)
+def test_what_can_be_is_taken(key, value):
+    check_setting(key, value, "--")
+
+
+def test_every_default_is_a_value_of_its_key():
+    for key, value in DEFAULTS.items():
+        check_setting(key, value, "--")
+    assert "spliced_share" in DEFAULTS
+    assert "lr_adam" not in DEFAULTS
+    assert len(SETTINGS) > 60
+
+
+def test_keys_of_special_recipes_hold_without_standing_in_the_file(tmp_path):
+    assert "consistency_weight" not in CONMAMBA.read_text(encoding="utf-8")
+    needed = {"data_folder": "x", "output_folder": str(tmp_path)}
+    assert load_hparams(str(CONMAMBA), needed)["consistency_weight"] == 0.0
+    given = load_hparams(str(CONMAMBA), needed | {"consistency_weight": 0.2})
+    assert given["consistency_weight"] == 0.2
+
+
+def test_a_value_in_the_file_is_checked_before_its_objects_are_built(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text("num_encoder_layers: 2.5\nnet: !new:nowhere.Network\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"file\.yaml: num_encoder_layers is 2\.5; it must be an"):
+        load_hparams(str(path), {})

@@ -1,0 +1,1 @@
+"""Training loops: of any model, and of a recogniser; optimiser and schedules."""

@@ -1,0 +1,245 @@
+"""The Brain of a recogniser: what the CTC and the S2S script share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.metric_stats import ErrorRateStats
+from torch import Tensor
+from tqdm import tqdm
+
+from common.errors import Interrupted
+from decoding.ctc_alignment import min_ctc_frames
+from modules.speech_encoder import SpeechEncoder
+from training.brains.run_brain import RunBrain
+from training.data.augmentation import SpectrogramAugmentation, SpeedPerturbation
+from training.data.recordings import SkippedUtterances, evaluation_batches
+from training.losses.ctc import consistency_loss, ctc_loss, flat_start_loss, mean_over_feasible
+from training.seeding import seed_everything
+from training.splicing.cut_speech import Emissions, WordCutter, cut_speech
+from training.splicing.splice import Splicing
+
+
+@dataclass
+class FrontEndOutput:
+    """Front-end frames of a batch, in training those of augmented speech.
+
+    Attributes:
+        frames_BTFC: frames, zero beyond each item's own.
+        num_frames_B: integer frames of each item.
+        copies: how many augmented copies of the batch stand one after the other in it.
+    """
+
+    frames_BTFC: Tensor
+    num_frames_B: Tensor
+    copies: int
+
+
+class ASRBrain(RunBrain):
+    """Training loop of a recogniser: features, augmentation, decoding and error rates.
+
+    Subclasses give ``compute_forward``, whose outputs have ``ctc_log_probs_BTV`` and ``front_end``,
+    ``compute_objectives`` and ``decode``, and set ``best_metric`` (key of ``validation_stats``) and
+    ``best_is`` ("min" or "max").
+    """
+
+    best_metric = "WER"
+    best_is = "min"
+    amount_unit = "audio_s"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        hparams = self.hparams
+        self.tokenizer = getattr(hparams, "tokenizer", None)
+        self.skipped = SkippedUtterances(Path(hparams.output_folder) / "skipped.csv")
+        self.perturbation: SpeedPerturbation | None = None
+        self.splicing: Splicing | None = None
+        self.unperturbed: DynamicItemDataset | None = None
+        self.spectrogram_augmentation = SpectrogramAugmentation(
+            getattr(hparams, "spectrogram_augmentations", []), hparams.seed
+        )
+        self.last_test_loss = float("nan")
+        self.transcripts: dict[str, tuple[str, str]] = {}
+        self.speech_encoder: SpeechEncoder = hparams.speech_encoder
+        self.speech_encoder.compute_features.to(self.device)
+
+    def describe(self, batch: PaddedBatch) -> str:
+        """The ids of the utterances."""
+        return ", ".join(batch.id)
+
+    def amount(self, batch: PaddedBatch) -> float:
+        """Seconds of audio; a perturbed or spliced utterance counts as that of the manifest."""
+        return float(sum(batch.duration))
+
+    def augments(self, stage: sb.Stage) -> bool:
+        """Whether this stage is trained on augmented speech: from ``augment_from_epoch`` on."""
+        return stage == sb.Stage.TRAIN and self.epoch >= self.hparams.augment_from_epoch
+
+    def front_end(self, batch: PaddedBatch, stage: sb.Stage) -> FrontEndOutput:
+        """Features, augmentation (see ``augments``) and front-end frames.
+
+        With a ``consistency_weight`` what is augmented is repeated, each copy augmented anew.
+        """
+        hparams, copies = self.hparams, 1
+        feats_BTM, num_frames_B = self.speech_encoder.features(
+            batch.sig.data, batch.num_samples.to(self.device), self.epoch
+        )
+        if self.augments(stage):
+            copies = 2 if hparams.consistency_weight else 1
+            feats_BTM = torch.cat(
+                [
+                    self.spectrogram_augmentation(
+                        feats_BTM, num_frames_B, batch.id, self.epoch, view
+                    )
+                    for view in range(copies)
+                ]
+            )
+            num_frames_B = num_frames_B.repeat(copies)
+        # From here on only dropout draws random numbers.
+        if stage == sb.Stage.TRAIN:
+            seed_everything(hparams.seed, self.epoch, self.step, self.rank)
+        return FrontEndOutput(*self.speech_encoder.frontend(feats_BTM, num_frames_B), copies)
+
+    def ctc_objective(
+        self, log_probs_BTV: Tensor, front_end: FrontEndOutput, batch: PaddedBatch, stage: sb.Stage
+    ) -> Tensor:
+        """CTC loss, mean over utterances; in training with the consistency of the two copies.
+
+        The first ``flat_start_epochs`` train with ``flat_start_loss``, whose priors fade out in the
+        second half of them: set free at once, alignments can fall back to blanks.
+        """
+        hparams, training = self.hparams, stage == sb.Stage.TRAIN
+        arguments = (
+            log_probs_BTV,
+            batch.tokens.data.repeat(front_end.copies, 1),
+            front_end.num_frames_B,
+            batch.num_tokens.to(self.device).repeat(front_end.copies),
+            hparams.blank_index,
+        )
+        if training and self.epoch <= hparams.flat_start_epochs:
+            remaining = 1 - (self.epoch - 1) / hparams.flat_start_epochs
+            loss_B, feasible_B = flat_start_loss(*arguments, prior_scale=min(1.0, 2 * remaining))
+        else:
+            loss_B, feasible_B = ctc_loss(*arguments)
+        loss = mean_over_feasible(loss_B, feasible_B)
+        if training:
+            self.note_infeasible(list(batch.id), feasible_B, front_end, batch)
+            if front_end.copies > 1:
+                loss = loss + hparams.consistency_weight * consistency_loss(
+                    log_probs_BTV, front_end.num_frames_B, feasible_B
+                )
+        return loss
+
+    def note_infeasible(
+        self, ids: list[str], feasible_B: Tensor, front_end: FrontEndOutput, batch: PaddedBatch
+    ) -> None:
+        """List utterances that were too short for their tokens in skipped.csv."""
+        if bool(feasible_B.all()):
+            return
+        num_tokens_B = batch.num_tokens.cpu()
+        needed_B = min_ctc_frames(batch.tokens.data.cpu(), num_tokens_B)
+        rows = range(len(ids))
+        reasons = {
+            ids[i]: f"{int(front_end.num_frames_B[i])} frames for {int(needed_B[i])} "
+            "(tokens and repetitions) after speed perturbation"
+            for i in rows
+            # A spliced utterance is none of the corpus, and another one next time.
+            if not bool(feasible_B[i]) and batch.said[i] == batch.wrd[i]
+        }
+        self.skipped.add(reasons)
+
+    def on_stage_start(self, stage, epoch=None):
+        """Seed the stage, reset what is measured in it."""
+        if stage == sb.Stage.TRAIN and self.splicing is not None:
+            # Before seeds and clock: a resumed run may find this done.
+            self.prepare_splicing(epoch)
+        super().on_stage_start(stage, epoch)
+        if stage == sb.Stage.TRAIN:
+            if self.perturbation is not None:
+                self.perturbation.epoch = epoch
+            return
+        self.wer_stats = ErrorRateStats()
+        self.cer_stats = ErrorRateStats(split_tokens=True)
+        self.transcripts = {}
+        self.on_scoring_start(stage)
+
+    def prepare_splicing(self, epoch: int) -> None:
+        """From ``splice_from_epoch`` on: cut the speech as soon as the model knows its words."""
+        hparams = self.hparams
+        self.splicing.epoch = epoch
+        if epoch < hparams.splice_from_epoch or self.splicing.pieces:
+            return
+        cutter = WordCutter(
+            self.tokenizer, hparams.sample_rate, hparams.splice_min_log_prob, hparams.blank_index
+        )
+        origin = {
+            "step": self.optimizer_step,
+            "epoch": epoch,
+            "first_epoch": hparams.splice_from_epoch,
+        }
+        path = Path(hparams.save_folder) / "segments.json"
+        self.splicing.use(cut_speech(self.emissions, cutter, path, origin))
+
+    def emissions(self) -> Emissions:
+        """The training speech as it was recorded, and what the CTC branch makes of it.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came.
+        """
+        loader = self.make_dataloader(
+            self.unperturbed,
+            sb.Stage.VALID,
+            ckpt_prefix=None,
+            **evaluation_batches(self.unperturbed, vars(self.hparams)),
+        )
+        hidden = self.noprogressbar or not if_main_process()
+        self.modules.eval()
+        for batch in tqdm(loader, desc="aligning words", disable=hidden):
+            _, stop = self.agree(True, self.stop_request.signal_number)
+            if stop:
+                raise Interrupted(stop)
+            with torch.no_grad(), self.evaluation_ctx:
+                outputs = self.compute_forward(batch, sb.Stage.VALID)
+            yield batch, outputs.ctc_log_probs_BTV, outputs.front_end.num_frames_B
+
+    def on_fit_start(self):
+        """As the parent's; the front end that is called is the one that synchronises gradients."""
+        super().on_fit_start()
+        self.speech_encoder.CNN = self.modules.CNN
+
+    def unwrap_modules(self) -> None:
+        """As the parent's, for the front end too."""
+        super().unwrap_modules()
+        self.speech_encoder.CNN = self.modules.CNN
+
+    def on_scoring_start(self, stage: sb.Stage) -> None:
+        """Hook of the subclasses: reset further statistics."""
+
+    def validation_stats(self, loss: float) -> dict[str, float]:
+        """Figures of a validation; WER and CER in percent."""
+        return {
+            "loss": loss,
+            "WER": self.wer_stats.summarize("error_rate"),
+            "CER": self.cer_stats.summarize("error_rate"),
+        }
+
+    def score(self, outputs, batch: PaddedBatch, stage: sb.Stage) -> None:
+        """Decode, and collect the transcripts and, in validation, the errors."""
+        hypotheses = self.decode(outputs, batch, stage)
+        if hypotheses is not None:
+            references = list(batch.wrd)
+            if stage == sb.Stage.VALID:
+                words = [text.split() for text in hypotheses]
+                for stats in (self.wer_stats, self.cer_stats):
+                    stats.append(list(batch.id), words, [text.split() for text in references])
+            self.transcripts.update(
+                zip(batch.id, zip(references, hypotheses, strict=True), strict=True)
+            )
+
+    def decode(self, outputs, batch: PaddedBatch, stage: sb.Stage) -> list[str] | None:
+        """Hook of the subclasses: texts of a batch, or None where this stage does not decode."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""What a run keeps so that it can go on: checkpoints and the tokenizer."""

@@ -1,0 +1,278 @@
+"""Checkpoints that a crash, a full disk or a flipped bit cannot turn into a wrong model."""
+
+import json
+import logging
+import os
+import shutil
+import uuid
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import yaml
+from speechbrain.utils.checkpoints import (
+    CKPT_PREFIX,
+    METAFNAME,
+    Checkpoint,
+    Checkpointer,
+    ckpt_recency,
+    register_checkpoint_hooks,
+)
+from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process
+from speechbrain.utils.epoch_loop import EpochCounterWithStopper
+
+from common.errors import UserError
+from modules.weights import load_model_weights
+
+logger = logging.getLogger(__name__)
+
+# SpeechBrain marks the hooks of this class and forgets to register them. Those of its parent would
+# save the epoch alone: a resumed run would forget its best score and that it had stopped.
+register_checkpoint_hooks(EpochCounterWithStopper)
+
+CHECKSUMS = "checksums.json"
+UNFINISHED_PREFIX = "unfinished+"
+DAMAGED_PREFIX = "damaged+"
+SUPERSEDED_PREFIX = "superseded+"
+# How torch.save reports a full disk: as a RuntimeError of its zip writer or of the C++ stream.
+_WRITER_FAILED = ("PytorchStreamWriter", "inline_container", "iostream error")
+
+
+def crc32(path: Path) -> int:
+    """CRC-32 of a file's bytes, read in pieces."""
+    checksum = 0
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def write_checksums(folder: Path) -> None:
+    """Record size and CRC-32 of every file in ``folder``."""
+    files = {p.name: [p.stat().st_size, crc32(p)] for p in sorted(folder.iterdir()) if p.is_file()}
+    with open(folder / CHECKSUMS, "w", encoding="utf-8") as stream:
+        json.dump(files, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder; None when every file is as it was written."""
+    record = folder / CHECKSUMS
+    if not record.is_file():
+        return f"{CHECKSUMS} is missing"
+    try:
+        files = [
+            (name, size, checksum)
+            for name, (size, checksum) in json.loads(record.read_text(encoding="utf-8")).items()
+        ]
+    except (ValueError, TypeError, AttributeError):
+        return f"{CHECKSUMS} cannot be read"
+    for name, size, checksum in files:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were written"
+        if crc32(path) != checksum:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def _has_meta(folder: Path) -> bool:
+    """Whether the meta file of a checkpoint folder can be read."""
+    try:
+        meta = yaml.safe_load((folder / METAFNAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(meta, dict) and {"unixtime", "end-of-epoch"} <= meta.keys()
+
+
+def _set_aside(folder: Path, prefix: str) -> None:
+    """Rename a checkpoint, so that it is neither found nor counted among the best again."""
+    # A run may be evaluated from a folder that cannot be written.
+    with suppress(OSError):
+        os.replace(folder, folder.with_name(prefix + folder.name))
+
+
+def _dismiss(folder: Path, damage: str) -> None:
+    logger.warning("Checkpoint %s is damaged (%s) and not used.", folder, damage)
+    _set_aside(folder, DAMAGED_PREFIX)
+
+
+class RunCheckpointer(Checkpointer):
+    """SpeechBrain's checkpointer, made atomic.
+
+    A checkpoint is written under a temporary name, its sizes and checksums are recorded, and only
+    then does it get the name under which it is found. A damaged one is reported and passed over.
+    """
+
+    def _new_checkpoint_dirpath(self):
+        return self._unfinished(super()._new_checkpoint_dirpath())
+
+    def _custom_checkpoint_dirpath(self, name):
+        return self._unfinished(super()._custom_checkpoint_dirpath(name))
+
+    def _list_checkpoint_dirs(self):
+        # Ranking reads every meta file: one that is damaged must not stop the search.
+        return [folder for folder in super()._list_checkpoint_dirs() if _has_meta(folder)]
+
+    @staticmethod
+    def _unfinished(path: Path) -> Path:
+        return path.with_name(f"{UNFINISHED_PREFIX}{uuid.uuid4().hex[:8]}+{path.name}")
+
+    def save_checkpoint(self, meta=None, end_of_epoch=True, name=None, verbosity=logging.DEBUG):
+        """Save, verify, rename.
+
+        Raises:
+            UserError: the disk is full or not writable; earlier checkpoints are untouched.
+        """
+        try:
+            unfinished = super().save_checkpoint(meta or {}, end_of_epoch, name, verbosity)
+            ddp_barrier()
+            checkpoint = None
+            if if_main_process():
+                write_checksums(unfinished.path)
+                final = unfinished.path.with_name(unfinished.path.name.split("+", 2)[2])
+                if final.exists():
+                    shutil.rmtree(final)
+                os.replace(unfinished.path, final)
+                paramfiles = {key: final / path.name for key, path in unfinished.paramfiles.items()}
+                checkpoint = Checkpoint(final, unfinished.meta, paramfiles)
+            ddp_barrier()
+            return checkpoint
+        except (OSError, RuntimeError) as error:
+            self.remove_unfinished()
+            if isinstance(error, OSError) or any(sign in str(error) for sign in _WRITER_FAILED):
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"No checkpoint could be written to {self.checkpoints_dir}: {reason}. Is the "
+                    "disk full? Earlier checkpoints are whole: make room and repeat the command to "
+                    "go on."
+                ) from error
+            raise
+
+    def remove_unfinished(self) -> None:
+        """Delete what saves that were cut short have left behind."""
+        if if_main_process():
+            for folder in self.checkpoints_dir.glob(f"{UNFINISHED_PREFIX}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def find_intact(self, **criteria) -> list[Checkpoint]:
+        """Checkpoints as ``find_checkpoints`` ranks them; damaged ones are reported and renamed."""
+        intact = None
+        if if_main_process():
+            intact = []
+            for folder in super()._list_checkpoint_dirs():
+                if not _has_meta(folder):
+                    _dismiss(folder, f"{METAFNAME} cannot be read")
+            limit = criteria.pop("max_num_checkpoints", None)
+            for checkpoint in self.find_checkpoints(**criteria):
+                damage = find_damage(checkpoint.path)
+                if damage:
+                    _dismiss(checkpoint.path, damage)
+                    continue
+                intact.append(checkpoint)
+                if len(intact) == limit:
+                    break
+        return ddp_broadcast(intact)
+
+    def recover_if_possible(
+        self, importance_key=None, max_key=None, min_key=None, ckpt_predicate=None
+    ):
+        """Load the best (default: the latest) checkpoint that is whole.
+
+        Raises:
+            UserError: checkpoints exist and every one of them is damaged.
+        """
+        found = self.find_intact(
+            importance_key=importance_key,
+            max_key=max_key,
+            min_key=min_key,
+            ckpt_predicate=ckpt_predicate,
+            max_num_checkpoints=1,
+        )
+        if not found:
+            damaged = self.checkpoints_dir.glob(f"{DAMAGED_PREFIX}*")
+            if any(damaged) or super()._list_checkpoint_dirs():
+                raise UserError(
+                    f"Every checkpoint in {self.checkpoints_dir} is damaged. "
+                    "Remove the folder to train anew."
+                )
+            return None
+        self.load_checkpoint(found[0])
+        return found[0]
+
+    def check_architecture(self) -> None:
+        """Try the latest checkpoint's weights, before anything of an existing run is overwritten.
+
+        Raises:
+            UserError: they belong to another architecture.
+        """
+        for checkpoint in self.find_checkpoints():
+            # Damage is reported when the run recovers, which has a log to report it to.
+            if find_damage(checkpoint.path) is None:
+                load_model_weights(self.recoverables["model"], checkpoint.paramfiles["model"])
+                return
+
+    def keep_best(self, num_best: int, *, min_key=None, max_key=None) -> None:
+        """Delete all but the ``num_best`` best and the two latest checkpoints.
+
+        Two, so that a run whose latest is damaged loses no more than one interval.
+        """
+        keep = set(self.find_checkpoints(importance_key=ckpt_recency, max_num_checkpoints=2))
+        if min_key or max_key:
+            keep |= set(
+                self.find_checkpoints(
+                    min_key=min_key, max_key=max_key, max_num_checkpoints=num_best
+                )
+            )
+        kept_paths = {checkpoint.path for checkpoint in keep}
+        ddp_barrier()
+        for checkpoint in self.list_checkpoints():
+            if checkpoint.path not in kept_paths:
+                self._delete_checkpoint(checkpoint, verbosity=logging.DEBUG)
+        ddp_barrier()
+
+    def go_back_to(self, folder: str) -> Checkpoint:
+        """Load the checkpoint in a given folder; later ones of this run are renamed.
+
+        They belong to a course of training that is left: they must not be averaged with what
+        follows.
+
+        Raises:
+            UserError: see :meth:`checkpoint_at`.
+        """
+        checkpoint = self.checkpoint_at(folder)
+        self.load_checkpoint(checkpoint)
+        ddp_barrier()
+        if if_main_process():
+            for other in self.list_checkpoints():
+                if ckpt_recency(other) > ckpt_recency(checkpoint):
+                    _set_aside(other.path, SUPERSEDED_PREFIX)
+        ddp_barrier()
+        return checkpoint
+
+    def checkpoint_at(self, folder: str) -> Checkpoint:
+        """The checkpoint in a given folder.
+
+        Raises:
+            UserError: it is not a checkpoint, or a damaged one.
+        """
+        path = Path(folder)
+        if not self._is_checkpoint_dir(path):
+            raise UserError(
+                f"--resume: {folder} is no checkpoint folder. They are called {CKPT_PREFIX}+... "
+                "and lie in the save folder of a run."
+            )
+        damage = find_damage(path) if _has_meta(path) else f"{METAFNAME} cannot be read"
+        if damage:
+            raise UserError(f"--resume: the checkpoint {folder} is damaged: {damage}.")
+        return self._construct_checkpoint_objects([path])[0]
+
+
+def load_model_hook(module: torch.nn.Module, path: Path, end_of_epoch: bool) -> None:
+    """Checkpointer hook with a readable error for another architecture."""
+    del end_of_epoch
+    load_model_weights(module, Path(path))

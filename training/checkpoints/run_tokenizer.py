@@ -1,0 +1,62 @@
+"""The tokenizer that a run keeps as long as there are checkpoints that were trained with it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import atomic_write
+from common.record import PreparationRecord
+from training.checkpoints.checkpointer import RunCheckpointer
+
+RECORD_FILE = "tokenizer.json"
+
+
+def keep_tokenizer(
+    model_file: Path,
+    settings: Mapping[str, Any],
+    source: Any,
+    make: Callable[[], None],
+    checkpointer: RunCheckpointer,
+) -> None:
+    """Calls ``make`` where ``model_file`` is missing or was made from something else.
+
+    Checkpoints keep the tokenizer that they were trained with.
+
+    Args:
+        model_file: the run's sentencepiece model.
+        settings: what the user asks for, by name; in the error message.
+        source: what it is made from; a JSON value that changes when that does.
+        make: writes ``model_file``.
+        checkpointer: of the run.
+
+    Raises:
+        UserError: there are checkpoints of a run with other ``settings``; or from ``make``.
+    """
+    record = PreparationRecord(model_file.parent, RECORD_FILE)
+    settings = dict(settings)
+    made_from = {"settings": settings, "source": source}
+    if model_file.is_file():
+        if record.is_current(model_file.name, made_from):
+            return
+        if checkpointer.find_checkpoint() is not None:
+            earlier = record.note(model_file.name, "settings", settings)
+            if earlier != settings:
+                raise UserError(
+                    f"{model_file.parent} holds checkpoints of a run with {_listed(earlier)}; now "
+                    f"it is {_listed(settings)}. Use another output_folder, or the same tokens."
+                )
+            return
+    make()
+    record.add(model_file.name, made_from, settings=settings)
+
+
+def copy_tokenizer(source: str | Path, model_file: Path) -> None:
+    """A copy that appears whole."""
+    model_file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(model_file, "wb") as stream:
+        stream.write(Path(source).read_bytes())
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -1,0 +1,1 @@
+"""From manifests to batches: recordings, augmentation, noise on decoder inputs."""

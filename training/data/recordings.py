@@ -1,0 +1,299 @@
+"""From CSV manifests to batches of waveforms and tokens."""
+
+import csv
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import sentencepiece as spm
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.dataio.sampler import DynamicBatchSampler, ReproducibleRandomSampler
+from speechbrain.utils.data_pipeline import DynamicItem
+from speechbrain.utils.data_utils import batch_pad_right
+from torch.utils.data import Sampler
+
+from common.errors import UserError
+from corpora.audio import read_audio
+from corpora.manifest import DATA_ROOT, read_manifest
+from decoding.ctc_alignment import min_ctc_frames
+from text.tokenizer import BOS_ID, EOS_ID, tokens_of
+from training.data.augmentation import SpeedPerturbation
+from training.launch.interrupts import UndisturbedWorker
+from training.splicing.splice import Splicing
+
+logger = logging.getLogger(__name__)
+
+
+class ReadSpeech:
+    """Read a mono waveform of the expected rate, and what is said in it.
+
+    With ``splicing`` it may become another utterance, with ``perturbation`` another speed. Callable
+    objects rather than closures, so that loader workers can be spawned (macOS).
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        perturbation: SpeedPerturbation | None = None,
+        splicing: Splicing | None = None,
+    ):
+        self.sample_rate = sample_rate
+        self.perturbation = perturbation
+        self.splicing = splicing
+
+    def __call__(self, wav: str, utterance_id: str, words: str) -> tuple[torch.Tensor, str]:
+        wav_S = torch.from_numpy(read_audio(wav, utterance_id, self.sample_rate))
+        if self.splicing is not None:
+            wav_S, words = self.splicing(wav_S, words, utterance_id, self.sample_rate)
+        if self.perturbation is not None:
+            wav_S = self.perturbation(wav_S, utterance_id)
+        return wav_S, words
+
+
+class CountSamples:
+    """Length of a waveform in samples."""
+
+    def __call__(self, wav_S: torch.Tensor) -> int:
+        return wav_S.shape[0]
+
+
+class Tokenize:
+    """A transcript as CTC targets, decoder input (bos first), decoder targets (eos last), count."""
+
+    def __init__(self, tokenizer: spm.SentencePieceProcessor):
+        self.tokenizer = tokenizer
+
+    def __call__(self, words: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        tokens = tokens_of(self.tokenizer, words)
+        return (
+            torch.tensor(tokens, dtype=torch.long),
+            torch.tensor([BOS_ID, *tokens], dtype=torch.long),
+            torch.tensor([*tokens, EOS_ID], dtype=torch.long),
+            len(tokens),
+        )
+
+
+def read_rows(manifest: str | Path, data_root: str | Path) -> dict[str, dict]:
+    """Rows of a manifest by utterance id, ``$data_root`` replaced, ``duration`` in seconds.
+
+    Raises:
+        UserError: no such file, not a manifest, or no rows.
+    """
+    if not Path(manifest).is_file():
+        raise UserError(f"No manifest {manifest}. Run without --skip_prep to make it.")
+    try:
+        rows = read_manifest(manifest)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not rows:
+        raise UserError(f"{manifest} has no utterances.")
+    return {
+        row.ID: {
+            "wav": row.wav.replace(DATA_ROOT, str(data_root), 1),
+            "duration": row.duration,
+            "spk_id": row.spk_id,
+            "wrd": row.wrd,
+        }
+        for row in rows
+    }
+
+
+def unalignable(
+    rows: Mapping[str, dict],
+    tokenizer: spm.SentencePieceProcessor,
+    sample_rate: int,
+    num_frames: Callable[[int], int],
+) -> dict[str, str]:
+    """Utterances that CTC cannot learn from, with the reason, by id.
+
+    Args:
+        num_frames: encoder frames (25 a second in the published recipes) of so many samples.
+    """
+    reasons = {}
+    for utterance_id, row in rows.items():
+        ids = tokens_of(tokenizer, row["wrd"])
+        if not tokenizer.decode(ids).strip():
+            empty = not row["wrd"].strip()
+            reasons[utterance_id] = "empty transcript" if empty else "no known character"
+            continue
+        tokens = torch.tensor([ids])
+        frames = num_frames(round(row["duration"] * sample_rate))
+        needed = int(min_ctc_frames(tokens, torch.tensor([tokens.shape[1]])))
+        if frames < needed:
+            reasons[utterance_id] = f"{frames} frames for {needed} (tokens and repetitions)"
+    return reasons
+
+
+def with_characters(rows: Mapping[str, dict], characters: Collection[str]) -> dict[str, str]:
+    """Utterances whose transcript has any of these characters, with the reason, by id."""
+    reasons = {}
+    for utterance_id, row in rows.items():
+        if found := sorted(set(row["wrd"]) & set(characters)):
+            reasons[utterance_id] = f"unknown characters: {' '.join(found)}"
+    return reasons
+
+
+class SkippedUtterances:
+    """``skipped.csv`` (id, reason): utterances that weigh nothing, each written once."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.ids: set[str] = set()
+
+    def add(self, reasons: Mapping[str, str]) -> None:
+        """Append those that are not listed yet; the file exists afterwards."""
+        if reasons.keys() <= self.ids and self.path.is_file():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+", encoding="utf-8", newline="") as stream:
+            # Another process of the run may have added to it.
+            stream.seek(0)
+            self.ids.update(row["id"] for row in csv.DictReader(stream))
+            writer = csv.writer(stream)
+            if stream.tell() == 0:
+                writer.writerow(["id", "reason"])
+            writer.writerows(
+                (key, reason) for key, reason in reasons.items() if key not in self.ids
+            )
+        self.ids.update(reasons)
+
+
+def make_dataset(
+    rows: Mapping[str, dict],
+    tokenizer: spm.SentencePieceProcessor,
+    sample_rate: int,
+    perturbation: SpeedPerturbation | None = None,
+    splicing: Splicing | None = None,
+) -> DynamicItemDataset:
+    """Dataset of the items that a batch has.
+
+    ``wrd`` is the manifest's; ``said``, the waveform and the tokens may be another utterance's.
+    """
+    dataset = DynamicItemDataset(dict(rows))
+    dataset.add_dynamic_item(
+        DynamicItem(
+            ["wav", "id", "wrd"], ReadSpeech(sample_rate, perturbation, splicing), ["sig", "said"]
+        )
+    )
+    dataset.add_dynamic_item(DynamicItem(["sig"], CountSamples(), ["num_samples"]))
+    dataset.add_dynamic_item(
+        DynamicItem(
+            ["said"],
+            Tokenize(tokenizer),
+            ["tokens", "tokens_bos", "tokens_eos", "num_tokens"],
+        )
+    )
+    dataset.set_output_keys(
+        [
+            *("id", "duration", "wrd", "said", "sig", "num_samples"),
+            *("tokens", "tokens_bos", "tokens_eos", "num_tokens"),
+        ]
+    )
+    return dataset
+
+
+def _duration(row: Mapping) -> float:
+    return row["duration"]
+
+
+def pad_right(tensors: list[torch.Tensor], **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """SpeechBrain's padding, which divides by zero where every item is empty."""
+    if any(len(tensor) for tensor in tensors):
+        return batch_pad_right(tensors, **options)
+    return tensors[0].new_zeros(len(tensors), 1), torch.zeros(len(tensors))
+
+
+collate = partial(PaddedBatch, padding_func=pad_right)
+
+
+@dataclass
+class Loaders:
+    """Datasets and how to iterate them, in the form that Brain.fit and Brain.evaluate take."""
+
+    train: DynamicItemDataset | None
+    valid: DynamicItemDataset | None
+    tests: dict[str, DynamicItemDataset]
+    train_sampler: Sampler | None = None
+    train_kwargs: dict = field(default_factory=dict)
+    valid_kwargs: dict = field(default_factory=dict)
+    perturbation: SpeedPerturbation | None = None
+    splicing: Splicing | None = None
+    unperturbed: DynamicItemDataset | None = None
+    tokenizer: spm.SentencePieceProcessor | None = None
+
+
+def training_batches(dataset: DynamicItemDataset, hparams: Mapping) -> tuple[Sampler, dict]:
+    """(sampler that needs set_epoch, loader arguments) for the training set.
+
+    ``sorting`` is random, ascending or descending (by duration).
+    """
+    common = {
+        "num_workers": hparams["num_workers"],
+        "collate_fn": collate,
+        "worker_init_fn": UndisturbedWorker(),
+    }
+    sorting = hparams["sorting"]
+    if hparams["dynamic_batching"]:
+        sampler = DynamicBatchSampler(
+            dataset,
+            max_batch_length=hparams["max_batch_length_train"],
+            num_buckets=hparams["num_bucket"],
+            length_func=_duration,
+            shuffle=sorting == "random",
+            batch_ordering=sorting,
+            max_batch_ex=hparams["max_batch_ex"],
+            seed=hparams["seed"],
+        )
+        return sampler, {"batch_sampler": sampler, **common}
+    sampler = ReproducibleRandomSampler(dataset, seed=hparams["seed"])
+    if sorting == "random":
+        return sampler, {"batch_size": hparams["batch_size"], "sampler": sampler, **common}
+    return sampler, {"batch_size": hparams["batch_size"], "shuffle": False, **common}
+
+
+def evaluation_batches(dataset: DynamicItemDataset, hparams: Mapping) -> dict:
+    """Loader arguments for validation and test: longest first, so that little is padded."""
+    sampler = DynamicBatchSampler(
+        dataset,
+        max_batch_length=hparams["max_batch_length_val"],
+        num_buckets=hparams["num_bucket"],
+        length_func=_duration,
+        shuffle=False,
+        batch_ordering="descending",
+        max_batch_ex=hparams["max_batch_ex"],
+    )
+    return {
+        "batch_sampler": sampler,
+        "num_workers": hparams["num_workers"],
+        "collate_fn": collate,
+        "worker_init_fn": UndisturbedWorker(),
+    }
+
+
+def sorted_by_duration(rows: Mapping[str, dict], sorting: str) -> dict[str, dict]:
+    """Rows in the order in which a loader without shuffling should see them."""
+    if sorting == "random":
+        return dict(rows)
+    ordered = sorted(
+        rows.items(), key=lambda item: item[1]["duration"], reverse=sorting == "descending"
+    )
+    return dict(ordered)
+
+
+def leave_out(rows: Mapping[str, dict], ids: Sequence[str] | set[str]) -> dict[str, dict]:
+    """Rows without the given ids.
+
+    Raises:
+        UserError: nothing would be left.
+    """
+    kept = {key: row for key, row in rows.items() if key not in ids}
+    if not kept:
+        raise UserError(
+            "No training utterance can be used: every one has an empty transcript or fewer frames "
+            "than tokens (see skipped.csv). Is token_type or the sample rate wrong?"
+        )
+    return kept

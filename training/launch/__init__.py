@@ -1,0 +1,1 @@
+"""From a command line to processes on devices, and how they are stopped."""

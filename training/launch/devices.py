@@ -1,0 +1,80 @@
+"""Where a run computes, and what that place can do."""
+
+import os
+import resource
+import sys
+
+import torch
+from speechbrain.utils.distributed import get_local_rank
+
+from common.errors import UserError
+
+
+def own_device(asked_for: str | None) -> str:
+    """The device of this process: what was asked for, else CUDA before MPS before CPU.
+
+    Under torchrun every process has a GPU of its own, and processes of a Mac compute on its CPU:
+    gloo does not reach MPS.
+
+    Raises:
+        UserError: one GPU for several processes.
+    """
+    rank = get_local_rank()
+    if asked_for is None:
+        if torch.cuda.is_available():
+            asked_for = "cuda"
+        else:
+            asked_for = "mps" if torch.backends.mps.is_available() and rank is None else "cpu"
+    if not asked_for.startswith("cuda"):
+        return asked_for
+    if asked_for == "cuda":
+        return f"cuda:{rank or 0}"
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"--device {asked_for}: torchrun gives every process a GPU of its own. Leave the "
+            "number out; CUDA_VISIBLE_DEVICES chooses among the GPUs."
+        )
+    return asked_for
+
+
+def distributed_backend_for(device: str) -> str:
+    """nccl between GPUs, gloo everywhere else."""
+    return "nccl" if device.startswith("cuda") else "gloo"
+
+
+def check_device(device: str) -> None:
+    """Whether this machine has the device.
+
+    Raises:
+        UserError: it has not, or there is no device of that name.
+    """
+    counts = {
+        "cpu": 1,
+        "mps": int(torch.backends.mps.is_available()),
+        "cuda": torch.cuda.device_count(),
+    }
+    kind, _, index = device.partition(":")
+    if not (index or "0").isdigit() or int(index or 0) >= counts.get(kind, 0):
+        usable = ", ".join(name for name, count in counts.items() if count)
+        raise UserError(f"--device {device}: there is none here. Usable: {usable}.")
+
+
+def check_precision(device: str, precision: str) -> None:
+    """fp16 needs loss scaling, which exists on CUDA only.
+
+    Raises:
+        UserError: fp16 on another device.
+    """
+    if precision == "fp16" and not device.startswith("cuda"):
+        raise UserError(
+            f"--precision fp16 needs a CUDA device, not {device!r}. Use --precision bf16 or fp32."
+        )
+
+
+def peak_memory_gib(device: torch.device | str) -> float:
+    """Peak memory in GiB: of the GPU on CUDA, else of this process's resident set."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,186 @@
+"""Keys of the YAML files whose values are checked before anything is built, read or written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UserError
+from text.tokenizer import BOS_ID, EOS_ID, TOKEN_TYPES, UNK_ID, UNKNOWN_CHARACTERS
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a key may hold.
+
+    Attributes:
+        kind: integer, number, switch, name, names (one or a list of them) or mapping.
+        low, high: limits of a number, themselves allowed.
+        above, below: limits of a number, themselves not allowed.
+        choices: the only values there are.
+        optional: whether null is a value.
+        default: value of a key that only special recipes have in their files; None: every file
+            that uses the key has it.
+    """
+
+    kind: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] = ()
+    optional: bool = False
+    default: Any = None
+    hint: str = ""
+
+    def refuses(self, value: object) -> bool:
+        """Whether a value is none of these."""
+        if value is None:
+            return not self.optional
+        if not _KINDS[self.kind](value) or (self.choices and value not in self.choices):
+            return True
+        return self.kind in ("integer", "number") and (
+            (self.low is not None and value < self.low)
+            or (self.high is not None and value > self.high)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+        )
+
+    def __str__(self) -> str:
+        """What is wanted, in words."""
+        if len(self.choices) == 1:
+            return f"it must be {self.choices[0]}"
+        if self.choices:
+            return f"it must be one of {', '.join(map(str, self.choices))}"
+        limits = [
+            f"{words} {limit:g}"
+            for words, limit in (
+                ("at least", self.low),
+                ("above", self.above),
+                ("at most", self.high),
+                ("below", self.below),
+            )
+            if limit is not None
+        ]
+        named = _IN_WORDS[self.kind] + (" or null" if self.optional else "")
+        return f"it must be {named}" + (f", {' and '.join(limits)}" if limits else "")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+_KINDS = {
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "number": _is_number,
+    "switch": lambda value: isinstance(value, (bool, int)) and value in (True, False),
+    "name": _is_name,
+    "names": lambda value: (
+        _is_name(value) or (isinstance(value, list) and all(map(_is_name, value)))
+    ),
+    "mapping": lambda value: isinstance(value, Mapping),
+}
+_IN_WORDS = {
+    "integer": "an integer",
+    "number": "a number",
+    "switch": "True or False",
+    "name": "a name",
+    "names": "a list of names",
+    "mapping": "a mapping such as '{d_state: 16}'",
+}
+
+_COUNT = Setting("integer", low=1)
+_SHARE = Setting("number", low=0, high=1)
+_POSITIVE = Setting("number", above=0)
+_SWITCH = Setting("switch")
+
+SETTINGS: dict[str, Setting] = {
+    "seed": Setting("integer"),
+    "train_splits": Setting("names"),
+    "dev_splits": Setting("names"),
+    "test_splits": Setting("names"),
+    "skip_prep": _SWITCH,
+    "skip_bad": _SWITCH,
+    "sample_rate": _COUNT,
+    "number_of_epochs": _COUNT,
+    "avg_checkpoints": _COUNT,
+    "early_stop_patience": Setting("integer", low=0),
+    "gradient_checkpointing": _SWITCH,
+    "log_interval_steps": _COUNT,
+    "sorting": Setting("name", choices=("random", "ascending", "descending")),
+    "num_workers": Setting("integer", low=0),
+    "dynamic_batching": _SWITCH,
+    "batch_size": _COUNT,
+    "max_batch_length_train": _POSITIVE,
+    "max_batch_length_val": _POSITIVE,
+    "num_bucket": _COUNT,
+    "max_batch_ex": Setting("integer", low=1, optional=True),
+    "lr_adam": _POSITIVE,
+    "weight_decay": Setting("number", low=0),
+    "n_warmup_steps": Setting("integer", low=0),
+    "ctc_weight": _SHARE,
+    "label_smoothing": Setting("number", low=0, below=1),
+    "n_fft": _COUNT,
+    "win_length": _POSITIVE,
+    "n_mels": _COUNT,
+    "token_type": Setting("name", choices=TOKEN_TYPES),
+    "character_coverage": Setting("number", above=0, high=1),
+    "unknown_characters": Setting("name", choices=UNKNOWN_CHARACTERS),
+    "output_neurons": _COUNT,
+    "blank_index": Setting("integer", choices=(UNK_ID,)),
+    "pad_index": Setting("integer", choices=(UNK_ID,)),
+    "bos_index": Setting("integer", choices=(BOS_ID,)),
+    "eos_index": Setting("integer", choices=(EOS_ID,)),
+    "d_model": _COUNT,
+    "nhead": _COUNT,
+    "num_encoder_layers": _COUNT,
+    "num_decoder_layers": Setting("integer", low=0),
+    "d_ffn": _COUNT,
+    "transformer_dropout": Setting("number", low=0, below=1),
+    "mamba_config": Setting("mapping", optional=True),
+    "valid_search_interval": _COUNT,
+    "valid_beam_size": _COUNT,
+    "test_beam_size": _COUNT,
+    "ctc_weight_decode": Setting(
+        "number", low=0, below=1, hint=" train_CTC.py decodes with CTC alone."
+    ),
+    "temperature": _POSITIVE,
+    "temperature_lm": _POSITIVE,
+    "min_decode_ratio": Setting("number", low=0),
+    "max_decode_ratio": _POSITIVE,
+    "scorer_beam_scale": _POSITIVE,
+    "no_lm": _SWITCH,
+    "lm_weight": Setting("number", low=0),
+    "use_wandb": _SWITCH,
+    "use_tensorboard": _SWITCH,
+    # Keys of special recipes.
+    "consistency_weight": Setting("number", low=0, default=0.0),
+    "flat_start_epochs": Setting("integer", low=0, default=0),
+    "augment_from_epoch": Setting("integer", low=0, default=1),
+    "spliced_share": Setting("number", low=0, high=1, default=0.0),
+    "splice_from_epoch": Setting("integer", low=1, default=10),
+    "splice_min_log_prob": Setting("number", high=0, default=-2.0),
+    "decoder_token_noise": Setting("number", low=0, below=1, default=0.0),
+}
+
+DEFAULTS = {
+    key: setting.default for key, setting in SETTINGS.items() if setting.default is not None
+}
+"""Keys that a file may lack, and what holds then."""
+
+
+def check_setting(key: str, value: object, where: str) -> None:
+    """Checks the value of a key; one that is not known may hold anything.
+
+    Args:
+        where: what comes before the key in the message: the file, or ``--``.
+
+    Raises:
+        UserError: a value of the wrong kind or out of its limits.
+    """
+    setting = SETTINGS.get(key)
+    if setting is not None and setting.refuses(value):
+        raise UserError(f"{where}{key} is {value!r}; {setting}.{setting.hint}")

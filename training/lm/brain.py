@@ -1,0 +1,103 @@
+"""The Brain of a language model."""
+
+import math
+from dataclasses import dataclass
+
+import speechbrain as sb
+import torch.distributed
+from speechbrain.utils.distributed import is_distributed_initialized
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from training.brains.run_brain import RunBrain
+from training.lm.text_batches import PAD_ID, TextBatch, TextBatches
+from training.seeding import seed_everything
+
+
+@dataclass
+class Perplexity:
+    """Running perplexity per token, ends of sentences included.
+
+    Attributes:
+        total_nats: negative log-likelihood of all tokens.
+        num_tokens: how many they are.
+        num_sentences: of how many sentences.
+    """
+
+    total_nats: float = 0.0
+    num_tokens: int = 0
+    num_sentences: int = 0
+
+    def add(self, mean_nats: float, batch: TextBatch) -> None:
+        """Counts a batch whose tokens have this mean negative log-likelihood."""
+        tokens = int(batch.num_tokens_B.sum())
+        self.total_nats += mean_nats * tokens
+        self.num_tokens += tokens
+        self.num_sentences += len(batch.num_tokens_B)
+
+    @property
+    def value(self) -> float:
+        """The perplexity."""
+        return math.exp(self.total_nats / self.num_tokens)
+
+
+class LMBrain(RunBrain):
+    """Trains a model from tokens (batch, U) to logits (batch, U, V) to predict each next token.
+
+    ``training_text`` is set before ``fit``.
+    """
+
+    best_metric = "PPL"
+    best_is = "min"
+    amount_unit = "tokens"
+    training_text: TextBatches
+
+    def compute_forward(self, batch: TextBatch, stage: sb.Stage) -> Tensor:
+        """Tokens to logits (B, U, V)."""
+        if stage == sb.Stage.TRAIN:
+            # Dropout depends on the place in the run, so that a resumed run is the unbroken one.
+            seed_everything(self.hparams.seed, self.epoch, self.step, self.rank)
+        return self.modules.model(batch.tokens_bos.to(self.device))
+
+    def compute_objectives(self, predictions: Tensor, batch: TextBatch, stage: sb.Stage) -> Tensor:
+        """Mean cross-entropy per token in nats; smoothed labels in training only."""
+        training = stage == sb.Stage.TRAIN
+        loss = cross_entropy(
+            predictions.float().flatten(0, 1),
+            batch.tokens_eos.to(self.device).flatten(),
+            ignore_index=PAD_ID,
+            label_smoothing=self.hparams.label_smoothing if training else 0.0,
+        )
+        if not training:
+            self.perplexity.add(float(loss), batch)
+        return loss
+
+    def describe(self, batch: TextBatch) -> str:
+        """The first sentence, as tokens."""
+        return f"{len(batch.num_tokens_B)} sentences, first tokens {batch.tokens_bos[0].tolist()}"
+
+    def amount(self, batch: TextBatch) -> float:
+        """Tokens that are predicted."""
+        return float(batch.num_tokens_B.sum())
+
+    def on_stage_start(self, stage, epoch=None):
+        """Seed the stage; go to its first batch of text, or start counting."""
+        super().on_stage_start(stage, epoch)
+        if stage == sb.Stage.TRAIN:
+            ranks = torch.distributed.get_world_size() if is_distributed_initialized() else 1
+            self.training_text.set_position(epoch, self.step, self.rank, ranks)
+        else:
+            self.perplexity = Perplexity()
+
+    def validation_stats(self, loss: float) -> dict[str, float]:
+        """Mean cross-entropy per token, and the perplexity."""
+        return {
+            "loss": self.perplexity.total_nats / self.perplexity.num_tokens,
+            "PPL": self.perplexity.value,
+        }
+
+    def perplexity_of(self, text: DataLoader) -> Perplexity:
+        """Perplexity of a held-out text."""
+        self.evaluate(text)
+        return self.perplexity

@@ -1,0 +1,196 @@
+"""Text for language models: streamed, tokenised in chunks, batched by length."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+
+import sentencepiece as spm
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import IterableDataset, get_worker_info
+
+from common.errors import UserError
+from corpora.manifest import read_manifest
+from text.tokenizer import BOS_ID, EOS_ID, UNK_ID, tokens_of
+from training.seeding import derive_seed
+
+PAD_ID = 0
+
+
+def read_sentences(paths: Sequence[str | Path]) -> Iterator[str]:
+    """The sentences of text files, one per line; blank lines are left out.
+
+    Args:
+        paths: plain text, gzip (.gz), or manifests (.csv), of which the transcripts are taken.
+
+    Raises:
+        UserError: a file that is missing, damaged or not text.
+    """
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise UserError(f"There is no text file {path}.")
+        if path.suffix == ".csv":
+            try:
+                lines = iter([row.wrd for row in read_manifest(path)])
+            except ValueError as error:
+                raise UserError(str(error)) from None
+        else:
+            lines = _lines(path)
+        for line in lines:
+            if sentence := line.strip():
+                yield sentence
+
+
+def _lines(path: Path) -> Iterator[str]:
+    open_text = gzip.open if path.suffix == ".gz" else open
+    try:
+        with open_text(path, "rt", encoding="utf-8") as stream:
+            yield from stream
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged or not UTF-8 text: {error}.") from None
+
+
+@dataclass
+class TextBatch:
+    """Sentences of about one length.
+
+    Attributes:
+        tokens_bos: (B, U) model input, bos first, filled up with 0.
+        tokens_eos: (B, U) what each position predicts, eos last, filled up with 0.
+        num_tokens_B: tokens of each sentence, its eos included.
+    """
+
+    tokens_bos: Tensor
+    tokens_eos: Tensor
+    num_tokens_B: Tensor
+
+    def to(self, device: torch.device | str) -> TextBatch:
+        """The batch on a device."""
+        return TextBatch(
+            self.tokens_bos.to(device), self.tokens_eos.to(device), self.num_tokens_B.to(device)
+        )
+
+
+class TextBatches(IterableDataset):
+    """Batches of a text that is never held in memory.
+
+    The text is read in chunks of ``chunk_sentences`` sentences. A chunk is sorted by length and cut
+    into batches, whose order is drawn from (seed, epoch, chunk): an epoch is the same in every
+    process and can be entered at any batch. Every rank reads all of it and keeps its share.
+
+    Args:
+        paths: see :func:`read_sentences`.
+        tokenizer: its ids; characters that it does not know are left out.
+        max_batch_tokens: bound on sentences times longest sentence of a batch.
+        seed: of the run; ``None`` keeps everything in the order of the text, for validation.
+        num_parts: an epoch reads every ``num_parts``-th chunk, the next epoch the next ones.
+        max_sentence_tokens: longer sentences are cut.
+        chunk_sentences: sentences in memory at a time.
+        skip_unknown: leave out whole sentences that hold a character unknown to the tokenizer.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        tokenizer: spm.SentencePieceProcessor,
+        max_batch_tokens: int,
+        seed: int | None = None,
+        num_parts: int = 1,
+        max_sentence_tokens: int = 500,
+        chunk_sentences: int = 50_000,
+        skip_unknown: bool = False,
+    ) -> None:
+        self.paths = [Path(path) for path in paths]
+        self.tokenizer = tokenizer
+        self.max_batch_tokens = max_batch_tokens
+        self.seed = seed
+        self.num_parts = num_parts
+        self.max_sentence_tokens = max_sentence_tokens
+        self.chunk_sentences = chunk_sentences
+        self.skip_unknown = skip_unknown
+        self.set_position(epoch=1, first_batch=0)
+
+    def set_position(self, epoch: int, first_batch: int, rank: int = 0, num_ranks: int = 1) -> None:
+        """Where the next iteration starts, and which share of the batches it gives.
+
+        Args:
+            epoch: counted from 1.
+            first_batch: how many batches of it this rank has already had.
+            rank: which of ``num_ranks`` processes this is.
+            num_ranks: processes that train together; each gets every ``num_ranks``-th batch.
+        """
+        self.epoch = epoch
+        self.first_batch = first_batch
+        self.rank = rank
+        self.num_ranks = num_ranks
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        """The batches of this rank and, in a loader, of this worker.
+
+        Raises:
+            UserError: see :func:`read_sentences`; or there is nothing to train on.
+        """
+        worker = get_worker_info()
+        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        own = -1
+        batches = self._batches()
+        # A last group that is too small for all ranks is left out: they must step equally often.
+        while len(group := list(islice(batches, self.num_ranks))) == self.num_ranks:
+            own += 1
+            # A loader asks its workers in turn, beginning with the first.
+            if own >= self.first_batch and (own - self.first_batch) % workers == index:
+                yield _collated(group[self.rank])
+        if own < 0:
+            raise UserError(
+                f"{', '.join(map(str, self.paths))}: epoch {self.epoch} has fewer batches than "
+                f"processes ({self.num_ranks}). Give more text, lower max_batch_tokens or "
+                "text_parts, or check that the tokenizer knows the characters of the text."
+            )
+
+    def _batches(self) -> Iterator[list[list[int]]]:
+        sentences = read_sentences(self.paths)
+        for number in count():
+            chunk = list(islice(sentences, self.chunk_sentences))
+            if not chunk:
+                return
+            if number % self.num_parts == (self.epoch - 1) % self.num_parts:
+                yield from self._chunk_batches(number, chunk)
+
+    def _chunk_batches(self, number: int, chunk: list[str]) -> list[list[list[int]]]:
+        if self.skip_unknown:
+            chunk = [s for s in chunk if UNK_ID not in self.tokenizer.encode(s)]
+        encoded = (tokens_of(self.tokenizer, s)[: self.max_sentence_tokens] for s in chunk)
+        sentences = [tokens for tokens in encoded if tokens]
+        draw = None
+        if self.seed is not None:
+            draw = random.Random(derive_seed(self.seed, self.epoch, number, "text"))
+            draw.shuffle(sentences)
+        sentences.sort(key=len)
+        batches: list[list[list[int]]] = []
+        for tokens in sentences:
+            # One more for bos or eos; sorted, so that the last is the longest.
+            if batches and (len(batches[-1]) + 1) * (len(tokens) + 1) <= self.max_batch_tokens:
+                batches[-1].append(tokens)
+            else:
+                batches.append([tokens])
+        if draw is not None:
+            draw.shuffle(batches)
+        return batches
+
+
+def _collated(sentences: list[list[int]]) -> TextBatch:
+    return TextBatch(
+        _padded([[BOS_ID, *tokens] for tokens in sentences]),
+        _padded([[*tokens, EOS_ID] for tokens in sentences]),
+        torch.tensor([len(tokens) + 1 for tokens in sentences]),
+    )
+
+
+def _padded(rows: list[list[int]]) -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD_ID)

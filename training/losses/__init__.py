@@ -1,0 +1,1 @@
+"""Losses, per utterance, that say which ones could not be computed."""

@@ -1,0 +1,1 @@
+"""What a run says of itself: scores, errors, curves, metrics, loggers."""

@@ -1,0 +1,292 @@
+"""Scores of an evaluation, and the files that hold them."""
+
+import collections
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from speechbrain.utils.metric_stats import ErrorRateStats
+
+from common.files import atomic_write
+from common.provenance import git_commit, package_version
+from common.tables import format_duration, format_number, markdown_table, text_table
+from training.reporting.error_analysis import analyse_errors
+
+logger = logging.getLogger(__name__)
+
+HYPOTHESES_HEADER = ("id", "reference", "hypothesis")
+_PACKAGES = {"torch": "torch", "speechbrain": "speechbrain", "mamba_asr": "mamba-asr"}
+
+
+@dataclass(frozen=True)
+class SplitScore:
+    """How well and how fast one split was recognised.
+
+    Attributes:
+        wer: word errors in percent of the reference words (0 where there are none, as SpeechBrain
+            has it).
+        cer: character errors in percent, the boundary between two words counting as a character.
+        ins, del_, sub: word errors by kind.
+        words: reference words.
+        utterances: number of utterances.
+        audio_s: duration of the audio in seconds.
+        decode_s: seconds that recognising it took, features included.
+    """
+
+    wer: float
+    cer: float
+    ins: int
+    del_: int
+    sub: int
+    words: int
+    utterances: int
+    audio_s: float
+    decode_s: float
+
+    @property
+    def real_time_factor(self) -> float:
+        """Seconds of computation per second of audio; NaN without audio."""
+        return self.decode_s / self.audio_s if self.audio_s > 0 else math.nan
+
+    def as_json(self) -> dict:
+        """The entry of this split in ``results.json``."""
+        return {
+            "wer": self.wer,
+            "cer": self.cer,
+            "ins": self.ins,
+            "del": self.del_,
+            "sub": self.sub,
+            "words": self.words,
+            "utterances": self.utterances,
+            "audio_s": self.audio_s,
+            "decode_s": self.decode_s,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping) -> "SplitScore":
+        """The inverse of :meth:`as_json`.
+
+        Raises:
+            ValueError: a key is missing or unknown.
+        """
+        fields = {"del_" if key == "del" else key: value for key, value in entry.items()}
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"not the scores of a split: {dict(entry)} ({error})") from None
+
+
+def write_split_report(
+    output_folder: str | os.PathLike,
+    split: str,
+    ids: Sequence[str],
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    *,
+    audio_s: float,
+    decode_s: float,
+) -> SplitScore:
+    """Score one split and write ``wer_``, ``cer_``, ``hyp_`` and ``errors_<split>``.
+
+    Args:
+        output_folder: the run's folder.
+        split: name of the split, such as ``test-clean``.
+        ids: one id per utterance.
+        references: what was said, words separated by white space; empty is legal.
+        hypotheses: what was recognised, in the order of ``references``; empty is legal.
+        audio_s: duration of the split in seconds.
+        decode_s: seconds that recognising it took.
+
+    Returns:
+        The scores that belong into ``results.json``.
+
+    Raises:
+        ValueError: no utterance, lists of different lengths, or ids that are repeated or hold a
+            tab or a line break.
+    """
+    ids, references, hypotheses = list(ids), list(references), list(hypotheses)
+    _check_utterances(split, ids, references, hypotheses)
+    reference_words = [text.split() for text in references]
+    hypothesis_words = [text.split() for text in hypotheses]
+    words, characters = ErrorRateStats(), ErrorRateStats(split_tokens=True)
+    for stats in (words, characters):
+        stats.append(ids, hypothesis_words, reference_words)
+
+    folder = Path(output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_stats(folder / f"wer_{split}.txt", words)
+    _write_stats(folder / f"cer_{split}.txt", characters)
+    rows = [HYPOTHESES_HEADER]
+    rows += zip(ids, map(" ".join, reference_words), map(" ".join, hypothesis_words), strict=True)
+    _write_text(folder / f"hyp_{split}.tsv", "".join("\t".join(row) + "\n" for row in rows))
+    _write_text(folder / f"errors_{split}.txt", analyse_errors(words.scores))
+
+    summary = words.summarize()
+    return SplitScore(
+        wer=summary["WER"],
+        cer=characters.summarize("WER"),
+        ins=summary["insertions"],
+        del_=summary["deletions"],
+        sub=summary["substitutions"],
+        words=summary["num_scored_tokens"],
+        utterances=summary["num_scored_sents"],
+        audio_s=float(audio_s),
+        decode_s=float(decode_s),
+    )
+
+
+def read_hypotheses(path: str | os.PathLike) -> dict[str, tuple[list[str], list[str]]]:
+    """Read a ``hyp_<split>.tsv``: id -> (reference words, hypothesis words).
+
+    Raises:
+        ValueError: the file is not one that :func:`write_split_report` wrote.
+    """
+    with open(path, encoding="utf-8", newline="") as lines:
+        rows = [line.rstrip("\r\n").split("\t") for line in lines]
+    if not rows or tuple(rows[0]) != HYPOTHESES_HEADER:
+        header = " <tab> ".join(HYPOTHESES_HEADER)
+        raise ValueError(f"{path}: the first line must be: {header}")
+    utterances = {}
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(HYPOTHESES_HEADER):
+            raise ValueError(f"{path}, line {number}: {len(row)} columns, wanted 3")
+        utterance_id, reference, hypothesis = row
+        if utterance_id in utterances:
+            raise ValueError(f"{path}, line {number}: {utterance_id} is there twice")
+        utterances[utterance_id] = (reference.split(), hypothesis.split())
+    return utterances
+
+
+def update_results(
+    output_folder: str | os.PathLike,
+    splits: Mapping[str, SplitScore],
+    model: Mapping,
+    run: Mapping,
+    test_only: bool = False,
+) -> Path:
+    """Merge an evaluation into the run's ``results.json``.
+
+    Args:
+        output_folder: the run's folder.
+        splits: scores of the splits evaluated now; those evaluated earlier stay.
+        model: facts about the model (``parameters``, ...); replaces the earlier ones.
+        run: see :func:`run_record`; replaces the earlier one.
+        test_only: keep the earlier ``run``, of the training; ``run`` goes to ``evaluations``, split
+            by split.
+
+    Returns:
+        The path of ``results.json``. One that was there but cannot be read is kept as
+        ``results.json.unreadable``: the scores of a long evaluation are not lost to it.
+    """
+    path = Path(output_folder) / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    earlier: dict = {}
+    if path.exists():
+        try:
+            earlier = read_results(output_folder)
+        except ValueError as error:
+            aside = path.with_name("results.json.unreadable")
+            os.replace(path, aside)
+            logger.warning("%s It is kept as %s.", error, aside)
+    results = {
+        "splits": earlier.get("splits", {}) | {n: score.as_json() for n, score in splits.items()},
+        "model": dict(model),
+        "run": dict(run),
+    }
+    evaluations = {k: v for k, v in earlier.get("evaluations", {}).items() if k not in splits}
+    if test_only and "run" in earlier:
+        results["run"] = earlier["run"]
+        evaluations |= {name: dict(run) for name in splits}
+    if evaluations:
+        results["evaluations"] = evaluations
+    _write_text(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def read_results(output_folder: str | os.PathLike) -> dict:
+    """Read a run's ``results.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not one of ours.
+    """
+    path = Path(output_folder) / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): evaluate again.") from None
+    if not isinstance(results, dict) or not isinstance(results.get("splits"), dict):
+        raise ValueError(f"{path} holds no scores of splits: evaluate again.")
+    return results
+
+
+def run_record(
+    *, seed: int, precision: str, device: str, command: str | Sequence[str]
+) -> dict[str, object]:
+    """What it takes to repeat a run: the ``run`` entry of ``results.json``.
+
+    Args:
+        seed: seed of the run.
+        precision: fp32, fp16 or bf16.
+        device: device it ran on.
+        command: the command line, or its arguments (as in ``sys.argv``), which are then quoted.
+    """
+    return {
+        "seed": seed,
+        "commit": git_commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: package_version(package) for name, package in _PACKAGES.items()},
+        "precision": precision,
+        "device": str(device),
+        "command": command if isinstance(command, str) else shlex.join(map(str, command)),
+    }
+
+
+def results_table(splits: Mapping[str, SplitScore], *, markdown: bool = False) -> str:
+    """A table of scores, aligned for a terminal or as Markdown; the last line has no line break."""
+    header = ("split", "WER %", "CER %", "audio", "real-time factor")
+    rows = [
+        (
+            name,
+            f"{score.wer:.2f}",
+            f"{score.cer:.2f}",
+            format_duration(score.audio_s),
+            format_number(score.real_time_factor, 3),
+        )
+        for name, score in splits.items()
+    ]
+    return markdown_table(header, rows) if markdown else text_table(header, rows)
+
+
+def _check_utterances(
+    split: str, ids: list[str], references: list[str], hypotheses: list[str]
+) -> None:
+    if not ids:
+        raise ValueError(f"{split}: there is no utterance to score")
+    if not len(ids) == len(references) == len(hypotheses):
+        raise ValueError(
+            f"{split}: {len(ids)} ids, {len(references)} references and {len(hypotheses)} "
+            "hypotheses; wanted one of each per utterance"
+        )
+    repeated = [name for name, count in collections.Counter(ids).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{split}: ids are there more than once: {', '.join(repeated[:20])}")
+    for name in ids:
+        if len(name.splitlines()) != 1 or "\t" in name:
+            raise ValueError(f"{split}: an id must be one line without tabs, not {name!r}")
+
+
+def _write_stats(path: Path, stats: ErrorRateStats) -> None:
+    with atomic_write(path) as file:
+        stats.write_stats(file)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text)

@@ -1,0 +1,1 @@
+"""Utterances put together anew from words of one speaker."""
