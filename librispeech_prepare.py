@@ -24,9 +24,8 @@ from tqdm import tqdm
 from common.files import file_digest
 from common.record import PreparationRecord
 from corpora import download, lexicon
-from corpora.flac import FlacError, check_flac
+from corpora.audio import AUDIO_SUFFIXES, AudioFileError, check_audio
 from corpora.librispeech import (
-    AUDIO_SUFFIX,
     OFFICIAL_NUM_UTTERANCES,
     SAMPLE_RATE,
     Problem,
@@ -35,7 +34,7 @@ from corpora.librispeech import (
     find_data_root,
     find_splits,
     list_split,
-    other_audio_suffixes,
+    unread_suffixes,
 )
 from corpora.manifest import DATA_ROOT, ManifestRow, merge_manifests, write_manifest
 
@@ -284,10 +283,10 @@ def _check_audio(
         rows, problems = [], []
         for utterance in chunk:
             try:
-                num_samples = check_flac(
+                num_samples = check_audio(
                     f"{data_root}/{utterance.path}", utterance.size_bytes, SAMPLE_RATE, verify
                 )
-            except FlacError as error:
+            except AudioFileError as error:
                 problems.append(Problem(utterance.path, utterance.id, str(error)))
                 continue
             rows.append(
@@ -332,11 +331,12 @@ def _require_rows(plan: _Plan, data_root: Path) -> None:
             f" because of: {plan.problems[0].path}: {plan.problems[0].reason}"
         )
     hint = ""
-    if suffixes := other_audio_suffixes(data_root, split):
-        hint = f"; audio found as {', '.join(suffixes)} must be converted to FLAC first"
+    if suffixes := unread_suffixes(data_root, split):
+        readable = ", ".join(sorted(AUDIO_SUFFIXES))
+        hint = f"; there are files called {', '.join(suffixes)}, read are {readable}"
     raise ValueError(
         f"{data_root / split} holds no utterances: expected"
-        f" <speaker>/<chapter>/<speaker>-<chapter>-<number>{AUDIO_SUFFIX}{hint}"
+        f" <speaker>/<chapter>/<speaker>-<chapter>-<number>.flac{hint}"
     )
 
 

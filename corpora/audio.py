@@ -1,9 +1,58 @@
-"""Reading recordings: what is wrong with one is said with its utterance."""
+"""Reading recordings in any format of libsndfile: what is wrong with one is said with its name."""
 
 import numpy as np
 import soundfile
 
 from common.errors import UserError
+
+AUDIO_SUFFIXES = frozenset(
+    {".aif", ".aiff", ".au", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".sph", ".w64", ".wav"}
+)
+"""Of files that are taken for recordings, in small letters."""
+
+_DECODE_BLOCK_SAMPLES = 1 << 18
+# libsndfile's number for a file whose length nothing tells.
+_UNKNOWN_FRAMES = 2**63 - 1
+
+
+class AudioFileError(ValueError):
+    """A file that is no usable recording; the message is the reason."""
+
+
+def check_audio(path: str, size_bytes: int, sample_rate: int, verify: bool = False) -> int:
+    """Number of samples of a mono recording, of which the header is checked on the way.
+
+    Args:
+        path: the file.
+        size_bytes: its size as the folder's listing gives it.
+        sample_rate: the rate wanted, in Hz.
+        verify: decode the whole file, and compare the number of samples with the header's.
+
+    Raises:
+        AudioFileError: empty, unreadable, wrongly sampled, not mono, without a number of samples,
+            or (``verify``) cut short or damaged.
+    """
+    if size_bytes == 0:
+        raise AudioFileError("empty file")
+    try:
+        with soundfile.SoundFile(path) as audio:
+            if audio.samplerate != sample_rate:
+                raise AudioFileError(
+                    f"wrongly sampled: {audio.samplerate} Hz instead of {sample_rate} Hz"
+                )
+            if audio.channels != 1:
+                raise AudioFileError(f"{audio.channels} channels instead of one")
+            if not 0 < audio.frames < _UNKNOWN_FRAMES:
+                # An encoder that writes to a pipe cannot go back to fill it in.
+                raise AudioFileError(
+                    "empty, or of unknown length: its header says no number of samples; encode it "
+                    "again"
+                )
+            if verify:
+                _decode(audio)
+            return audio.frames
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioFileError(f"unreadable: {_reason(error, path)}") from error
 
 
 def read_audio(
@@ -19,8 +68,8 @@ def read_audio(
     """
     try:
         samples, rate = soundfile.read(wav, start=start, stop=stop, dtype="float32")
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise UserError(f"{utterance_id}: {wav} cannot be read: {error}") from None
+    except (soundfile.SoundFileError, OSError) as error:
+        raise UserError(f"{utterance_id}: {wav} cannot be read: {_reason(error, wav)}") from None
     if rate != sample_rate or samples.ndim != 1:
         channels = 1 if samples.ndim == 1 else samples.shape[1]
         raise UserError(
@@ -28,3 +77,28 @@ def read_audio(
             f"{sample_rate} Hz mono is needed."
         )
     return samples
+
+
+def _decode(audio: soundfile.SoundFile) -> None:
+    num_samples = 0
+    try:
+        while len(block := audio.read(_DECODE_BLOCK_SAMPLES, dtype="int16")):
+            num_samples += len(block)
+    except soundfile.SoundFileError as error:
+        raise AudioFileError(f"cut short or damaged: {_reason(error)}") from error
+    if num_samples < audio.frames:
+        raise AudioFileError(
+            f"cut short: {num_samples} samples instead of the {audio.frames} of its header"
+        )
+
+
+def _reason(error: Exception, path: str | None = None) -> str:
+    """What stands in the way of reading; libsndfile itself calls much of it a system error."""
+    if path is not None:
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as system_error:
+            return system_error.strerror
+    text = getattr(error, "error_string", "") or str(error)
+    return text.strip() or f"libsndfile error {getattr(error, 'code', '')}".strip()

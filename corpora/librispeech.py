@@ -1,6 +1,6 @@
 """LibriSpeech's layout: where its splits are, which utterances they hold, what is wrong with them.
 
-    <split>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac
+    <split>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac    or .opus, .wav, ...
     <split>/<speaker>/<chapter>/<speaker>-<chapter>.trans.txt    lines "<utterance id> <WORDS>"
 
 Any corpus in this layout is read, whatever its splits are called.
@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from corpora.audio import AUDIO_SUFFIXES
+
 SAMPLE_RATE = 16000
 
 OFFICIAL_NUM_UTTERANCES = {
@@ -27,7 +29,6 @@ OFFICIAL_NUM_UTTERANCES = {
     "test-other": 2939,
 }
 
-AUDIO_SUFFIX = ".flac"
 TRANSCRIPT_SUFFIX = ".trans.txt"
 
 # SpeechBrain's load_data_csv replaces these in every column and fails where it knows no value.
@@ -102,7 +103,7 @@ def find_data_root(data_folder: str | Path, splits: Sequence[str] = ()) -> Path:
     found = sorted(entry.name for entry in _visible(folder))[:8]
     raise ValueError(
         f"{folder} is not LibriSpeech: no <split>/<speaker>/<chapter>/ folders with"
-        f" {AUDIO_SUFFIX} and {TRANSCRIPT_SUFFIX} files in it or in its LibriSpeech folder"
+        f" audio and {TRANSCRIPT_SUFFIX} files in it or in its LibriSpeech folder"
         f" (found: {', '.join(found) if found else 'nothing'}).{hint}"
     )
 
@@ -154,11 +155,10 @@ def list_split(
     return listing
 
 
-def other_audio_suffixes(data_root: str | Path, split: str) -> list[str]:
-    """Suffixes of audio files in a split that are no FLAC; read to explain an empty listing."""
-    known = {".wav", ".mp3", ".sph", ".ogg", ".opus", ".m4a"}
-    files = islice((Path(data_root) / split).rglob("*"), 10_000)
-    return sorted({path.suffix.lower() for path in files} & known)
+def unread_suffixes(data_root: str | Path, split: str) -> list[str]:
+    """Suffixes of files in a split that no recording has; read to explain an empty listing."""
+    files = islice((Path(data_root) / split).rglob("*.*"), 10_000)
+    return sorted({path.suffix for path in files} - {".txt"})[:8]
 
 
 def _list_speaker(
@@ -188,16 +188,19 @@ def _list_chapter(
     _, speaker, chapter = place
     folder = "/".join(place)
     audio_sizes: dict[str, int] = {}
+    suffixes: dict[str, list[str]] = {}
     transcripts: list[os.DirEntry] = []
     lines = []
     for entry in _visible(split_folder / speaker / chapter):
-        if entry.name.endswith(AUDIO_SUFFIX):
+        utterance_id, suffix = os.path.splitext(entry.name)
+        if suffix.lower() in AUDIO_SUFFIXES:
             try:
                 stat = entry.stat()
                 size, time = stat.st_size, stat.st_mtime_ns
             except OSError:  # a dangling link: left to the check of the audio
                 size, time = -1, 0
-            audio_sizes[entry.name[: -len(AUDIO_SUFFIX)]] = size
+            audio_sizes[utterance_id] = size
+            suffixes.setdefault(utterance_id, []).append(suffix)
             lines.append(f"{entry.name} {size} {time}")
         elif entry.name.endswith(TRANSCRIPT_SUFFIX):
             transcripts.append(entry)
@@ -217,8 +220,13 @@ def _list_chapter(
 
     prefix = f"{speaker}-{chapter}-"
     for utterance_id in sorted(audio_sizes.keys() | words.keys() | bad_words.keys()):
-        path = f"{folder}/{utterance_id}{AUDIO_SUFFIX}"
-        if utterance_id not in audio_sizes:
+        found = sorted(suffixes.get(utterance_id, [""]))
+        path = f"{folder}/{utterance_id}{found[0]}"
+        if len(found) > 1:
+            problems.append(
+                Problem(path, utterance_id, f"ambiguous audio: {' and '.join(found)} of one id")
+            )
+        elif utterance_id not in audio_sizes:
             problems.append(Problem(path, utterance_id, "missing audio: only a transcript"))
         elif utterance_id in bad_words:
             problems.append(Problem(path, utterance_id, bad_words[utterance_id]))
@@ -256,9 +264,9 @@ def _parse_transcript(text: str, words: dict[str, str], bad_words: dict[str, str
 
 def _stray(name: str, folder: str) -> list[Problem]:
     """Audio that is not three folders deep would otherwise be left out in silence."""
-    if not name.endswith(AUDIO_SUFFIX):
+    utterance_id, suffix = os.path.splitext(name)
+    if suffix.lower() not in AUDIO_SUFFIXES:
         return []
-    utterance_id = name[: -len(AUDIO_SUFFIX)]
     reason = "misplaced: audio belongs into <split>/<speaker>/<chapter>/"
     return [Problem(f"{folder}/{name}", utterance_id, reason)]
 
@@ -271,7 +279,8 @@ def _has_chapters(split_folder: str | Path) -> bool:
             if not chapter.is_dir():
                 continue
             for entry in _visible(chapter.path):
-                if entry.name.endswith((AUDIO_SUFFIX, TRANSCRIPT_SUFFIX)):
+                suffix = os.path.splitext(entry.name)[1].lower()
+                if suffix in AUDIO_SUFFIXES or entry.name.endswith(TRANSCRIPT_SUFFIX):
                     return True
     return False
 

@@ -215,7 +215,7 @@ def test_another_corpus_under_the_same_names_is_noticed(data, save, tmp_path):
 BAD_AUDIO = {
     "missing audio": lambda path: path.unlink(),
     "empty file": lambda path: path.write_bytes(b""),
-    "unreadable: not a FLAC file": lambda path: path.write_bytes(b"RIFF" + bytes(100)),
+    "unreadable: Format not recognised": lambda path: path.write_bytes(b"RIFF" + bytes(100)),
     "wrongly sampled: 8000 Hz": lambda path: soundfile.write(path, np.zeros(800), 8000),
     "2 channels": lambda path: soundfile.write(path, np.zeros((800, 2)), 16000),
     "missing transcript": lambda path: shutil.copy(path, path.with_name("102-1-0008.flac")),
@@ -234,7 +234,9 @@ def test_all_problems_of_all_splits_are_in_one_error_and_no_manifest_is_left(dat
     assert message.startswith("7 utterances in ")
     assert "train-clean-100/101/1/101-1-0000.flac (101-1-0000): wrongly sampled" in message
     for number, reason in enumerate(list(BAD_AUDIO)[:-1]):
-        assert f"dev-clean/102/1/102-1-{number:04d}.flac (102-1-{number:04d}): {reason}" in message
+        suffix = "" if reason == "missing audio" else ".flac"
+        place = f"dev-clean/102/1/102-1-{number:04d}{suffix} (102-1-{number:04d})"
+        assert f"{place}: {reason}" in message
     assert "(102-1-0008): missing transcript" in message
     assert "--skip_bad" in message
     assert manifests(save) == []
@@ -292,12 +294,31 @@ def test_a_missing_split_is_an_error_that_lists_the_splits_found(data, save):
     assert manifests(save) == []
 
 
-def test_a_split_without_flac_says_what_it_holds_instead(data, save):
+def test_a_split_without_readable_audio_says_what_it_holds_instead(data, save):
     folder = data / "own" / "1" / "1"
     folder.mkdir(parents=True)
-    (folder / "1-1-0000.wav").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds no utterances.*\.wav must be converted"):
+    (folder / "1-1-0000.m4a").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds no utterances.*\.m4a, read are .*\.flac"):
         prepare(data, save, te_splits=["own"])
+
+
+def test_formats_may_be_mixed(data, save):
+    for number, suffix in enumerate([".opus", ".WAV", ".ogg"]):
+        path = audio_of(data, number)
+        samples, rate = soundfile.read(path)
+        kind = {"format": "OGG", "subtype": "OPUS"} if suffix == ".opus" else {}
+        soundfile.write(path.with_suffix(suffix), samples, rate, **kind)
+        path.unlink()
+    prepare(data, save)
+    rows = read_manifest(save / "dev-clean.csv")
+    assert [Path(row.wav).suffix for row in rows] == [".opus", ".WAV", ".ogg"]
+
+
+def test_two_recordings_of_one_id_are_ambiguous(data, save):
+    path = audio_of(data, 0)
+    shutil.copy(path, path.with_suffix(".wav"))
+    with pytest.raises(PreparationError, match=r"ambiguous audio: \.flac and \.wav of one id"):
+        prepare(data, save)
 
 
 def test_an_official_split_with_another_number_of_utterances_is_a_warning(data, save, caplog):

@@ -4,10 +4,8 @@ import os
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from corpora.flac import FlacError, check_flac, parse_stream_info, read_stream_info
+from corpora.audio import AUDIO_SUFFIXES, AudioFileError, check_audio, read_audio
 
 
 def flac_bytes(samples: int = 4000, rate: int = 16000, channels: int = 1, subtype="PCM_16"):
@@ -19,24 +17,22 @@ def flac_bytes(samples: int = 4000, rate: int = 16000, channels: int = 1, subtyp
 
 def check(path, content: bytes, verify: bool = False) -> int:
     path.write_bytes(content)
-    return check_flac(str(path), os.path.getsize(path), 16000, verify)
+    return check_audio(str(path), os.path.getsize(path), 16000, verify)
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    samples=st.integers(1, 9000),
-    rate=st.sampled_from([8000, 16000, 44100, 96000]),
-    channels=st.integers(1, 8),
-    subtype=st.sampled_from(["PCM_S8", "PCM_16", "PCM_24"]),
-)
-def test_the_header_is_read_as_libsndfile_reads_it(samples, rate, channels, subtype):
-    content = flac_bytes(samples, rate, channels, subtype)
-    info = parse_stream_info(content[:42])
-    theirs = soundfile.info(io.BytesIO(content))
-    assert info.num_samples == theirs.frames == samples
-    assert info.sample_rate == theirs.samplerate
-    assert info.channels == theirs.channels
-    assert info.bits_per_sample == {"PCM_S8": 8, "PCM_16": 16, "PCM_24": 24}[subtype]
+@pytest.mark.parametrize("suffix", sorted(AUDIO_SUFFIXES - {".sph", ".au", ".w64"}))
+def test_every_format_is_read(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 16000)
+    kind = {".opus": ("OGG", "OPUS"), ".oga": ("OGG", "VORBIS"), ".aif": ("AIFF", "PCM_16")}
+    file_format, subtype = kind.get(suffix, (suffix[1:].upper(), None))
+    soundfile.write(path, noise, 16000, format=file_format, subtype=subtype)
+    num_samples = check_audio(str(path), os.path.getsize(path), 16000, verify=True)
+    samples_S = read_audio(str(path), "a", 16000)
+    assert samples_S.dtype == np.float32
+    # MP3 is made of blocks.
+    assert len(samples_S) == num_samples
+    assert 16000 <= num_samples < 16000 + (2400 if suffix == ".mp3" else 1)
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -44,22 +40,21 @@ def test_the_header_is_read_as_libsndfile_reads_it(samples, rate, channels, subt
     ("content", "reason"),
     [
         (b"", "empty file"),
-        (b"RIFF" + bytes(100), "not a FLAC file"),
-        (flac_bytes()[:30], "ends within its header"),
-        (b"fLaC" + bytes(100), "damaged FLAC header"),
-        (flac_bytes()[:42], "cut short"),
+        (b"RIFF" + bytes(100), "unreadable: "),
+        (flac_bytes()[:30], "unreadable: "),
+        (b"fLaC" + bytes(100), "unreadable: "),
         (flac_bytes(rate=8000), "wrongly sampled: 8000 Hz instead of 16000 Hz"),
         (flac_bytes(channels=2), "2 channels instead of one"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_reason(tmp_path, content, reason, verify):
-    with pytest.raises(FlacError, match=reason):
+    with pytest.raises(AudioFileError, match=reason):
         check(tmp_path / "a.flac", content, verify)
 
 
 def test_a_file_that_cannot_be_opened_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(FlacError, match="No such file"):
-        read_stream_info(str(tmp_path / "missing.flac"))
+    with pytest.raises(AudioFileError, match="unreadable: No such file"):
+        check_audio(str(tmp_path / "missing.flac"), 1, 16000)
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.95])
@@ -67,15 +62,15 @@ def test_only_decoding_finds_audio_that_was_cut_short(tmp_path, kept):
     content = flac_bytes(samples=20000)
     content = content[: int(kept * len(content))]
     assert check(tmp_path / "a.flac", content) == 20000
-    with pytest.raises(FlacError, match=r"cut short|damaged"):
+    with pytest.raises(AudioFileError, match=r"cut short|damaged"):
         check(tmp_path / "a.flac", content, verify=True)
 
 
-def test_decoding_finds_samples_that_do_not_match_the_header(tmp_path):
-    content = bytearray(flac_bytes())
-    content[26:42] = bytes(range(16))
-    assert check(tmp_path / "a.flac", bytes(content)) == 4000
-    with pytest.raises(FlacError, match="MD5"):
+def test_decoding_finds_damage(tmp_path):
+    content = bytearray(flac_bytes(samples=20000))
+    content[len(content) // 2] ^= 0xFF
+    assert check(tmp_path / "a.flac", bytes(content)) == 20000
+    with pytest.raises(AudioFileError, match="damaged"):
         check(tmp_path / "a.flac", bytes(content), verify=True)
 
 
@@ -90,7 +85,5 @@ def test_a_header_without_a_length_is_refused_as_training_could_not_load_it(tmp_
     content = bytearray(flac_bytes())
     content[21] &= 0xF0
     content[22:26] = bytes(4)
-    with pytest.raises(FlacError, match="unknown length"):
+    with pytest.raises(AudioFileError, match="unknown length"):
         check(tmp_path / "a.flac", bytes(content), verify)
-    with pytest.raises(ValueError, match="too big"):
-        soundfile.read(tmp_path / "a.flac")
