@@ -18,6 +18,21 @@ def min_ctc_frames(tokens_BU: Tensor, num_tokens_B: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class TokenSpan:
+    """Where a token is on the likeliest path.
+
+    Attributes:
+        start_frame: the first of its frames.
+        end_frame: the frame after the last of them.
+        log_prob: the highest log probability that it has in them.
+    """
+
+    start_frame: int
+    end_frame: int
+    log_prob: float
+
+
+@dataclass(frozen=True)
 class Alignment:
     """Where the words of an utterance are.
 
@@ -29,6 +44,34 @@ class Alignment:
 
     spans: list[tuple[int, int]]
     log_prob_per_token: float
+
+
+def align_tokens(
+    log_probs_TV: Tensor, tokens: Sequence[int], blank: int = 0
+) -> tuple[list[TokenSpan], float] | None:
+    """The likeliest path through a sequence of tokens.
+
+    Args:
+        log_probs_TV: float32 log probabilities of one utterance, without padding.
+        tokens: without blanks.
+
+    Returns:
+        a span for each token and the log probability of the path; None where the frames do not
+        suffice for the tokens, there are none, or log probabilities are not finite.
+    """
+    targets_1U = torch.tensor([list(tokens)], dtype=torch.int32)
+    enough = int(min_ctc_frames(targets_1U, torch.tensor([len(tokens)])))
+    if not len(tokens) or len(log_probs_TV) < enough or not log_probs_TV.isfinite().all():
+        return None
+    path_1T, scores_1T = forced_align(
+        log_probs_TV[None].float().cpu().contiguous(), targets_1U, blank=blank
+    )
+    scores_T = scores_1T[0]
+    spans = [
+        TokenSpan(span.start, span.end, float(scores_T[span.start : span.end].max()))
+        for span in merge_tokens(path_1T[0], scores_T, blank)
+    ]
+    return spans, float(scores_T.sum())
 
 
 def align_words(
@@ -46,21 +89,16 @@ def align_words(
         None where the frames do not suffice for the tokens, a word has none, or log probabilities
         are not finite.
     """
-    targets_1U = torch.tensor([list(tokens)], dtype=torch.int32)
-    enough = int(min_ctc_frames(targets_1U, torch.tensor([len(tokens)])))
-    if not len(tokens) or len(log_probs_TV) < enough or not log_probs_TV.isfinite().all():
+    aligned = align_tokens(log_probs_TV, tokens, blank)
+    if aligned is None:
         return None
-    path_1T, scores_1T = forced_align(
-        log_probs_TV[None].float().cpu().contiguous(), targets_1U, blank=blank
-    )
+    spans, log_prob = aligned
     words: list[tuple[int, int] | None] = []
-    token_spans = merge_tokens(path_1T[0], scores_1T[0], blank)
-    for span, piece in zip(token_spans, pieces, strict=True):
+    for span, piece in zip(spans, pieces, strict=True):
         if piece.startswith("▁") or not words:
             words.append(None)
         if piece != "▁":
-            start = span.start if words[-1] is None else words[-1][0]
-            words[-1] = (start, span.end)
-    if None in words:
-        return None
-    return Alignment(words, float(scores_1T.sum()) / len(tokens))
+            last = words[-1]
+            words[-1] = (span.start_frame if last is None else last[0], span.end_frame)
+    placed = [word for word in words if word is not None]
+    return Alignment(placed, log_prob / len(tokens)) if len(placed) == len(words) else None

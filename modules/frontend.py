@@ -1,5 +1,6 @@
 """Convolutional front end: a quarter of the frames come out, each item padded at its own end."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -236,11 +237,18 @@ class ConvolutionFrontEnd(SpeechBrainFrontEnd):
 
     def out_frames(self, num_feature_frames: IntOrTensor) -> IntOrTensor:
         """Frames that come out of so many feature frames (int or integer tensor)."""
-        for block in self.values():
-            for layer in block.convs.values():
-                if isinstance(layer, Conv2d):
-                    num_feature_frames = layer.out_frames(num_feature_frames)
+        for convolution in self._convolutions():
+            num_feature_frames = convolution.out_frames(num_feature_frames)
         return num_feature_frames
+
+    @property
+    def stride_frames(self) -> int:
+        """Feature frames from one frame that comes out to the next."""
+        return math.prod(convolution.stride_frames for convolution in self._convolutions())
+
+    def _convolutions(self) -> list[Conv2d]:
+        layers = [layer for block in self.values() for layer in block.convs.values()]
+        return [layer for layer in layers if isinstance(layer, Conv2d)]
 
     def forward_streaming(
         self, feats_BTM: Tensor, state: FrontEndState | None = None, final: bool = False
@@ -261,8 +269,8 @@ class ConvolutionFrontEnd(SpeechBrainFrontEnd):
         if any(block.reduce_conv is not None for block in self.values()):
             raise ValueError("A front end with residual blocks cannot stream; set residuals=False.")
         layers = [layer for block in self.values() for layer in block.convs.values()]
-        convs = [layer for layer in layers if isinstance(layer, Conv2d)]
-        old_states = iter(state.convs if state is not None else [None] * len(convs))
+        no_states = [None] * len(self._convolutions())
+        old_states = iter(state.convs if state is not None else no_states)
         new_states = []
         x = feats_BTM
         for layer in layers:

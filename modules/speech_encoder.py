@@ -45,8 +45,9 @@ class SpeechEncoder(nn.Module):
         self.normalize = normalize
         self.CNN = CNN
         self.Transformer = Transformer
-        # A distributed wrapper that takes the front end's place has no such method.
+        # A distributed wrapper that takes the front end's place does not tell them.
         self._frontend_frames = CNN.out_frames
+        self._frontend_stride = CNN.stride_frames
 
     def num_feature_frames(self, num_samples: IntOrTensor) -> IntOrTensor:
         """Frames that the filterbank makes of so many samples (an integer or integers)."""
@@ -55,6 +56,11 @@ class SpeechEncoder(nn.Module):
     def num_frames(self, num_samples: IntOrTensor) -> IntOrTensor:
         """Encoder frames that so many samples (an integer or integers) become."""
         return self._frontend_frames(self.num_feature_frames(num_samples))
+
+    @property
+    def stride_samples(self) -> int:
+        """Samples from one encoder frame to the next."""
+        return self.compute_features.hop_samples * self._frontend_stride
 
     def features(
         self, wav_BS: Tensor, num_samples_B: Tensor, epoch: int | None = None

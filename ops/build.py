@@ -1,4 +1,7 @@
-"""Compiles the CPU kernels at their first use, once for each machine type, and loads them."""
+"""Compiles C++ at its first use, once for each machine type, and loads it.
+
+Torch is imported for what uses it alone: the search in decoding/ is built without.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import torch
 
 try:
     import fcntl
@@ -49,23 +50,27 @@ class BuildError(RuntimeError):
     """The kernels cannot be compiled or loaded here; the message says why."""
 
 
-def unavailable() -> str | None:
+def unavailable(uses_torch: bool = True) -> str | None:
     """Why no kernel can be built on this machine, as far as that is known without trying."""
-    if _failure is not None or _libraries:
+    if _failure is not None:
         return _failure
-    if fcntl is None:
-        return "the kernels need GCC or Clang; on Windows use WSL"
-    if _compiler() is None:
-        wanted = os.environ.get("CXX")
-        searched = f"CXX={wanted} was not found" if wanted else "no c++, g++ or clang++ on the PATH"
-        return f"{searched}; install a C++ compiler (Debian: apt install g++, macOS: xcode-select)"
-    if _parallel_for() is None:
-        return f"torch {torch.__version__} has no torch_parallel_for; torch 2.11 has"
+    if not _libraries and (reason := _no_compiler()):
+        return reason
+    if uses_torch and _parallel_for() is None:
+        return f"torch {_torch_version()} has no torch_parallel_for; torch 2.11 has"
     return None
 
 
-def load(source: Path, header: Path) -> ctypes.CDLL:
+def load(
+    source: Path, header: Path, flags: tuple[str, ...] = (), uses_torch: bool = True
+) -> ctypes.CDLL:
     """The compiled ``source``, which includes ``header``; built unless this machine has it already.
+
+    Args:
+        source: one C++ file.
+        header: one of ours.
+        flags: for the compiler, after the usual ones.
+        uses_torch: it is called with `parallel_for_address`.
 
     Raises:
         BuildError: no compiler, or it failed. What failed once is not tried again by this process.
@@ -74,11 +79,11 @@ def load(source: Path, header: Path) -> ctypes.CDLL:
     with _lock:
         if source in _libraries:
             return _libraries[source]
-        reason = unavailable()
+        reason = unavailable(uses_torch)
         if reason is not None:
             raise BuildError(reason)
         try:
-            _libraries[source] = _load(source, header)
+            _libraries[source] = _load(source, header, flags, uses_torch)
         except (OSError, subprocess.SubprocessError) as error:
             _failure = f"the kernels could not be built: {_explain(error)}"
             raise BuildError(_failure) from error
@@ -107,9 +112,11 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "mamba_asr"
 
 
-def _load(source: Path, header: Path) -> ctypes.CDLL:
-    command = _command()
-    folder = cache_folder() / _key(source, header, command)
+def _load(
+    source: Path, header: Path, flags: tuple[str, ...] = (), uses_torch: bool = True
+) -> ctypes.CDLL:
+    command = [*_command(), *flags]
+    folder = cache_folder() / _key(source, header, command, _torch_version() if uses_torch else "")
     library = folder / f"{source.parent.name}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +166,16 @@ def _command() -> list[str]:
     return [*_compiler(), *_FLAGS, native, *flags]
 
 
+def _no_compiler() -> str | None:
+    if fcntl is None:
+        return "the kernels need GCC or Clang; on Windows use WSL"
+    if _compiler() is None:
+        wanted = os.environ.get("CXX")
+        searched = f"CXX={wanted} was not found" if wanted else "no c++, g++ or clang++ on the PATH"
+        return f"{searched}; install a C++ compiler (Debian: apt install g++, macOS: xcode-select)"
+    return None
+
+
 def _compiler() -> tuple[str, ...] | None:
     if wanted := shlex.split(os.environ.get("CXX", "")):
         path = shutil.which(wanted[0])
@@ -169,13 +186,13 @@ def _compiler() -> tuple[str, ...] | None:
     return None
 
 
-def _key(source: Path, header: Path, command: list[str]) -> str:
+def _key(source: Path, header: Path, command: list[str], torch_version: str) -> str:
     version = _run(*_compiler(), "--version")
     digest = hashlib.sha256()
     for part in (
         source.read_bytes(),
         header.read_bytes(),
-        torch.__version__.encode(),
+        torch_version.encode(),
         shlex.join(command).encode(),
         version.encode(),
         _instruction_set().encode(),
@@ -198,8 +215,16 @@ def _instruction_set() -> str:
     return f"{platform.machine()} {model}"
 
 
+def _torch_version() -> str:
+    import torch
+
+    return torch.__version__
+
+
 @functools.cache
 def _parallel_for():
+    import torch
+
     suffix = "dylib" if sys.platform == "darwin" else "so"
     path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
     try:

@@ -14,6 +14,9 @@ from common.files import atomic_write
 logger = logging.getLogger(__name__)
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+WORD_MARK = "▁"
+"""Sentencepiece's sign for the space before a word."""
+
 TOKENIZER_SETTINGS = ("token_type", "output_neurons", "character_coverage")
 TOKEN_TYPES = ("char", "unigram", "bpe")
 UNKNOWN_CHARACTERS = ("drop", "skip", "error")
@@ -122,13 +125,12 @@ def count_unknown_characters(
     characters: Counter[str] = Counter()
     for sentence in sentences:
         characters.update(sentence)
-    space = "▁"
     return Counter(
         {
             character: count
             for character, count in characters.items()
             if not character.isspace()
-            and UNK_ID in tokenizer.encode(space + character, add_bos=False)
+            and UNK_ID in tokenizer.encode(WORD_MARK + character, add_bos=False)
         }
     )
 

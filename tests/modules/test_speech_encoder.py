@@ -53,6 +53,7 @@ def test_frame_counts_are_what_filterbank_and_front_end_make(form):
         feats_BTM = encoder.compute_features(torch.randn(1, num_samples))
         assert encoder.num_feature_frames(num_samples) == feats_BTM.shape[1]
         assert encoder.num_frames(num_samples) == encoder.CNN(feats_BTM).shape[1]
+    assert encoder.stride_samples == hop * 2 ** len(FORMS[form][1])
     assert encoder.num_frames(torch.tensor(counts)).tolist() == list(
         map(encoder.num_frames, counts)
     )

@@ -1,0 +1,186 @@
+"""Word n-grams in ARPA files: p(word | words before it), by backing off."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+START, UNKNOWN = "<s>", "<unk>"
+UNKNOWN_LOG10_PROB = -100.0
+"""Of words that the model does not know, where it has no <unk>; as in KenLM."""
+
+_BLOCK_BYTES = 1 << 22
+_KENLM_BINARY = b"mmap lm http://kheafield.com"
+
+
+class Ngram(ABC):
+    """A back-off n-gram of words.
+
+    Attributes:
+        order: words in the longest n-gram.
+        num_words: that it knows, the marks of a sentence included.
+    """
+
+    order: int
+    num_words: int
+
+    @abstractmethod
+    def __contains__(self, word: str) -> bool:
+        """Whether the model knows a word; it does not know <unk>."""
+
+    @abstractmethod
+    def log10_probs(self, words: Sequence[str], in_sentence: bool = True) -> list[float]:
+        """Log10 probability of each word after those before it and, if so, a sentence's start."""
+
+    def knows(self, words: Collection[str]) -> float:
+        """The share of ``words`` in the model: a small one hints at another case or language."""
+        return sum(word in self for word in words) / max(1, len(words))
+
+
+State = tuple[str, ...]
+"""The latest words, as far as they can matter."""
+
+
+class ReferenceNgram(Ngram):
+    """The definition, in Python: the compiled one is tested against it.
+
+    Args:
+        path: an ARPA file, plain or gzip.
+
+    Raises:
+        ValueError: not an ARPA file, or a damaged one.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._log_probs: dict[State, float] = {}
+        self._log_backoffs: dict[State, float] = {}
+        try:
+            self._read(_lines(arpa_blocks(path)))
+        except _Damage as error:
+            raise damaged(path, error) from None
+        self._words = {words[0] for words in self._log_probs if len(words) == 1} - {UNKNOWN}
+        self._prefixes = {word[:end] for word in self._words for end in range(1, len(word) + 1)}
+        self._log_probs.setdefault((UNKNOWN,), UNKNOWN_LOG10_PROB)
+        self.num_words = len(self._words)
+
+    def __contains__(self, word: str) -> bool:
+        return word in self._words
+
+    def is_prefix(self, characters: str) -> bool:
+        """Whether a word of the model begins so."""
+        return characters in self._prefixes
+
+    def start(self, in_sentence: bool) -> State:
+        """The state before the first word, of a sentence or of nothing."""
+        return (START,) if in_sentence and START in self._words else ()
+
+    def score(self, state: State, word: str) -> tuple[float, State]:
+        """Log10 probability of ``word`` after ``state``, and the state after it."""
+        words = (*state, word if word in self._words else UNKNOWN)
+        log_backoff, found = 0.0, words[max(0, len(words) - self.order) :]
+        while found not in self._log_probs:
+            log_backoff += self._log_backoffs.get(found[:-1], 0.0)
+            found = found[1:]
+        return log_backoff + self._log_probs[found], words[max(0, len(words) - self.order + 1) :]
+
+    def log10_probs(self, words: Sequence[str], in_sentence: bool = True) -> list[float]:
+        state, log_probs = self.start(in_sentence), []
+        for word in words:
+            log_prob, state = self.score(state, word)
+            log_probs.append(log_prob)
+        return log_probs
+
+    def _read(self, lines: Iterable[bytes]) -> None:
+        counts: list[int] = []
+        section, entries = None, 0  # None before \data\, 0 in it, then the length of the n-grams
+        for number, line in enumerate(lines, start=1):
+            line = line.strip()
+            if section is None:
+                section = 0 if line == b"\\data\\" else None
+            elif line.startswith(b"\\"):
+                if section and entries != counts[section - 1]:
+                    raise _Damage(
+                        f"it has {entries} {section}-grams and announces {counts[section - 1]}"
+                    )
+                section, entries = section + 1, 0
+                if section > len(counts) > 0 and line == b"\\end\\":
+                    self.order = len(counts)
+                    return
+                if section > len(counts) or line != b"\\%d-grams:" % section:
+                    raise _Damage(f"line {number} is {_shown(line)}")
+            elif line and section == 0:
+                announced = re.fullmatch(rb"ngram +%d *= *(\d+)" % (len(counts) + 1), line)
+                if announced is None:
+                    raise _Damage(f"line {number} is {_shown(line)}")
+                counts.append(int(announced[1]))
+            elif line:
+                try:
+                    self._add(line.split(), section)
+                except ValueError:
+                    raise _Damage(f"line {number} is no {section}-gram: {_shown(line)}") from None
+                entries += 1
+        raise _Damage("it has no \\data\\" if section is None else "it ends before \\end\\")
+
+    def _add(self, fields: list[bytes], length: int) -> None:
+        numbers = [float(np.float32(float(x))) for x in (fields[0], *fields[length + 1 :])]
+        words = tuple(map(_decoded, fields[1 : length + 1]))
+        if len(words) < length or len(numbers) > 2:
+            raise ValueError
+        if length > 1 and any((word,) not in self._log_probs for word in words):
+            raise ValueError
+        self._log_probs[words] = numbers[0]
+        self._log_backoffs[words] = numbers[1] if len(numbers) == 2 else 0.0
+
+
+class _Damage(Exception):
+    """What is wrong with a file."""
+
+
+def damaged(path: str | Path, how: object) -> ValueError:
+    """The error of a file that is not what it should be."""
+    return ValueError(f"{path} is no ARPA file, or a damaged one: {how}")
+
+
+def arpa_blocks(path: str | Path) -> Iterator[bytes]:
+    """The text of an ARPA file, plain or gzip, in blocks of some megabytes.
+
+    Raises:
+        ValueError: a binary of KenLM's, or damaged compression.
+    """
+    with Path(path).open("rb") as file:
+        magic = file.read(len(_KENLM_BINARY))
+        file.seek(0)
+        if magic == _KENLM_BINARY:
+            raise ValueError(
+                f"{path} is a binary of KenLM's, whose layout only KenLM reads: give the ARPA file "
+                "that it was built from (plain or .gz)."
+            )
+        stream = gzip.GzipFile(fileobj=file) if magic[:2] == b"\x1f\x8b" else file
+        try:
+            while block := stream.read(_BLOCK_BYTES):
+                yield block
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} cannot be unpacked: {error}") from None
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    yield rest
+
+
+def _decoded(word: bytes) -> str:
+    word = word.decode()
+    return UNKNOWN if word == UNKNOWN.upper() else word
+
+
+def _shown(line: bytes) -> str:
+    return repr(line[:80].decode(errors="replace"))

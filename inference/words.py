@@ -1,0 +1,103 @@
+"""Tokens with their frames as words with times and confidences."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from inference.transcript import Token, Word
+from text.tokenizer import WORD_MARK
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A token and where the CTC branch has it.
+
+    Attributes:
+        piece: its text, as the tokenizer spells it.
+        start_frame, end_frame: its frames, the second one past the last; None where the CTC branch
+            could not place it.
+        log_prob: the highest log probability that it has in them.
+    """
+
+    piece: str
+    start_frame: int | None
+    end_frame: int | None
+    log_prob: float
+
+
+def words_of(
+    words: Sequence[str], placed: Sequence[Placed], frame_s: float, duration_s: float
+) -> tuple[tuple[Word, ...], tuple[Token, ...]]:
+    """Words and tokens with their times and confidences.
+
+    A word lasts from the first frame of its first token to the last frame of its last one. Its
+    confidence is the geometric mean of its tokens' confidences; that of a token is the highest
+    posterior probability that the CTC branch gives it in its frames. Words that have no place share
+    the time between their neighbours, with confidence 0.
+
+    Args:
+        words: of the text.
+        placed: its tokens in order; a piece that begins with "▁" begins a word.
+        frame_s: seconds from one frame to the next.
+        duration_s: of the audio.
+
+    Returns:
+        one word for each of ``words``, and the tokens that have a place.
+    """
+    groups: list[list[Placed]] = []
+    for token in placed:
+        if token.piece.startswith(WORD_MARK) or not groups:
+            groups.append([])
+        if token.piece != WORD_MARK:
+            groups[-1].append(token)
+    groups = [group for group in groups if group]
+    if len(groups) != len(words):
+        # A tokenizer that does not mark words: none of them can be told from its tokens.
+        groups = [[] for _ in words]
+
+    def seconds(frame: int) -> float:
+        return min(round(frame * frame_s, 3), duration_s)
+
+    found: list[Word | None] = []
+    for text, group in zip(words, groups, strict=True):
+        first, last = (group[0].start_frame, group[-1].end_frame) if group else (None, None)
+        if first is None or last is None:
+            found.append(None)
+            continue
+        confidence = math.exp(sum(token.log_prob for token in group) / len(group))
+        found.append(Word(text, seconds(first), seconds(last), min(1.0, confidence)))
+    tokens = tuple(
+        Token(
+            token.piece,
+            seconds(token.start_frame),
+            seconds(token.end_frame),
+            min(1.0, math.exp(token.log_prob)),
+        )
+        for token in placed
+        if token.start_frame is not None and token.end_frame is not None
+    )
+    return tuple(_fill_gaps(words, found, duration_s)), tokens
+
+
+def _fill_gaps(texts: Sequence[str], words: Sequence[Word | None], duration_s: float) -> list[Word]:
+    """Words without a place share the time between their neighbours evenly."""
+    filled: list[Word] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if word is not None:
+            filled.append(word)
+            position += 1
+            continue
+        stop = position
+        while stop < len(words) and words[stop] is None:
+            stop += 1
+        start_s = filled[-1].end_s if filled else 0.0
+        following = words[stop] if stop < len(words) else None
+        end_s = max(start_s, duration_s if following is None else following.start_s)
+        step_s = (end_s - start_s) / (stop - position)
+        for i, text in enumerate(texts[position:stop]):
+            begin_s = start_s + i * step_s
+            filled.append(Word(text, begin_s, begin_s + step_s, 0.0, is_placed=False))
+        position = stop
+    return filled
