@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from modules.convolution import depthwise
 from modules.layer_stack import LayerStack
 from modules.lengths import valid_lengths
+from modules.plain_layers import is_plain, runs_its_class
 
 
 class ConvolutionalSpatialGatingUnit(SpeechBrainGatingUnit):
@@ -29,8 +30,13 @@ class ConvolutionalSpatialGatingUnit(SpeechBrainGatingUnit):
     def forward(self, x: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Gates the first half of the channels of ``x`` (batch, time, channels) with the second."""
         x1, x2 = x.chunk(2, dim=-1)
-        weight, bias = self.conv.conv.weight, self.conv.conv.bias
-        x2 = depthwise(_reflected(self.norm(x2), lengths_B, weight.shape[-1] // 2), weight, bias)
+        reach = self.conv.kernel_size // 2
+        x2 = _reflected(self.norm(x2), lengths_B, reach)
+        if is_plain(self.conv.conv) and runs_its_class(self.conv):
+            x2 = depthwise(x2, self.conv.conv.weight, self.conv.conv.bias)
+        else:
+            # It reflects what is reflected already.
+            x2 = self.conv(x2)[:, reach : x2.shape[1] - reach]
         if self.use_linear_after_conv:
             x2 = self.linear(x2)
         return self.dropout(self.activation(x2) * x1)

@@ -10,6 +10,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 
 from modules.dropout import activate_and_drop
+from modules.plain_layers import is_plain, runs_its_class
 from modules.step_linear import step_linear
 
 
@@ -124,13 +125,21 @@ class ConvolutionModule(SpeechBrainConvolutionModule):
         return out, seen[:, seen.shape[1] - self.padding :]
 
     def _gated(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        pointwise = self.bottleneck[0]
-        gated_BTD = F.glu(F.linear(self.layer_norm(x), pointwise.weight[..., 0], pointwise.bias))
+        x, pointwise = self.layer_norm(x), self.bottleneck[0]
+        if is_plain(pointwise) and runs_its_class(self.bottleneck):
+            gated_BTD = F.glu(F.linear(x, pointwise.weight[..., 0], pointwise.bias))
+        else:
+            gated_BTD = self.bottleneck(x.transpose(1, 2)).transpose(1, 2)
         return gated_BTD if mask is None else gated_BTD.masked_fill(mask, 0.0)
 
     def _depthwise(self, x_BTD: Tensor, padding: int = 0) -> Tensor:
-        (dilation,) = self.conv.dilation
-        return depthwise(x_BTD, self.conv.weight, self.conv.bias, padding, dilation)
+        """The depthwise convolution behind ``padding`` zeros, at most its own, at both ends."""
+        if is_plain(self.conv):
+            (dilation,) = self.conv.dilation
+            return depthwise(x_BTD, self.conv.weight, self.conv.bias, padding, dilation)
+        y_BTD = self.conv(x_BTD.transpose(1, 2)).transpose(1, 2)
+        surplus = self.padding - padding
+        return y_BTD[:, surplus : y_BTD.shape[1] - surplus]
 
     def _depthwise_in_chunks(self, x_BTD: Tensor, chunk_size: int) -> Tensor:
         batch, frames, width = x_BTD.shape

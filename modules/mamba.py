@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from modules.mamba_modules import DirectionModules, mamba_inner_of_modules
 from modules.step_linear import step_linear
 from ops.mamba_inner import Direction, mamba_inner_fn, mamba_inner_step
 
@@ -202,14 +203,13 @@ class Mamba(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> MambaState:
         """The state before the first frame; device and dtype default to those of the weights."""
-        weight = self.in_proj.weight
         return MambaState.zeros(
             batch_size,
             self.d_inner,
             self.d_state,
             self.d_conv,
-            device=weight.device if device is None else device,
-            dtype=weight.dtype if dtype is None else dtype,
+            device=self.D.device if device is None else device,
+            dtype=self.D.dtype if dtype is None else dtype,
         )
 
     def forward(
@@ -251,30 +251,47 @@ class Mamba(nn.Module):
                 "direction starts at the end of the utterance and cannot go on from a state. "
                 "Pass chunk_size, or build the network with bidirectional=False"
             )
-        y_BTE, conv_state, ssm_state = mamba_inner_fn(
-            self.in_proj(x_BTD),
-            *(self._direction(suffix) for suffix in self._suffixes()),
-            lengths=lengths,
-            conv_state=None if state is None else state.conv,
-            ssm_state=None if state is None else state.ssm,
-            chunk_size=chunk_size if self.bidirectional else None,
-            return_state=return_state,
-            backend=self.backend,
-        )
+        if state is not None:
+            self._check_state(state, x_BTD.shape[0])
+        directions = [self._modules_of(suffix) for suffix in self._suffixes()]
+        options = {
+            "lengths": lengths,
+            "conv_state": None if state is None else state.conv,
+            "ssm_state": None if state is None else state.ssm,
+            "chunk_size": chunk_size if self.bidirectional else None,
+            "backend": self.backend,
+        }
+        xz_BTF = self.in_proj(x_BTD)
+        if all(direction.are_plain() for direction in directions):
+            y_BTE, conv_state, ssm_state = mamba_inner_fn(
+                xz_BTF, *map(_weights, directions), return_state=return_state, **options
+            )
+        else:
+            y_BTE, conv_state, ssm_state = mamba_inner_of_modules(
+                xz_BTF, *directions, d_conv=self.d_conv, **options
+            )
         y_BTD = self.out_proj(y_BTE)
         return (y_BTD, MambaState(conv_state, ssm_state)) if return_state else y_BTD
 
-    def _direction(self, suffix: str) -> Direction:
-        conv1d, dt_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
-        return Direction(
-            conv_weight=conv1d.weight.squeeze(1),
-            conv_bias=conv1d.bias,
-            x_proj=getattr(self, f"x_proj{suffix}").weight,
-            dt_proj=dt_proj.weight,
-            dt_bias=dt_proj.bias,
+    def _modules_of(self, suffix: str) -> DirectionModules:
+        return DirectionModules(
+            conv1d=getattr(self, f"conv1d{suffix}"),
+            x_proj=getattr(self, f"x_proj{suffix}"),
+            dt_proj=getattr(self, f"dt_proj{suffix}"),
             A_log=getattr(self, f"A{suffix}_log"),
             D=getattr(self, f"D{suffix}"),
         )
+
+    def _check_state(self, state: MambaState, batch_size: int) -> None:
+        rows = batch_size, self.d_inner
+        wanted = {"ssm": (*rows, self.d_state), "conv": (*rows, self.d_conv - 1)}
+        for name, shape in wanted.items():
+            given = tuple(getattr(state, name).shape)
+            if given != shape:
+                raise ValueError(
+                    f"the {name} state has shape {given}; wanted {shape}: one row per row of x, "
+                    "from a mixer of this size"
+                )
 
     def step(self, x_BD: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """One frame of a causal mixer.
@@ -293,19 +310,26 @@ class Mamba(nn.Module):
             raise ValueError("a bidirectional mixer cannot step: it needs the frames to come")
         if x_BD.dim() != 2 or x_BD.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {tuple(x_BD.shape)}; wanted (batch, {self.d_model})")
-        rows = x_BD.shape[0], self.d_inner
-        wanted = {"ssm": (*rows, self.d_state), "conv": (*rows, self.d_conv - 1)}
-        for name, shape in wanted.items():
-            given = tuple(getattr(state, name).shape)
-            if given != shape:
-                raise ValueError(
-                    f"the {name} state has shape {given}; wanted {shape}: one row per row of x, "
-                    "from a mixer of this size"
-                )
-        if torch.is_grad_enabled():
+        direction = self._modules_of("")
+        if torch.is_grad_enabled() or not direction.are_plain():
             y, state = self.forward(x_BD[:, None], state=state, return_state=True)
             return y[:, 0], state
+        self._check_state(state, x_BD.shape[0])
         y_BE, conv_state, ssm_state = mamba_inner_step(
-            step_linear(self.in_proj, x_BD), self._direction(""), state.conv, state.ssm
+            step_linear(self.in_proj, x_BD), _weights(direction), state.conv, state.ssm
         )
         return step_linear(self.out_proj, y_BE), MambaState(conv_state, ssm_state)
+
+
+def _weights(direction: DirectionModules) -> Direction:
+    """What plain submodules compute with, for code that reads it."""
+    conv1d, x_proj, dt_proj, A_log, D = direction
+    return Direction(
+        conv_weight=conv1d.weight.squeeze(1),
+        conv_bias=conv1d.bias,
+        x_proj=x_proj.weight,
+        dt_proj=dt_proj.weight,
+        dt_bias=dt_proj.bias,
+        A_log=A_log,
+        D=D,
+    )
