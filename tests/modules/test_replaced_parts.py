@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from speechbrain.nnet.adapters import AdaptedModel, LoRA
+from speechbrain.nnet.linear import Linear
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
@@ -12,6 +13,7 @@ from modules.Branchformer import ConvolutionBranch
 from modules.convolution import ConvolutionModule, FeedForward
 from modules.lengths import relative_lengths
 from modules.mamba import Mamba
+from modules.step_linear import step_linear
 from ops.packed_linear import packed_weights
 from tests.modules.networks import padded_batch, small_network
 from tests.modules.replaced import (
@@ -243,6 +245,22 @@ def test_whatever_changes_a_part_of_a_module_takes_effect(module, part, way):
     assert_same(module(x_BTD), plain(x_BTD))
     if isinstance(module, FeedForward):
         assert_same(module.step(x_BTD[:, 0]), plain.step(x_BTD[:, 0]))
+
+
+@pytest.mark.parametrize("way", WAYS_TO_DOUBLE)
+@pytest.mark.parametrize("part", ["", "w"])
+@torch.no_grad()
+def test_whatever_changes_an_output_layer_takes_effect_in_a_search(part, way):
+    holder = nn.ModuleDict({"layer": Linear(input_size=WIDTH, n_neurons=7)})
+    plain = copy.deepcopy(holder)
+    name = f"layer.{part}".rstrip(".")
+    if part == "" and way in ("parametrization", "special weight"):
+        pytest.skip("the weight is that of the inner layer")
+    replace(holder, name, WAYS_TO_DOUBLE[way])
+    replace(plain, name, doubled)
+    x_BD = torch.randn(3, WIDTH)
+    with packed_weights():
+        assert_same(step_linear(holder["layer"], x_BD), plain["layer"](x_BD))
 
 
 def with_lora(network: nn.Module) -> tuple[AdaptedModel, nn.Module]:
