@@ -1,13 +1,10 @@
 """SpeechBrain's Branchformer encoder, made independent of what pads a batch."""
 
-from collections.abc import Collection
+from typing import Any
 
 import torch
 from speechbrain.lobes.models.convolution import (
     ConvolutionalSpatialGatingUnit as SpeechBrainGatingUnit,
-)
-from speechbrain.lobes.models.transformer.Branchformer import (
-    BranchformerEncoder as SpeechBrainBranchformerEncoder,
 )
 from speechbrain.lobes.models.transformer.Branchformer import (
     BranchformerEncoderLayer as SpeechBrainBranchformerEncoderLayer,
@@ -15,12 +12,10 @@ from speechbrain.lobes.models.transformer.Branchformer import (
 from speechbrain.lobes.models.transformer.Branchformer import (
     ConvolutionBranch as SpeechBrainConvolutionBranch,
 )
-from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 
 from modules.convolution import depthwise
-from modules.layer_stack import LayerStack
-from modules.lengths import valid_lengths
+from modules.layer_stack import LayerStack, Surroundings
 from modules.plain_layers import is_plain, runs_its_class
 
 
@@ -56,33 +51,25 @@ def _reflected(x_BTD: Tensor, lengths_B: Tensor | None, padding: int) -> Tensor:
 
 
 class ConvolutionBranch(SpeechBrainConvolutionBranch):
-    """SpeechBrain's convolution branch around our gating unit."""
+    """SpeechBrain's convolution branch around our gating unit; arguments as there."""
 
     def __init__(
         self,
         input_size: int,
         linear_units: int,
-        kernel_size: int,
         activation: type[nn.Module],
         gate_activation: type[nn.Module],
-        dropout: float,
-        use_linear_after_conv: bool,
+        **gate_options: Any,
     ):
         super().__init__(
             input_size=input_size,
             linear_units=linear_units,
-            kernel_size=kernel_size,
             activation=activation,
             gate_activation=gate_activation,
-            dropout=dropout,
-            use_linear_after_conv=use_linear_after_conv,
+            **gate_options,
         )
         self.csgu = ConvolutionalSpatialGatingUnit(
-            input_size=linear_units,
-            kernel_size=kernel_size,
-            dropout=dropout,
-            use_linear_after_conv=use_linear_after_conv,
-            activation=gate_activation,
+            input_size=linear_units, activation=gate_activation, **gate_options
         )
 
     def forward(self, x: Tensor, lengths_B: Tensor | None = None) -> Tensor:
@@ -92,71 +79,15 @@ class ConvolutionBranch(SpeechBrainConvolutionBranch):
 
 
 class BranchformerEncoderLayer(SpeechBrainBranchformerEncoderLayer):
-    """SpeechBrain's Branchformer layer around our convolution branch."""
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        kernel_size: int,
-        activation: type[nn.Module],
-        dropout: float,
-        attention_type: str,
-        csgu_linear_units: int,
-        gate_activation: type[nn.Module],
-        use_linear_after_conv: bool,
-    ):
-        super().__init__(
-            d_model=d_model,
-            nhead=nhead,
-            kernel_size=kernel_size,
-            activation=activation,
-            dropout=dropout,
-            attention_type=attention_type,
-            csgu_linear_units=csgu_linear_units,
-            gate_activation=gate_activation,
-            use_linear_after_conv=use_linear_after_conv,
-        )
-        self.convolution_branch = ConvolutionBranch(
-            input_size=d_model,
-            linear_units=csgu_linear_units,
-            kernel_size=kernel_size,
-            activation=activation,
-            gate_activation=gate_activation,
-            dropout=dropout,
-            use_linear_after_conv=use_linear_after_conv,
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        src_key_padding_mask: Tensor | None = None,
-        lengths_B: Tensor | None = None,
-        pos_embs: Tensor | None = None,
-    ) -> Tensor:
-        """Applies the layer; ``lengths_B`` are the frames that the mask leaves."""
-        query = self.norm_mhsa(x)
-        attended, _ = self.mha_layer(
-            query, query, query, key_padding_mask=src_key_padding_mask, pos_embs=pos_embs
-        )
-        convolved = self.convolution_branch(self.norm_conv(x), lengths_B)
-        branches = torch.cat([self.dropout(attended), self.dropout(convolved)], dim=-1)
-        return x + self.dropout(self.merge_proj(branches))
-
-
-class BranchformerEncoder(LayerStack, SpeechBrainBranchformerEncoder):
-    """SpeechBrain's Branchformer encoder over ``BranchformerEncoderLayer``; parameters as there.
+    """SpeechBrain's Branchformer layer around our convolution branch; arguments as there.
 
     Raises:
-        ValueError: it is to be causal, which its convolutions are not, or to use an attention that
+        ValueError: it is to be causal, which its convolution is not, or to use an attention that
             SpeechBrain's Branchformer does not have.
-
-    Paper: arXiv:2207.02971.
     """
 
     def __init__(
         self,
-        num_layers: int,
         d_model: int,
         nhead: int,
         kernel_size: int = 31,
@@ -167,8 +98,6 @@ class BranchformerEncoder(LayerStack, SpeechBrainBranchformerEncoder):
         gate_activation: type[nn.Module] = nn.Identity,
         use_linear_after_conv: bool = False,
         causal: bool = False,
-        layerdrop_prob: float = 0.0,
-        gradient_checkpointing: bool = False,
     ):
         if causal:
             raise ValueError("A Branchformer sees later frames; set causal: False.")
@@ -176,49 +105,44 @@ class BranchformerEncoder(LayerStack, SpeechBrainBranchformerEncoder):
             raise ValueError(
                 "A Branchformer has no RoPEMHA; take regularMHA, RelPosMHAXL or hypermixing."
             )
-        # Its layers would be SpeechBrain's: none are made there.
+        branch_options = {
+            "kernel_size": kernel_size,
+            "activation": activation,
+            "dropout": dropout,
+            "gate_activation": gate_activation,
+            "use_linear_after_conv": use_linear_after_conv,
+        }
         super().__init__(
-            num_layers=0,
             d_model=d_model,
             nhead=nhead,
             attention_type=attention_type,
-            layerdrop_prob=layerdrop_prob,
+            csgu_linear_units=csgu_linear_units,
+            **branch_options,
         )
-        self.gradient_checkpointing = gradient_checkpointing
-        self.layers = nn.ModuleList(
-            BranchformerEncoderLayer(
-                d_model=d_model,
-                nhead=nhead,
-                kernel_size=kernel_size,
-                activation=activation,
-                dropout=dropout,
-                attention_type=attention_type,
-                csgu_linear_units=csgu_linear_units,
-                gate_activation=gate_activation,
-                use_linear_after_conv=use_linear_after_conv,
-            )
-            for _ in range(num_layers)
+        self.convolution_branch = ConvolutionBranch(
+            input_size=d_model, linear_units=csgu_linear_units, **branch_options
         )
 
-    def forward(
-        self,
-        src: Tensor,
-        src_mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        pos_embs: Tensor | None = None,
-        dynchunktrain_config: DynChunkTrainConfig | None = None,
-        intermediate_layers: Collection[int] = (),
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Encodes ``src`` (batch, time, d_model); see ``LayerStack.run_layers`` for the results.
+    def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
+        """Applies the layer to ``x`` (batch, time, d_model)."""
+        query = self.norm_mhsa(x)
+        attended, _ = self.mha_layer(
+            query,
+            query,
+            query,
+            key_padding_mask=surroundings.padding_BT,
+            pos_embs=surroundings.pos_embs,
+        )
+        convolved = self.convolution_branch(self.norm_conv(x), surroundings.lengths_B)
+        branches = torch.cat([self.dropout(attended), self.dropout(convolved)], dim=-1)
+        return x + self.dropout(self.merge_proj(branches))
 
-        Raises:
-            ValueError: there are chunks, at which its convolutions would not stop.
-        """
-        if dynchunktrain_config is not None:
-            raise ValueError("A Branchformer cannot be cut into chunks; a Conformer can.")
-        lengths_B = valid_lengths(src_key_padding_mask)
 
-        def run_layer(layer: nn.Module, x: Tensor) -> Tensor:
-            return layer(x, src_key_padding_mask, lengths_B, pos_embs)
+class BranchformerEncoder(LayerStack):
+    """SpeechBrain's Branchformer encoder over ``BranchformerEncoderLayer``; parameters as there.
 
-        return self.run_layers(src, run_layer, intermediate_layers)
+    Paper: arXiv:2207.02971.
+    """
+
+    layer_class = BranchformerEncoderLayer
+    takes_chunks = False

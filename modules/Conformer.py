@@ -1,20 +1,15 @@
 """SpeechBrain's Conformer encoder, made independent of what pads a batch."""
 
-from collections.abc import Collection
-
-from speechbrain.lobes.models.transformer.Conformer import (
-    ConformerEncoder as SpeechBrainConformerEncoder,
-)
 from speechbrain.lobes.models.transformer.Conformer import (
     ConformerEncoderLayer as SpeechBrainConformerEncoderLayer,
 )
-from speechbrain.lobes.models.transformer.Conformer import ConformerEncoderStreamingContext
+from speechbrain.lobes.models.transformer.Conformer import ConformerEncoderLayerStreamingContext
 from speechbrain.nnet.activations import Swish
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 
 from modules.convolution import ConvolutionModule, feed_forward_module
-from modules.layer_stack import LayerStack
+from modules.layer_stack import LayerStack, StreamingContext, Surroundings
 
 
 class ConformerEncoderLayer(SpeechBrainConformerEncoderLayer):
@@ -49,87 +44,39 @@ class ConformerEncoderLayer(SpeechBrainConformerEncoderLayer):
         self.ffn_module1 = feed_forward_module(d_model, d_ffn, dropout, activation)
         self.ffn_module2 = feed_forward_module(d_model, d_ffn, dropout, activation)
 
+    def forward(self, x: Tensor, surroundings: Surroundings) -> Tensor:
+        """Applies the layer to ``x`` (batch, time, d_model)."""
+        x, _ = super().forward(
+            x,
+            src_mask=surroundings.src_mask,
+            src_key_padding_mask=surroundings.padding_BT,
+            pos_embs=surroundings.pos_embs,
+            dynchunktrain_config=surroundings.chunks,
+        )
+        return x
 
-class ConformerEncoder(LayerStack, SpeechBrainConformerEncoder):
+    def forward_streaming(
+        self,
+        x: Tensor,
+        context: ConformerEncoderLayerStreamingContext,
+        pos_embs: Tensor | None = None,
+    ) -> tuple[Tensor, ConformerEncoderLayerStreamingContext]:
+        """Applies the layer to the next chunk of a stream."""
+        x, _ = super().forward_streaming(x, context, pos_embs)
+        return x, context
+
+
+class ConformerEncoder(LayerStack):
     """SpeechBrain's Conformer encoder over ``ConformerEncoderLayer``; parameters as there.
 
     Paper: arXiv:2005.08100.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        d_model: int,
-        d_ffn: int,
-        nhead: int,
-        kernel_size: int = 31,
-        activation: type[nn.Module] = Swish,
-        bias: bool = True,
-        dropout: float = 0.0,
-        causal: bool = False,
-        attention_type: str = "RelPosMHAXL",
-        layerdrop_prob: float = 0.0,
-        gradient_checkpointing: bool = False,
-    ):
-        # Its layers would be SpeechBrain's: none are made there.
-        super().__init__(
-            num_layers=0,
-            d_model=d_model,
-            d_ffn=d_ffn,
-            nhead=nhead,
-            attention_type=attention_type,
-            layerdrop_prob=layerdrop_prob,
-        )
-        self.causal = causal
-        self.gradient_checkpointing = gradient_checkpointing
-        self.layers = nn.ModuleList(
-            ConformerEncoderLayer(
-                d_model=d_model,
-                d_ffn=d_ffn,
-                nhead=nhead,
-                kernel_size=kernel_size,
-                activation=activation,
-                bias=bias,
-                dropout=dropout,
-                causal=causal,
-                attention_type=attention_type,
-            )
-            for _ in range(num_layers)
-        )
-
-    def forward(
-        self,
-        src: Tensor,
-        src_mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        pos_embs: Tensor | None = None,
-        dynchunktrain_config: DynChunkTrainConfig | None = None,
-        intermediate_layers: Collection[int] = (),
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Encodes ``src`` (batch, time, d_model); see ``LayerStack.run_layers`` for the results.
-
-        Args:
-            src_mask: (time, time), True where a frame (row) may not see another (column).
-            src_key_padding_mask: (batch, time), True where a frame is padding.
-            pos_embs: relative positions (1, 2 time - 1, d_model), wanted by RelPosMHAXL.
-            dynchunktrain_config: chunks for the convolutions; ``src_mask`` cuts the attention.
-        """
-
-        def run_layer(layer: nn.Module, x: Tensor) -> Tensor:
-            x, _ = layer(
-                x,
-                src_mask=src_mask,
-                src_key_padding_mask=src_key_padding_mask,
-                pos_embs=pos_embs,
-                dynchunktrain_config=dynchunktrain_config,
-            )
-            return x
-
-        return self.run_layers(src, run_layer, intermediate_layers)
+    layer_class = ConformerEncoderLayer
 
     def make_streaming_context(
         self, dynchunktrain_config: DynChunkTrainConfig | None
-    ) -> ConformerEncoderStreamingContext:
+    ) -> StreamingContext:
         """Starts a stream.
 
         Raises:
@@ -146,4 +93,7 @@ class ConformerEncoder(LayerStack, SpeechBrainConformerEncoder):
                 "A Conformer streams in chunks over a finite left context; give a "
                 "DynChunkTrainConfig(chunk_size, left_context_size) with both set."
             )
-        return super().make_streaming_context(dynchunktrain_config)
+        num_left = dynchunktrain_config.left_context_size_frames()
+        return StreamingContext(
+            dynchunktrain_config, [layer.make_streaming_context(num_left) for layer in self.layers]
+        )

@@ -370,8 +370,8 @@ class TransformerASR(SpeechBrainTransformerASR):
         Raises:
             ValueError: the encoder cannot stream in this way; the message says what can be done.
         """
-        if not hasattr(self.encoder, "forward_streaming"):
-            able = [name for name, cls in ENCODERS.items() if hasattr(cls, "forward_streaming")]
+        if not hasattr(self.encoder, "make_streaming_context"):
+            able = [n for n, cls in ENCODERS.items() if hasattr(cls, "make_streaming_context")]
             raise ValueError(
                 f"{type(self.encoder).__name__} cannot stream; encoders that can: "
                 f"{', '.join(sorted(able))}."

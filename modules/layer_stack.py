@@ -1,36 +1,109 @@
-"""Running a stack of encoder layers: layer drop, recomputation in the backward, inner outputs."""
+"""What all encoders share: layers in a row, a closing LayerNorm, and the ways through them."""
 
-from collections.abc import Callable, Collection
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from speechbrain.nnet.normalization import LayerNorm
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modules.lengths import valid_lengths
 
-class LayerStack:
-    """Mixin of the encoders: ``layers``, a closing ``norm``, and how to go through them.
 
-    Attributes:
+@dataclass(frozen=True)
+class Surroundings:
+    """What a layer is told of a batch beside its frames; each takes what it needs.
+
+    Args:
+        src_mask: (time, time), True where a frame (row) may not see another (column).
+        padding_BT: True where a frame is padding.
+        lengths_B: the same as frame counts.
+        pos_embs: relative positions (1, 2 time - 1, d_model), wanted by RelPosMHAXL.
+        chunks: for convolutions and mixers; ``src_mask`` cuts the attention.
+    """
+
+    src_mask: Tensor | None = None
+    padding_BT: Tensor | None = None
+    lengths_B: Tensor | None = None
+    pos_embs: Tensor | None = None
+    chunks: DynChunkTrainConfig | None = None
+
+
+@dataclass
+class StreamingContext:
+    """State of a stream, constant in size. The encoder replaces the layers' states as it goes.
+
+    Args:
+        dynchunktrain_config: chunks; ``None`` for a causal encoder.
+        layers: one state per layer.
+    """
+
+    dynchunktrain_config: DynChunkTrainConfig | None
+    layers: list[Any]
+
+
+class LayerStack(nn.Module):
+    """An encoder of one kind of layer.
+
+    ``layer(x_BTD, surroundings)`` gives the next frames. An encoder that streams has
+    ``make_streaming_context(dynchunktrain_config)`` as well, which gives a ``StreamingContext``,
+    and layers with ``forward_streaming(x_BTD, state, pos_embs)``, which give the frames and the
+    next state.
+
+    Args:
+        num_layers: layers.
+        d_model: width of input and output.
+        causal: no frame sees a later one.
         layerdrop_prob: probability with which training leaves a layer out.
         gradient_checkpointing: keep each layer's input alone for the backward and recompute the
             rest. Same gradients, about one more forward of time.
+        **layer_options: of ``layer_class``, beside d_model and causal.
     """
 
-    layers: nn.ModuleList
-    norm: nn.Module
-    layerdrop_prob: float = 0.0
-    gradient_checkpointing: bool = False
-    training: bool
+    layer_class: type[nn.Module]
+    takes_chunks = True
 
-    def run_layers(
+    def __init__(
         self,
-        x_BTD: Tensor,
-        run_layer: Callable[[nn.Module, Tensor], Tensor],
+        num_layers: int,
+        d_model: int,
+        causal: bool = False,
+        layerdrop_prob: float = 0.0,
+        gradient_checkpointing: bool = False,
+        **layer_options: Any,
+    ):
+        super().__init__()
+        self.causal = causal
+        self.layerdrop_prob = layerdrop_prob
+        self.gradient_checkpointing = gradient_checkpointing
+        self.layers = nn.ModuleList(
+            self.layer_class(d_model=d_model, causal=causal, **layer_options)
+            for _ in range(num_layers)
+        )
+        self.norm = LayerNorm(d_model, eps=1e-6)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        pos_embs: Tensor | None = None,
+        dynchunktrain_config: DynChunkTrainConfig | None = None,
         intermediate_layers: Collection[int] = (),
     ) -> tuple[Tensor, list[Tensor]]:
-        """Applies ``run_layer(layer, x)`` for each layer in turn, then the closing norm.
+        """Encodes ``src`` (batch, time, d_model).
 
         Args:
+            src_mask: (time, time), True where a frame (row) may not see another (column).
+            src_key_padding_mask: (batch, time), True where a frame is padding.
+            pos_embs: relative positions (1, 2 time - 1, d_model), wanted by RelPosMHAXL.
+            dynchunktrain_config: chunks behind which a frame sees nothing; ``src_mask`` has to cut
+                the attention by itself.
             intermediate_layers: layers, counted from 1, whose outputs are wanted as well.
 
         Returns:
@@ -38,25 +111,46 @@ class LayerStack:
             norm as the output is.
 
         Raises:
-            ValueError: a wanted layer does not exist.
+            ValueError: a wanted layer does not exist, or there are chunks at which the layers would
+                not stop.
         """
+        if dynchunktrain_config is not None and not self.takes_chunks:
+            raise ValueError(
+                f"{type(self).__name__} cannot be cut into chunks; a ConformerEncoder can."
+            )
         beyond = [i for i in intermediate_layers if not 1 <= i <= len(self.layers)]
         if beyond:
             raise ValueError(
                 f"intermediate_layers holds {beyond}; this encoder has layers 1 to "
                 f"{len(self.layers)}."
             )
+        surroundings = Surroundings(
+            src_mask,
+            src_key_padding_mask,
+            valid_lengths(src_key_padding_mask),
+            pos_embs,
+            dynchunktrain_config,
+        )
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        inner = []
+        x_BTD, inner = src, []
         for depth, layer in enumerate(self.layers, start=1):
             if not self._dropped():
                 if recompute:
-                    x_BTD = checkpoint(run_layer, layer, x_BTD, use_reentrant=False)
+                    x_BTD = checkpoint(layer, x_BTD, surroundings, use_reentrant=False)
                 else:
-                    x_BTD = run_layer(layer, x_BTD)
+                    x_BTD = layer(x_BTD, surroundings)
             if depth in intermediate_layers:
                 inner.append(self.norm(x_BTD))
         return self.norm(x_BTD), inner
+
+    def forward_streaming(
+        self, src: Tensor, context: StreamingContext, pos_embs: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Encodes the next frames of a stream and moves ``context`` on."""
+        x_BTD = src
+        for i, layer in enumerate(self.layers):
+            x_BTD, context.layers[i] = layer.forward_streaming(x_BTD, context.layers[i], pos_embs)
+        return self.norm(x_BTD), None
 
     def _dropped(self) -> bool:
         if not self.training or self.layerdrop_prob == 0.0:

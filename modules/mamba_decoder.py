@@ -137,24 +137,18 @@ class MambaDecoder(nn.Module):
 
     Args:
         num_layers: layers.
-        Others as in ``MambaDecoderLayer``.
+        d_model: width of input and output.
+        **layer_options: of ``MambaDecoderLayer``, beside d_model.
 
     Paper: arXiv:2407.09732.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        d_model: int,
-        d_ffn: int,
-        activation: type[nn.Module] = nn.ReLU,
-        dropout: float = 0.0,
-        mamba_config: Mapping[str, Any] | None = None,
-    ):
+    layer_class = MambaDecoderLayer
+
+    def __init__(self, num_layers: int, d_model: int, **layer_options: Any):
         super().__init__()
         self.layers = nn.ModuleList(
-            MambaDecoderLayer(d_model, d_ffn, activation, dropout, mamba_config)
-            for _ in range(num_layers)
+            self.layer_class(d_model=d_model, **layer_options) for _ in range(num_layers)
         )
         self.norm = LayerNorm(d_model, eps=1e-6)
 
