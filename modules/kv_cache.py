@@ -15,24 +15,26 @@ class KeyValueCache:
     A beam search reorders the cache at every token and appends to it at every token. Reordering is
     only noted; :meth:`append` copies once, into storage that nobody else sees, and leaves its own
     cache as it was, so that a state can be forked and used again.
+
+    Without arguments it is the cache before the first token, of any number of hypotheses.
     """
 
     def __init__(
-        self, keys_NHUD: Tensor, values_NHUD: Tensor, length: int, rows_N: Tensor | None = None
+        self,
+        keys_NHUD: Tensor | None = None,
+        values_NHUD: Tensor | None = None,
+        length: int = 0,
+        rows_N: Tensor | None = None,
     ) -> None:
         self._keys_NHUD = keys_NHUD
         self._values_NHUD = values_NHUD
         self._rows_N = rows_N
         self.length = length
 
-    @classmethod
-    def empty(cls, batch_size: int, num_heads: int, head_width: int, like: Tensor) -> KeyValueCache:
-        """A cache without positions, in dtype and on the device of ``like``."""
-        storage = like.new_empty(batch_size, num_heads, 0, head_width)
-        return cls(storage, storage, 0)
-
     def select(self, rows_N: Tensor) -> KeyValueCache:
         """The cache of some hypotheses, in the order of ``rows_N``; a row may come repeatedly."""
+        if self.length == 0:
+            return self
         rows_N = rows_N if self._rows_N is None else self._rows_N[rows_N]
         return KeyValueCache(self._keys_NHUD, self._values_NHUD, self.length, rows_N)
 
@@ -58,8 +60,11 @@ class KeyValueCache:
         past_NHUD = storage_NHUD[:, :, : self.length]
         return past_NHUD if self._rows_N is None else past_NHUD[self._rows_N]
 
-    def _appended(self, storage_NHUD: Tensor, new_NHD: Tensor) -> Tensor:
-        if self.length == storage_NHUD.shape[2]:
+    def _appended(self, storage_NHUD: Tensor | None, new_NHD: Tensor) -> Tensor:
+        if storage_NHUD is None:
+            rows, heads, width = new_NHD.shape
+            storage_NHUD = new_NHD.new_empty(rows, heads, BLOCK, width)
+        elif self.length == storage_NHUD.shape[2]:
             storage_NHUD = torch.nn.functional.pad(storage_NHUD, (0, 0, 0, BLOCK))
         elif self._rows_N is None:
             storage_NHUD = storage_NHUD.clone()

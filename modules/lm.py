@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from speechbrain.lobes.models.transformer.Transformer import TransformerEncoderLayer
 from speechbrain.lobes.models.transformer.TransformerLM import (
     TransformerLM as SpeechBrainTransformerLM,
 )
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from modules.kv_cache import KeyValueCache
 from modules.mamba import Mamba, MambaState
 from modules.mamba_config import mixer_options
+from modules.transformer_steps import feed_forward_step, self_attention_step
 from ops.packed_linear import packed_linear
 
 PAD_INDEX = 0
@@ -82,15 +82,9 @@ def check_cacheable(lm: SpeechBrainTransformerLM) -> None:
 
 def transformer_lm_state(lm: SpeechBrainTransformerLM, batch_size: int) -> TransformerLMState:
     """:meth:`TransformerLM.initial_state` for any model of SpeechBrain's class."""
-    weight = lm.custom_src_module.emb.Embedding.weight
-    caches = []
-    for layer in lm.encoder.layers:
-        attention = layer.self_att.att
-        caches.append(
-            KeyValueCache.empty(batch_size, attention.num_heads, attention.head_dim, like=weight)
-        )
-    no_positions = torch.empty(batch_size, 0, dtype=torch.bool, device=weight.device)
-    return TransformerLMState(tuple(caches), no_positions)
+    device = lm.positional_encoding.pe.device
+    no_positions = torch.empty(batch_size, 0, dtype=torch.bool, device=device)
+    return TransformerLMState(tuple(KeyValueCache() for _ in lm.encoder.layers), no_positions)
 
 
 def transformer_lm_step(
@@ -116,34 +110,11 @@ def transformer_lm_step(
     is_pad_NU = torch.cat([state.is_pad_NU, tokens_N.eq(PAD_INDEX).unsqueeze(1)], dim=1)
     caches = []
     for layer, cache in zip(lm.encoder.layers, state.layers, strict=True):
-        x_ND, cache = _encoder_layer_step(layer, x_ND, cache, is_pad_NU)
+        x_ND, cache = self_attention_step(layer, layer.self_att, x_ND, cache, is_pad_NU)
+        x_ND = feed_forward_step(layer, x_ND, layer.norm2)
         caches.append(cache)
     logits_NV = lm.output_proj(lm.encoder.norm(x_ND))
     return logits_NV, TransformerLMState(tuple(caches), is_pad_NU)
-
-
-def _encoder_layer_step(
-    layer: TransformerEncoderLayer, x_ND: Tensor, cache: KeyValueCache, is_pad_NU: Tensor
-) -> tuple[Tensor, KeyValueCache]:
-    attention = layer.self_att.att
-    normed_ND = layer.norm1(x_ND) if layer.normalize_before else x_ND
-    projected = nn.functional.linear(normed_ND, attention.in_proj_weight, attention.in_proj_bias)
-    heads = (len(x_ND), attention.num_heads, attention.head_dim)
-    query_NHD, key_NHD, value_NHD = (part.view(heads) for part in projected.chunk(3, dim=-1))
-    cache = cache.append(key_NHD, value_NHD)
-    attended_NHD = nn.functional.scaled_dot_product_attention(
-        query_NHD.unsqueeze(2),
-        cache.keys_NHUD,
-        cache.values_NHUD,
-        attn_mask=~is_pad_NU[:, None, None],
-    )
-    x_ND = x_ND + attention.out_proj(attended_NHD.flatten(1))
-    if not layer.normalize_before:
-        x_ND = layer.norm1(x_ND)
-
-    normed_ND = layer.norm2(x_ND) if layer.normalize_before else x_ND
-    x_ND = x_ND + layer.pos_ffn.ffn(normed_ND)
-    return x_ND if layer.normalize_before else layer.norm2(x_ND), cache
 
 
 @dataclass(frozen=True)

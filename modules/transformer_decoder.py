@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +10,17 @@ from speechbrain.lobes.models.transformer.Transformer import (
     TransformerDecoder as SpeechBrainTransformerDecoder,
 )
 from speechbrain.lobes.models.transformer.Transformer import TransformerDecoderLayer
-from speechbrain.nnet.attention import MultiheadAttention
 from torch import Tensor, nn
 
 from modules.kv_cache import KeyValueCache
 from modules.lengths import padding_mask
+from modules.transformer_steps import (
+    feed_forward_step,
+    is_plain_attention,
+    project,
+    residual,
+    self_attention_step,
+)
 
 
 @dataclass(frozen=True)
@@ -51,19 +56,23 @@ class TransformerDecoderState:
         cross: keys and values of the memory, one row per utterance.
         num_beams: hypotheses of each utterance.
         query_GHBK: the last layer's queries of the memory for the last token, if there is one.
+        weights_GBT: in their place, its attention to the memory, where that was called as a module.
     """
 
     caches: tuple[KeyValueCache, ...]
     cross: CrossCache
     num_beams: int
     query_GHBK: Tensor | None = None
+    weights_GBT: Tensor | None = None
 
     @property
     def attention_BT(self) -> Tensor:
         """The last token's attention over the memory: last layer, mean of the heads.
 
-        Only of a state fresh from a step: reordering drops the queries.
+        Only of a state fresh from a step: reordering drops it.
         """
+        if self.weights_GBT is not None:
+            return self.weights_GBT.flatten(0, 1)
         scores_GHBT = self.query_GHBK @ self.cross.keys[-1].transpose(-2, -1)
         scores_GHBT = scores_GHBT / self.query_GHBK.shape[-1] ** 0.5
         if self.cross.visible_G11T is not None:
@@ -161,15 +170,9 @@ class TransformerDecoder(SpeechBrainTransformerDecoder):
         visible = None
         if lengths_B is not None:
             visible = ~padding_mask(lengths_B, memory_BTD.shape[1])[:, None, None]
-        pairs = [
-            tuple(_projected(layer.multihead_attn, memory_BTD, part) for part in (1, 2))
-            for layer in self.layers
-        ]
+        pairs = [_memory_heads(layer.multihead_attn, memory_BTD) for layer in self.layers]
         keys, values = zip(*pairs, strict=True)
-        empty = tuple(
-            KeyValueCache.empty(len(memory_BTD), keys[0].shape[1], keys[0].shape[3], keys[0])
-            for _ in self.layers
-        )
+        empty = tuple(KeyValueCache() for _ in self.layers)
         return TransformerDecoderState(empty, CrossCache(keys, values, visible), num_beams=1)
 
     def step(
@@ -177,52 +180,56 @@ class TransformerDecoder(SpeechBrainTransformerDecoder):
     ) -> tuple[Tensor, TransformerDecoderState]:
         """Decodes one token per hypothesis, without dropout."""
         caches = []
-        for depth in range(len(self.layers)):
-            x_BD, cache, query_GHBK = _layer_step(self.layers[depth], x_BD, state, depth)
+        for depth, layer in enumerate(self.layers):
+            x_BD, cache, attends = _layer_step(layer, x_BD, state, depth)
             caches.append(cache)
-        state = TransformerDecoderState(tuple(caches), state.cross, state.num_beams, query_GHBK)
+        state = TransformerDecoderState(tuple(caches), state.cross, state.num_beams, **attends)
         return self.norm(x_BD), state
 
 
 def _layer_step(
     layer: TransformerDecoderLayer, x_BD: Tensor, state: TransformerDecoderState, depth: int
-) -> tuple[Tensor, KeyValueCache, Tensor]:
+) -> tuple[Tensor, KeyValueCache, dict[str, Tensor]]:
     """SpeechBrain's layer for one target per hypothesis.
 
     Returns:
-        the output, the cache with that target, and the queries of the memory.
+        the output, the cache with that target, and what ``attention_BT`` of a state needs.
     """
-    cache, cross, query_GHBK = state.caches[depth], state.cross, None
+    attends: dict[str, Tensor] = {}
 
-    def residual(x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        if layer.normalize_before:
-            return x + branch(norm(x))
-        return norm(x + branch(x))
-
-    def self_attention(x: Tensor) -> Tensor:
-        nonlocal cache
-        query, key, value = (_projected(layer.self_attn, x[:, None], part) for part in range(3))
-        cache = cache.append(key[:, :, 0], value[:, :, 0])
-        attended_BH1K = F.scaled_dot_product_attention(query, cache.keys_NHUD, cache.values_NHUD)
-        return layer.self_attn.att.out_proj(attended_BH1K.flatten(1))
-
-    def cross_attention(x: Tensor) -> Tensor:
+    def cross_attention(x_BD: Tensor) -> Tensor:
         # The hypotheses of an utterance are the queries of one attention over its memory.
-        nonlocal query_GHBK
-        query_GHBK = _projected(layer.multihead_attn, x.unflatten(0, (-1, state.num_beams)), 0)
-        attended_GHBK = F.scaled_dot_product_attention(
-            query_GHBK, cross.keys[depth], cross.values[depth], attn_mask=cross.visible_G11T
+        x_GBD = x_BD.unflatten(0, (-1, state.num_beams))
+        attended_GBD, found = _attend_to_memory(layer.multihead_attn, x_GBD, state.cross, depth)
+        attends.update(found)
+        return attended_GBD.flatten(0, 1)
+
+    x_BD, cache = self_attention_step(layer, layer.self_attn, x_BD, state.caches[depth])
+    x_BD = residual(layer, x_BD, layer.norm2, cross_attention)
+    return feed_forward_step(layer, x_BD, layer.norm3), cache, attends
+
+
+def _memory_heads(attention: nn.Module, memory_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the memory, or itself in the place of both, as a single head."""
+    if not is_plain_attention(attention):
+        return memory_BTD[:, None], memory_BTD[:, None]
+    return project(attention, memory_BTD, 1), project(attention, memory_BTD, 2)
+
+
+def _attend_to_memory(
+    attention: nn.Module, x_GBD: Tensor, cross: CrossCache, depth: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    keys_GHTK, values_GHTK = cross.keys[depth], cross.values[depth]
+    visible_G11T = cross.visible_G11T
+    if not is_plain_attention(attention):
+        padding_GT = None if visible_G11T is None else ~visible_G11T[:, 0, 0]
+        attended_GBD, weights_GBT = attention(
+            x_GBD, keys_GHTK[:, 0], values_GHTK[:, 0], key_padding_mask=padding_GT
         )
-        return layer.multihead_attn.att.out_proj(attended_GHBK.transpose(1, 2).reshape(x.shape))
-
-    x_BD = residual(x_BD, layer.norm1, self_attention)
-    x_BD = residual(x_BD, layer.norm2, cross_attention)
-    return residual(x_BD, layer.norm3, layer.pos_ffn.ffn), cache, query_GHBK
-
-
-def _projected(attention: MultiheadAttention, x_BTD: Tensor, part: int) -> Tensor:
-    """Queries (``part`` 0), keys (1) or values (2) of ``x_BTD``: (batch, heads, time, width)."""
-    weight = attention.att.in_proj_weight.chunk(3)[part]
-    bias = attention.att.in_proj_bias.chunk(3)[part]
-    heads_BTHK = F.linear(x_BTD, weight, bias).unflatten(-1, (attention.att.num_heads, -1))
-    return heads_BTHK.transpose(1, 2)
+        return attended_GBD, {"weights_GBT": weights_GBT}
+    query_GHBK = project(attention, x_GBD, 0)
+    attended_GHBK = F.scaled_dot_product_attention(
+        query_GHBK, keys_GHTK, values_GHTK, attn_mask=visible_G11T
+    )
+    attended_GBD = attention.att.out_proj(attended_GHBK.transpose(1, 2).flatten(2))
+    return attended_GBD, {"query_GHBK": query_GHBK}

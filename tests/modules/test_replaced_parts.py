@@ -12,6 +12,7 @@ from torch import nn
 from modules.Branchformer import ConvolutionBranch
 from modules.convolution import ConvolutionModule, FeedForward
 from modules.lengths import relative_lengths
+from modules.lm import MambaLM, TransformerLM
 from modules.mamba import Mamba
 from modules.step_linear import step_linear
 from ops.packed_linear import packed_weights
@@ -331,3 +332,91 @@ def test_a_decoder_with_adapters_equals_one_with_merged_weights(decoder):
             out_BD, state = adapted.decode_step(tokens_B, state)
             outputs.append(out_BD)
     assert_same(torch.stack(outputs, 1), wanted)
+
+
+class TwiceAttending(nn.Module):
+    """An attention around another one."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+    def forward(self, *arguments, **options):
+        attended, weights = self.base(*arguments, **options)
+        return 2 * attended, weights
+
+
+def doubled_by_hook(attention: nn.Module) -> nn.Module:
+    attention.register_forward_hook(lambda module, inputs, outputs: (2 * outputs[0], outputs[1]))
+    return attention
+
+
+@torch.no_grad()
+def doubled_output(attention: nn.Module) -> nn.Module:
+    """SpeechBrain's or torch's attention with twice the weights of its last projection."""
+    doubled(getattr(attention, "att", attention).out_proj)
+    return attention
+
+
+ATTENTION_CHANGES = {"wrapper": TwiceAttending, "hook": doubled_by_hook}
+
+
+@pytest.mark.parametrize("change", ATTENTION_CHANGES)
+@pytest.mark.parametrize(
+    "part", ["self_attn", "self_attn.att", "multihead_attn", "multihead_attn.att"]
+)
+@torch.no_grad()
+def test_whatever_changes_an_attention_takes_effect_in_cached_decoding(part, change):
+    network = small_network(decoder_module="transformer", num_decoder_layers=2)
+    plain = copy.deepcopy(network)
+    for depth in (0, 1):
+        replace(network, f"decoder.layers.{depth}.{part}", ATTENTION_CHANGES[change])
+        replace(plain, f"decoder.layers.{depth}.{part}", doubled_output)
+    memory_BTD, lengths_B = padded_batch([9, 4], 16)
+    state, plain_state = (n.init_decoder_state(memory_BTD, lengths_B) for n in (network, plain))
+    for tokens_B in torch.randint(1, 11, (5, 4)):
+        # Two beams of either utterance, which change places.
+        state, plain_state = (
+            s.repeat(2) if s.num_tokens == 0 else s.select(torch.tensor([1, 0, 2, 2]))
+            for s in (state, plain_state)
+        )
+        out_BD, state = network.decode_step(tokens_B, state)
+        wanted_BD, plain_state = plain.decode_step(tokens_B, plain_state)
+        assert_same(out_BD, wanted_BD)
+        assert_same(state.layers.attention_BT, plain_state.layers.attention_BT)
+
+
+@pytest.mark.parametrize("change", ATTENTION_CHANGES)
+@pytest.mark.parametrize("part", ["self_att", "self_att.att"])
+@torch.no_grad()
+def test_whatever_changes_an_attention_takes_effect_in_a_language_model(part, change):
+    torch.manual_seed(0)
+    lm = TransformerLM(11, d_model=16, nhead=2, num_encoder_layers=2, d_ffn=32, dropout=0.0).eval()
+    plain = copy.deepcopy(lm)
+    for depth in (0, 1):
+        replace(lm, f"encoder.layers.{depth}.{part}", ATTENTION_CHANGES[change])
+        replace(plain, f"encoder.layers.{depth}.{part}", doubled_output)
+    # 0 is padding, to which no later token attends.
+    tokens_BU = torch.tensor([[1, 5, 0, 7, 3], [1, 4, 4, 0, 9]])
+    state, logits = lm.initial_state(2), []
+    for tokens_B in tokens_BU.unbind(1):
+        logits_BV, state = lm.step(tokens_B, state)
+        logits.append(logits_BV)
+    assert_same(torch.stack(logits, 1), plain(tokens_BU))
+
+
+@torch.no_grad()
+def test_language_models_with_adapters_equal_those_with_merged_weights():
+    torch.manual_seed(0)
+    transformer = TransformerLM(
+        11, d_model=16, nhead=2, num_encoder_layers=2, d_ffn=32, d_embedding=8
+    )
+    for lm in (transformer, MambaLM(11, d_model=16, num_layers=2, mamba_config={"d_state": 4})):
+        adapted, plain = with_lora(lm.eval())
+        tokens_BU = torch.randint(1, 11, (2, 6))
+        state, logits = adapted.initial_state(2), []
+        with packed_weights():
+            for tokens_B in tokens_BU.unbind(1):
+                logits_BV, state = adapted.step(tokens_B, state)
+                logits.append(logits_BV)
+        assert_same(torch.stack(logits, 1), plain(tokens_BU))
