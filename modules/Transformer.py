@@ -1,9 +1,8 @@
-"""Encoders and decoders by name, and SpeechBrain's Transformer encoder with our calling convention.
+"""Encoders and decoders by name, and SpeechBrain's Transformer encoder as one of them.
 
-A new encoder is one file with one class plus one entry in ``ENCODERS``. An encoder class takes
-keyword arguments out of ``NetworkOptions``, offers ``forward(src, src_mask, src_key_padding_mask,
-pos_embs, dynchunktrain_config, intermediate_layers)``, and, where it can stream,
-``make_streaming_context`` and ``forward_streaming``.
+A new encoder is one file with a ``LayerStack`` and its kind of layer, plus one entry in
+``ENCODERS``. What their constructors name is what the encoder takes of the arguments of
+``TransformerASR``.
 """
 
 import inspect
@@ -73,6 +72,40 @@ def build(cls: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
     """An instance of ``cls`` from those ``options`` that it takes."""
     accepted = options_of(cls)
     return cls(**{name: value for name, value in options.items() if name in accepted})
+
+
+def build_encoder(
+    encoder: str, shared: Mapping[str, Any], particular: Mapping[str, Any]
+) -> nn.Module:
+    """The encoder called ``encoder``.
+
+    Args:
+        shared: options of which the encoder gets those that it takes.
+        particular: options that some encoders take, None where the encoder's default is wanted;
+            ``<encoder>_activation`` stands in the place of ``shared["activation"]`` for it.
+
+    Raises:
+        ValueError: it does not take one of ``particular`` that is not None.
+    """
+    given = {option: value for option, value in particular.items() if value is not None}
+    for option in given:
+        takers = [name for name in ENCODERS if _takes(name, option)]
+        if encoder not in takers:
+            raise ValueError(
+                f"{option} is given to the encoder {encoder!r}, which does not take it; encoders "
+                f"that do: {', '.join(sorted(takers))}. Leave it out, or change encoder_module."
+            )
+    options = {**shared, **given}
+    activation = f"{encoder}_activation"
+    if activation in particular:
+        del options["activation"]
+    if activation in given:
+        options["activation"] = given[activation]
+    return build(ENCODERS[encoder], options)
+
+
+def _takes(encoder: str, option: str) -> bool:
+    return option == f"{encoder}_activation" or option in options_of(ENCODERS[encoder])
 
 
 def options_of(cls: type[nn.Module]) -> set[str]:

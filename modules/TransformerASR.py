@@ -15,7 +15,6 @@ from speechbrain.lobes.models.transformer.TransformerASR import (
     TransformerASRStreamingContext as SpeechBrainStreamingContext,
 )
 from speechbrain.lobes.models.transformer.TransformerASR import make_transformer_src_mask
-from speechbrain.nnet.activations import Swish
 from speechbrain.nnet.containers import ModuleList
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from modules.dropout import replace_dropout
 from modules.lengths import absolute_lengths, padding_mask
 from modules.mamba import Mamba
 from modules.mamba_decoder import MambaDecoderState
-from modules.Transformer import DECODERS, ENCODERS, build, lookup
+from modules.Transformer import DECODERS, ENCODERS, build, build_encoder, lookup
 from modules.transformer_decoder import TransformerDecoderState
 
 ATTENTION_TYPES = ("regularMHA", "RelPosMHAXL", "hypermixing", "RoPEMHA")
@@ -73,6 +72,11 @@ class TransformerASR(SpeechBrainTransformerASR):
 
     What an utterance gives alone, it gives in any batch.
 
+    Some options are shared, so that ``encoder_module`` and ``decoder_module`` can be changed and
+    nothing else: nhead, d_ffn, activation, normalize_before, mamba_config, attention_type and those
+    of positions have no effect on an encoder or a decoder that has no use for them. The options
+    that are None by default belong to the encoders named with them and are an error for others.
+
     Args:
         tgt_vocab: size of the vocabulary.
         input_size: features per frame of ``src``.
@@ -86,29 +90,30 @@ class TransformerASR(SpeechBrainTransformerASR):
         positional_encoding: "fixed_abs_sine" or None.
         normalize_before: LayerNorm before (True) or after attention and feed-forward; Conformer
             wants True, Mamba layers always have it before.
-        kernel_size: taps of the convolution module of Conformer and ConMamba.
-        bias: whether that module has biases.
+        kernel_size: taps of the convolution in Conformer, ConMamba and Branchformer; None is 31.
+        bias: whether the convolution module of Conformer and ConMamba has biases; None is True.
         encoder_module: name in ``modules.Transformer.ENCODERS``.
         decoder_module: name in ``modules.Transformer.DECODERS``.
         mamba_config: options of the mixers (d_state, expand, d_conv, bidirectional, ...), not
             modified. Decoders always run forward only.
-        conformer_activation: of feed-forward and convolution modules in Conformer.
-        conmamba_activation: the same in ConMamba.
-        branchformer_activation: of the convolution branch in Branchformer.
+        conformer_activation: of feed-forward and convolution modules in Conformer; None is Swish.
+        conmamba_activation: the same in ConMamba; None is GELU.
+        branchformer_activation: of the convolution branch in Branchformer; None is GELU.
         attention_type: regularMHA, RelPosMHAXL, hypermixing or RoPEMHA. With RelPosMHAXL the
             positions are the attention's business, and ConMamba gets none.
         max_length: frames and tokens that absolute positions reach.
         causal: no encoder frame sees a later one. The decoder is always causal.
-        csgu_linear_units: inner width of that branch.
-        gate_activation: of the gate in that branch.
-        use_linear_after_conv: a linear layer behind the convolution of that gate.
+        csgu_linear_units: inner width of Branchformer's convolution branch; None is 3072.
+        gate_activation: of the gate in Branchformer's convolution branch; None is the identity.
+        use_linear_after_conv: a linear layer behind the convolution of that gate; None is False.
         output_hidden_states: ``encode`` returns the outputs of all layers beside its result.
         layerdrop_prob: probability with which training leaves an encoder layer out.
         gradient_checkpointing: recompute encoder layers in the backward: same gradients, less
             memory, more time.
 
     Raises:
-        ValueError: an unknown name, or options that contradict each other.
+        ValueError: an unknown name, options that contradict each other, or one that the encoder
+            does not take.
     """
 
     def __init__(
@@ -124,25 +129,25 @@ class TransformerASR(SpeechBrainTransformerASR):
         activation: type[nn.Module] = nn.ReLU,
         positional_encoding: str | None = "fixed_abs_sine",
         normalize_before: bool = False,
-        kernel_size: int = 31,
-        bias: bool = True,
+        kernel_size: int | None = None,
+        bias: bool | None = None,
         encoder_module: str = "transformer",
         decoder_module: str = "transformer",
         mamba_config: Mapping[str, Any] | None = None,
-        conformer_activation: type[nn.Module] = Swish,
-        conmamba_activation: type[nn.Module] = nn.GELU,
-        branchformer_activation: type[nn.Module] = nn.GELU,
+        conformer_activation: type[nn.Module] | None = None,
+        conmamba_activation: type[nn.Module] | None = None,
+        branchformer_activation: type[nn.Module] | None = None,
         attention_type: str = "regularMHA",
         max_length: int = 2500,
         causal: bool = False,
-        csgu_linear_units: int = 3072,
-        gate_activation: type[nn.Module] = nn.Identity,
-        use_linear_after_conv: bool = False,
+        csgu_linear_units: int | None = None,
+        gate_activation: type[nn.Module] | None = None,
+        use_linear_after_conv: bool | None = None,
         output_hidden_states: bool = False,
         layerdrop_prob: float = 0.0,
         gradient_checkpointing: bool = False,
     ):
-        encoder_class = lookup(ENCODERS, encoder_module, "encoder_module")
+        lookup(ENCODERS, encoder_module, "encoder_module")
         decoder_class = lookup(DECODERS, decoder_module, "decoder_module")
         if attention_type not in ATTENTION_TYPES:
             raise ValueError(
@@ -193,41 +198,34 @@ class TransformerASR(SpeechBrainTransformerASR):
         self.max_length = max_length
         self.encoder_attends = attends
         self.encoder_has_positions = encoder_module != "mamba"
-        encoder_activations = {
-            "branchformer": branchformer_activation,
-            "conformer": conformer_activation,
-            "conmamba": conmamba_activation,
-        }
-        options = {
+        shared = {
             "d_model": d_model,
             "nhead": nhead,
             "d_ffn": d_ffn,
             "dropout": dropout,
+            "activation": activation,
             "normalize_before": normalize_before,
-            "kernel_size": kernel_size,
-            "bias": bias,
             "mamba_config": mamba_config,
             "attention_type": attention_type,
-            "csgu_linear_units": csgu_linear_units,
-            "gate_activation": gate_activation,
-            "use_linear_after_conv": use_linear_after_conv,
             "causal": causal,
             "layerdrop_prob": layerdrop_prob,
             "gradient_checkpointing": gradient_checkpointing,
         }
-        self.encoder = build(
-            encoder_class,
-            {
-                **options,
-                "num_layers": num_encoder_layers,
-                "activation": encoder_activations.get(encoder_module, activation),
-            },
+        particular = {
+            "kernel_size": kernel_size,
+            "bias": bias,
+            "conformer_activation": conformer_activation,
+            "conmamba_activation": conmamba_activation,
+            "branchformer_activation": branchformer_activation,
+            "csgu_linear_units": csgu_linear_units,
+            "gate_activation": gate_activation,
+            "use_linear_after_conv": use_linear_after_conv,
+        }
+        self.encoder = build_encoder(
+            encoder_module, {**shared, "num_layers": num_encoder_layers}, particular
         )
         if num_decoder_layers > 0:
-            self.decoder = build(
-                decoder_class,
-                {**options, "num_layers": num_decoder_layers, "activation": activation},
-            )
+            self.decoder = build(decoder_class, {**shared, "num_layers": num_decoder_layers})
             self.custom_tgt_module = ModuleList(NormalizedEmbedding(d_model, tgt_vocab))
         replace_dropout(self)
         self._init_params()

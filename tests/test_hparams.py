@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ruamel.yaml
 
+from modules.Transformer import ENCODERS
 from tests.ctc_runs import REPOSITORY, TINY, command_line, metrics, train
 from training.brains.optimization import count_parameters
 from training.launch.command_line import load_hparams
@@ -108,6 +109,14 @@ def test_the_an4_twins_are_of_equal_size(tmp_path):
     sizes = [parameters_of(name, tmp_path) for name in ("an4", "an4_conformer")]
     assert max(sizes) <= 6_000_000
     assert max(sizes) / min(sizes) < 1.02
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("name", ["an4", "an4_conformer", "demo"])
+def test_the_encoder_can_be_changed_alone(name, encoder, tmp_path):
+    options = {"data_folder": "x", "output_folder": str(tmp_path), "encoder_module": encoder}
+    hparams = load_hparams(str(FOLDER / f"{name}.yaml"), options)
+    assert type(hparams["Transformer"].encoder) is ENCODERS[encoder]
 
 
 @pytest.mark.parametrize("name", ["conformer_small", "conmamba_small", "mamba_small"])

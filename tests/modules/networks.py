@@ -12,15 +12,24 @@ ENCODER_OPTIONS = {
     "transformer": {"encoder_module": "transformer", "attention_type": "regularMHA"},
     "transformer-relpos": {"encoder_module": "transformer"},
     "transformer-hypermixing": {"encoder_module": "transformer", "attention_type": "hypermixing"},
-    "conformer": {"encoder_module": "conformer"},
-    "conformer-rope": {"encoder_module": "conformer", "attention_type": "RoPEMHA"},
+    "conformer": {"encoder_module": "conformer", "kernel_size": 7},
+    "conformer-rope": {
+        "encoder_module": "conformer",
+        "kernel_size": 7,
+        "attention_type": "RoPEMHA",
+    },
     "branchformer": {
         "encoder_module": "branchformer",
+        "kernel_size": 7,
         "csgu_linear_units": 12,
         "use_linear_after_conv": True,
     },
-    "conmamba": {"encoder_module": "conmamba"},
-    "conmamba-sine": {"encoder_module": "conmamba", "attention_type": "regularMHA"},
+    "conmamba": {"encoder_module": "conmamba", "kernel_size": 7},
+    "conmamba-sine": {
+        "encoder_module": "conmamba",
+        "kernel_size": 7,
+        "attention_type": "regularMHA",
+    },
     "mamba": {"encoder_module": "mamba"},
 }
 """One entry per way of encoding; every one must be independent of padding."""
@@ -44,7 +53,6 @@ def small_network(encoder: str = "conmamba", **options) -> TransformerASR:
         "dropout": 0.0,
         "activation": nn.GELU,
         "normalize_before": True,
-        "kernel_size": 7,
         "attention_type": "RelPosMHAXL",
         "mamba_config": {"d_state": 4},
     }

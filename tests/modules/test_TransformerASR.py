@@ -9,6 +9,7 @@ import torch
 from speechbrain.lobes.models.transformer.TransformerASR import (
     TransformerASR as SpeechBrainTransformerASR,
 )
+from speechbrain.nnet.activations import Swish
 from speechbrain.nnet.linear import Linear
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
@@ -181,7 +182,7 @@ def test_no_config_is_modified():
         ({"mamba_config": {"d_model": 16}}, "d_model; known are"),
         ({"causal": True, "mamba_config": {"bidirectional": True}}, "bidirectional: True"),
         (
-            {"encoder_module": "mamba", "causal": True, "mamba_config": {"bidirectional": True}},
+            {"encoder": "mamba", "causal": True, "mamba_config": {"bidirectional": True}},
             "bidirectional: True",
         ),
         ({"encoder_module": "branchformer", "causal": True}, "causal: False"),
@@ -195,6 +196,53 @@ def test_no_config_is_modified():
 def test_contradictions_are_errors_at_construction(options, message):
     with pytest.raises(ValueError, match=message):
         small_network(**options)
+
+
+PARTICULAR = {
+    "kernel_size": (5, {"branchformer", "conformer", "conmamba"}),
+    "bias": (True, {"conformer", "conmamba"}),
+    "conformer_activation": (nn.ReLU, {"conformer"}),
+    "conmamba_activation": (nn.ReLU, {"conmamba"}),
+    "branchformer_activation": (nn.ReLU, {"branchformer"}),
+    "csgu_linear_units": (8, {"branchformer"}),
+    "gate_activation": (nn.Sigmoid, {"branchformer"}),
+    "use_linear_after_conv": (False, {"branchformer"}),
+}
+"""Options of some encoders: a value, and the encoders that take it."""
+
+
+@pytest.mark.parametrize("option", PARTICULAR)
+@pytest.mark.parametrize(
+    "encoder", ["branchformer", "conformer", "conmamba", "mamba", "transformer"]
+)
+def test_an_option_that_the_encoder_does_not_take_is_an_error(encoder, option):
+    value, takers = PARTICULAR[option]
+    if encoder in takers:
+        small_network(encoder, **{option: value})
+        return
+    with pytest.raises(ValueError, match=f"{option}.*'{encoder}'.*: {', '.join(sorted(takers))}"):
+        small_network(encoder, **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("encoder", "option", "kind"),
+    [
+        ("conformer", "conformer_activation", Swish),
+        ("conmamba", "conmamba_activation", nn.GELU),
+        ("branchformer", "branchformer_activation", nn.GELU),
+        ("mamba", "activation", nn.Tanh),
+        ("transformer", "activation", nn.Tanh),
+    ],
+)
+def test_each_encoder_has_its_own_activation(encoder, option, kind):
+    def count(network, kind):
+        return sum(isinstance(module, kind) for module in network.encoder.modules())
+
+    default = small_network(encoder, activation=nn.Tanh)
+    assert count(default, kind) > 0
+    changed = small_network(encoder, **{option: nn.ELU})
+    assert count(changed, nn.ELU) == count(default, kind)
+    assert count(changed, kind) == 0
 
 
 def test_sequences_beyond_the_positions_are_an_error():
