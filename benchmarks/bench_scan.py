@@ -54,12 +54,11 @@ from ops import build
 
 BATCH, DIM, TIME = 8, 512, 400
 HOUR_FRAMES = 90_000
-_KERNEL_FOLDER = Path(__file__).resolve().parent
 
 
 def machine_rates(threads: int) -> dict[str, float]:
     """Fused multiply-adds and exponentials a second that the kernels' vector code can reach."""
-    library = build.load(_KERNEL_FOLDER / "rates.cpp", _KERNEL_FOLDER.parent / "ops" / "simd.h")
+    library = build.Kernel(Path(__file__).with_name("rates.cpp")).load()
     results = (ctypes.c_float * threads)()
     parallel_for = ctypes.c_void_p(build.parallel_for_address())
     rates = {}
@@ -87,7 +86,7 @@ def _in_fresh_process(*arguments: str) -> list[str]:
     """What this program prints when called so, by words."""
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.bench_scan", *arguments],
-        cwd=_KERNEL_FOLDER.parent,
+        cwd=Path(__file__).resolve().parents[1],
         check=True,
         capture_output=True,
         text=True,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.selective_scan import bidirectional_scan_fn, selective_scan_fn
+from ops.selective_scan import Way, bidirectional_scan_fn, selective_scan_fn
 
 STATE = 16
 # Of mamba.py's block, which does nothing with it here.
@@ -42,10 +42,9 @@ def make_inputs(
 
 
 def make_inputs_of_both(*size, **options) -> list[Tensor]:
-    """Both directions' tensors as `bidirectional_scan_fn` takes them; only the gate is shared."""
-    u, delta, A, B, C, D, z, bias = make_inputs(*size, **options)
-    pairs = [[x, x.clone()] for x in (u, delta, A, B, C, D)]
-    return [*(x for pair in pairs for x in pair), z, bias, bias.clone()]
+    """The gate, which both directions share, and the other tensors of each."""
+    *own, z, bias = make_inputs(*size, **options)
+    return [z, *own, bias, *(x.clone() for x in (*own, bias))]
 
 
 def scan(backend: str, *inputs: Tensor) -> Tensor:
@@ -53,15 +52,22 @@ def scan(backend: str, *inputs: Tensor) -> Tensor:
 
 
 def both_ways(backend: str, *inputs: Tensor) -> Tensor:
-    return bidirectional_scan_fn(*inputs, True, backend=backend)
+    z, forward, backward = of_each(inputs)
+    ways = Way(*forward), Way(*backward, reverse=True)
+    return bidirectional_scan_fn(*ways, z, True, backend=backend)
 
 
 def two_calls(backend: str, *inputs: Tensor) -> Tensor:
     """The same by flipping, as one does with a function that knows no direction."""
-    *of_each, z, bias, bias_b = inputs
-    first = [*of_each[0::2], z, bias]
-    second = [x.flip(-1) if x.dim() == 3 else x for x in (*of_each[1::2], z, bias_b)]
-    return (scan(backend, *first) + scan(backend, *second).flip(-1)) / 2
+    z, (*own, bias), (*own_b, bias_b) = of_each(inputs)
+    second = [x.flip(-1) if x.dim() == 3 else x for x in (*own_b, z, bias_b)]
+    return (scan(backend, *own, z, bias) + scan(backend, *second).flip(-1)) / 2
+
+
+def of_each(inputs: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """The gate, and what each direction of `make_inputs_of_both` has of its own."""
+    z, *own = inputs
+    return z, own[: len(own) // 2], own[len(own) // 2 :]
 
 
 def textbook_loop(u, delta, A, B, C, D, z, delta_bias) -> Tensor:

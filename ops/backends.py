@@ -53,11 +53,6 @@ class Backends:
         """What a module that `choose` returned is called."""
         return next(name for name, loaded in self.modules.items() if loaded is module)
 
-    def prepare(self, name: str) -> str | None:
-        """Builds a backend that has to be built before its first call; why that failed, if so."""
-        module = self.module(name)
-        return module.prepare() if hasattr(module, "prepare") else None
-
     def order(self, device_type: str) -> tuple[str, ...]:
         """Names that ``auto`` tries on a device, fastest first."""
         return self._preference.get(device_type, self._preference[None])
@@ -82,15 +77,15 @@ class Backends:
         if override in self.names:
             module = self.module(override)
             self._require_available(override, module, f"{OVERRIDE}={override}")
-            reason = module.unsupported(*arguments)
+            reason = module.unsupported(arguments)
             if reason is None:
                 return module
             self._announce(logging.WARNING, f"{OVERRIDE}={override} does not fit a call: {reason}")
         for name in self.order(device.type):
             module = self.module(name)
-            if module.unsupported(*arguments) is not None:
+            if module.unsupported(arguments) is not None:
                 continue
-            reason = module.unavailable() or self.prepare(name)
+            reason = obstacle(module)
             if reason is None:
                 self._announce(logging.INFO, f"backend {name} on {device.type}")
                 return module
@@ -101,7 +96,7 @@ class Backends:
     def _demand(self, name: str, arguments: tuple) -> ModuleType:
         module = self.module(name)
         self._require_available(name, module, f"backend={name!r}")
-        reason = module.unsupported(*arguments)
+        reason = module.unsupported(arguments)
         if reason is not None:
             raise ValueError(
                 f"{self.operation} backend {name} does not support this call: {reason}"
@@ -109,7 +104,7 @@ class Backends:
         return module
 
     def _require_available(self, name: str, module: ModuleType, origin: str) -> None:
-        reason = module.unavailable() or self.prepare(name)
+        reason = obstacle(module)
         if reason is not None:
             raise ValueError(
                 f"{self.operation} backend {name} ({origin}) cannot be used here: {reason}; "
@@ -122,6 +117,13 @@ class Backends:
             return
         self._announced.add((self.operation, message))
         logger.log(level, "%s: %s", self.operation, message)
+
+
+# Known while a graph is traced, which has no place for a compiler's work.
+@torch.compiler.assume_constant_result
+def obstacle(module: ModuleType) -> str | None:
+    """Why a backend cannot be used on this machine; one that has to be built is built for that."""
+    return module.unavailable() or (module.prepare() if hasattr(module, "prepare") else None)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 try:
@@ -27,6 +27,8 @@ except ImportError:  # Windows
     fcntl = None
 
 logger = logging.getLogger(__name__)
+
+_HEADER = Path(__file__).with_name("simd.h")
 
 # The kernels are written in GCC's and Clang's vector extension; nothing may reorder their sums.
 _FLAGS = [
@@ -61,44 +63,56 @@ def unavailable(uses_torch: bool = True) -> str | None:
     return None
 
 
-def load(
-    source: Path, header: Path, flags: tuple[str, ...] = (), uses_torch: bool = True
-) -> ctypes.CDLL:
-    """The compiled ``source``, which includes ``header``; built unless this machine has it already.
+class Kernel:
+    """The C++ file of an operation, compiled at its first use.
 
     Args:
-        source: one C++ file.
-        header: one of ours.
+        source: the file, which includes ``header``.
         flags: for the compiler, after the usual ones.
         uses_torch: it is called with `parallel_for_address`.
-
-    Raises:
-        BuildError: no compiler, or it failed. What failed once is not tried again by this process.
     """
-    global _failure
-    with _lock:
-        if source in _libraries:
-            return _libraries[source]
-        reason = unavailable(uses_torch)
-        if reason is not None:
-            raise BuildError(reason)
+
+    def __init__(
+        self,
+        source: Path,
+        header: Path = _HEADER,
+        flags: tuple[str, ...] = (),
+        uses_torch: bool = True,
+    ):
+        self._source, self._header = source, header
+        self._flags, self._uses_torch = flags, uses_torch
+
+    def load(self) -> ctypes.CDLL:
+        """The library; built unless this machine has it already.
+
+        Raises:
+            BuildError: no compiler, or it failed. What failed is not tried again by this process.
+        """
+        global _failure
+        with _lock:
+            if self._source not in _libraries:
+                reason = unavailable(self._uses_torch)
+                if reason is not None:
+                    raise BuildError(reason)
+                try:
+                    _libraries[self._source] = _load(
+                        self._source, self._header, self._flags, self._uses_torch
+                    )
+                except (OSError, subprocess.SubprocessError) as error:
+                    _failure = f"the kernels could not be built: {_explain(error)}"
+                    raise BuildError(_failure) from error
+            return _libraries[self._source]
+
+    def prepare(self) -> str | None:
+        """Builds it where this machine has none yet; why that failed, if so."""
         try:
-            _libraries[source] = _load(source, header, flags, uses_torch)
-        except (OSError, subprocess.SubprocessError) as error:
-            _failure = f"the kernels could not be built: {_explain(error)}"
-            raise BuildError(_failure) from error
-        return _libraries[source]
+            self.load()
+        except BuildError as error:
+            return str(error)
+        return None
 
 
-def failure_of(loading: Callable[[], object]) -> str | None:
-    """Why ``loading``, which calls `load`, failed; None if it did not."""
-    try:
-        loading()
-    except BuildError as error:
-        return str(error)
-    return None
-
-
+@functools.cache
 def parallel_for_address() -> int:
     """Address of torch's C function ``torch_parallel_for``, which gives kernels torch's threads."""
     return ctypes.cast(_parallel_for(), ctypes.c_void_p).value

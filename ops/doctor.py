@@ -14,12 +14,10 @@ from collections.abc import Callable
 import torch
 
 from ops.activation_dropout.dispatch import BACKENDS as ACTIVATION_BACKENDS
-from ops.backends import OVERRIDE, Backends
+from ops.backends import OVERRIDE, Backends, obstacle
 from ops.causal_conv1d.arguments import ConvArguments
-from ops.causal_conv1d.arguments import normalise as normalise_conv
 from ops.causal_conv1d.dispatch import BACKENDS as CONV_BACKENDS
-from ops.selective_scan.arguments import ScanArguments
-from ops.selective_scan.arguments import normalise as normalise_scan
+from ops.selective_scan.arguments import ScanArguments, Way
 from ops.selective_scan.dispatch import BACKENDS as SCAN_BACKENDS
 
 
@@ -36,18 +34,16 @@ def devices() -> list[torch.device]:
 def small_scan(device: torch.device) -> ScanArguments:
     """An ordinary call in float32, with a gradient to compute."""
     u = torch.randn(2, 4, 8, device=device, requires_grad=True)
-    projection = torch.randn(2, 3, 8, device=device)
+    projection = torch.randn(2, 1, 3, 8, device=device)
     A = -torch.ones(4, 3, device=device)
-    return normalise_scan(
-        u, u, A, projection, projection, None, u, None, True, None, False, None, None
-    )
+    return ScanArguments((Way(u, u, A, projection, projection),), u, True, None)
 
 
 def small_conv(device: torch.device) -> ConvArguments:
     """An ordinary call in float32, with a gradient to compute."""
     x = torch.randn(2, 4, 8, device=device, requires_grad=True)
     weight = torch.randn(4, 4, device=device)
-    return normalise_conv(x, weight, None, "silu", None, False, None, None)
+    return ConvArguments(x, weight, None, "silu", None, False, None, None)
 
 
 def small_activation(device: torch.device) -> tuple[torch.Tensor, str, float]:
@@ -58,7 +54,7 @@ def small_activation(device: torch.device) -> tuple[torch.Tensor, str, float]:
 def attempt(compute: Callable, arguments: tuple) -> str | None:
     """Runs a call and its gradient; the error, if there was one."""
     try:
-        compute(*arguments)[0].sum().backward()
+        compute(arguments)[0].sum().backward()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -77,10 +73,10 @@ def diagnose(backends: Backends, function: str, small_call: Callable) -> bool:
         findings = []
         for device in devices():
             arguments = small_call(device)
-            reason = module.unsupported(*arguments)
+            reason = module.unsupported(arguments)
             failure = None
             if reason is None:
-                failure = backends.prepare(name) or attempt(getattr(module, function), arguments)
+                failure = obstacle(module) or attempt(getattr(module, function), arguments)
             healthy = healthy and failure is None
             finding = reason or (f"FAILS: {failure}" if failure else "yes")
             findings.append(f"{device.type}: {finding}")

@@ -16,10 +16,14 @@ from decoding.ctc_beam_search.ngram import Ngram, arpa_blocks, damaged
 from decoding.ctc_beam_search.settings import Found, Job, Settings, Wanted
 from ops import build
 
-_SOURCE = Path(__file__).with_name("native.cpp")
-_HEADER = Path(__file__).with_name("ngram.h")
-# Contracted products would round otherwise than the definition's.
-_FLAGS = ("-pthread", "-ffp-contract=off")
+_FOLDER = Path(__file__).parent
+_KERNEL = build.Kernel(
+    _FOLDER / "native.cpp",
+    _FOLDER / "ngram.h",
+    # Contracted products would round otherwise than the definition's.
+    flags=("-pthread", "-ffp-contract=off"),
+    uses_torch=False,
+)
 
 _Address, _Integer = ctypes.c_void_p, ctypes.c_int64
 
@@ -82,12 +86,12 @@ _SCORES = np.dtype([("score", "f8"), ("lm_score", "f8"), ("num_tokens", "i8")])
 
 def unavailable() -> str | None:
     """Why the search cannot be built on this machine; builds it if need be."""
-    return build.failure_of(_library)
+    return _KERNEL.prepare()
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = build.load(_SOURCE, _HEADER, _FLAGS, uses_torch=False)
+    library = _KERNEL.load()
     signatures = {
         "ctc_search": (None, [_Address, _Address, _Integer]),
         "ctc_free": (None, [_Address]),

@@ -11,7 +11,6 @@ Compiled at first use (`ops.build`).
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
@@ -21,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from ops import build
 from ops.native import ELEMENT_TYPES, unsupported_types
 
-_SOURCE = Path(__file__).with_name("cpu.cpp")
-_HEADER = Path(__file__).parent.parent / "simd.h"
+_kernel = build.Kernel(Path(__file__).with_name("cpu.cpp"))
+unavailable, prepare = build.unavailable, _kernel.prepare
 _ACTIVATIONS = {None: 0, "gelu": 1, "silu": 2}
 # Elements that are worth another thread: it takes a while to wake up.
 _THREAD_ELEMENTS = 1 << 15
@@ -39,28 +38,14 @@ class _Call(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _library() -> tuple[ctypes.CDLL, int]:
-    return build.load(_SOURCE, _HEADER), build.parallel_for_address()
-
-
-def unavailable() -> str | None:
-    """Why this backend cannot be used on this machine, as far as known without building it."""
-    return build.unavailable()
-
-
-def prepare() -> str | None:
-    """Builds the kernel where this machine has none yet; why that failed, if so."""
-    return build.failure_of(_library)
-
-
-def unsupported(x: Tensor, activation: str | None, p: float) -> str | None:
+def unsupported(arguments: tuple[Tensor, str | None, float]) -> str | None:
     """Why a call does not fit, if so."""
-    return unsupported_types(x)
+    return unsupported_types(arguments[0])
 
 
-def apply(x: Tensor, activation: str | None, p: float) -> Tensor:
+def apply(arguments: tuple[Tensor, str | None, float]) -> Tensor:
     """``dropout(activation(x), p)``."""
+    x, activation, p = arguments
     seed = int(torch.empty((), dtype=torch.int64).random_()) if p else 0
     return _ActivationDropout.apply(x, activation, p, seed)
 
@@ -81,7 +66,6 @@ class _ActivationDropout(torch.autograd.Function):
 
 def _run(x: Tensor, grad_y: Tensor | None, activation: str | None, p: float, seed: int) -> Tensor:
     """The output, or with ``grad_y`` the gradient of ``x``."""
-    library, parallel_for = _library()
     out = torch.empty_like(x)
     call = _Call(
         x=x.data_ptr(),
@@ -94,7 +78,7 @@ def _run(x: Tensor, grad_y: Tensor | None, activation: str | None, p: float, see
         dropped=round(p * 2**32),
         scale=1.0 / (1.0 - p),
         threads=min(torch.get_num_threads(), 1 + x.numel() // _THREAD_ELEMENTS),
-        parallel_for=parallel_for,
+        parallel_for=build.parallel_for_address(),
     )
-    library.activation_dropout(ctypes.byref(call))
+    _kernel.load().activation_dropout(ctypes.byref(call))
     return out

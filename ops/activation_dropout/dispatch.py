@@ -45,5 +45,5 @@ def activation_dropout_fn(
     p = p if training else 0.0
     if not x.numel() or torch.compiler.is_compiling():
         # A compiler fuses the plain formula by itself.
-        return reference.apply(x, activation, p)
-    return BACKENDS.choose(backend, x.device, (x, activation, p)).apply(x, activation, p)
+        return reference.apply((x, activation, p))
+    return BACKENDS.choose(backend, x.device, (x, activation, p)).apply((x, activation, p))

@@ -13,12 +13,13 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(x: Tensor, activation: str | None, p: float) -> str | None:
+def unsupported(_arguments: tuple[Tensor, str | None, float]) -> str | None:
     """Nothing that floats is unsupported."""
     return None
 
 
-def apply(x: Tensor, activation: str | None, p: float) -> Tensor:
+def apply(arguments: tuple[Tensor, str | None, float]) -> Tensor:
     """``dropout(activation(x), p)``."""
+    x, activation, p = arguments
     y = ACTIVATIONS[activation](x)
     return F.dropout(y, p) if p else y

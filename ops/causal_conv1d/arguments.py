@@ -10,10 +10,7 @@ from ops.checks import check_float_types, check_shape, normalise_lengths, normal
 
 
 class ConvArguments(NamedTuple):
-    """What every backend's ``conv`` takes, in this order.
-
-    ``lengths`` is int64 on the device of ``x``; ``reset_every`` is None unless it cuts the input.
-    """
+    """What every backend's ``conv`` takes; names as in `dispatch.causal_conv1d_fn`."""
 
     x: Tensor
     weight: Tensor
@@ -25,21 +22,17 @@ class ConvArguments(NamedTuple):
     reset_every: int | None
 
 
-def normalise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    initial_state: Tensor | None,
-    reset_every: int | None,
-) -> ConvArguments:
+def normalise(arguments: ConvArguments) -> ConvArguments:
     """Checks shapes, types and values.
+
+    Returns:
+        the same, with ``lengths`` in int64 on the device of x, and ``reset_every`` None unless it
+        cuts the input.
 
     Raises:
         ValueError: says which argument does not fit, what came and what was wanted.
     """
+    x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; wanted (batch, dim, time)")
     batch, dim, time = x.shape

@@ -7,20 +7,18 @@ torch.export see one node.
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ops import build
 from ops.causal_conv1d.arguments import ConvArguments
-from ops.causal_conv1d.operator import register
+from ops.causal_conv1d.operator import new_gradient, register
 from ops.native import NativeTensor, address, empty_like, float32, native, unsupported_types
 
-_SOURCE = Path(__file__).with_name("cpu.cpp")
-_HEADER = Path(__file__).parent.parent / "simd.h"
+_kernel = build.Kernel(Path(__file__).with_name("cpu.cpp"))
+unavailable, prepare = build.unavailable, _kernel.prepare
 # Elements of (batch, dim, time) that are worth another thread: it takes a while to wake up.
 _THREAD_ELEMENTS = 1 << 16
 # Channels of a unit of work: with float32 and the kernel's tile they stay in a small L2 cache.
@@ -41,54 +39,20 @@ class _Convolution(ctypes.Structure):
     ]
 
 
-class _Library(NamedTuple):
-    functions: ctypes.CDLL
-    channels: int  # of a vector
-    parallel_for: int
-
-
-@functools.cache
-def _library() -> _Library:
-    functions = build.load(_SOURCE, _HEADER)
-    return _Library(functions, functions.causal_conv1d_channels(), build.parallel_for_address())
-
-
-@torch.compiler.assume_constant_result
-def unavailable() -> str | None:
-    """Why this backend cannot be used on this machine, as far as known without building it."""
-    return build.unavailable()
-
-
-@torch.compiler.assume_constant_result
-def prepare() -> str | None:
-    """Builds the kernel where this machine has none yet; why that failed, if so."""
-    return build.failure_of(_library)
-
-
-def unsupported(*arguments) -> str | None:
+def unsupported(arguments: ConvArguments) -> str | None:
     """Why a call does not fit, if so."""
-    call = ConvArguments(*arguments)
-    return unsupported_types(call.x, call.weight, call.bias, call.initial_state)
+    x, weight, bias, _, _, _, initial_state, _ = arguments
+    return unsupported_types(x, weight, bias, initial_state)
 
 
-def conv_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    initial_state: Tensor | None,
-    reset_every: int | None,
-) -> tuple[Tensor, Tensor]:
+def conv_forward(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """`conv` without autograd."""
-    library, call, kept = _describe(
-        x, weight, bias, activation, lengths, reverse, initial_state, reset_every
-    )
+    functions, call, kept = _describe(arguments)
+    x = arguments.x
     y = empty_like(x)
     state = x.new_empty(call.batch, call.dim, call.width - 1, dtype=torch.float32)
     call.y, call.state = native(y), address(state)
-    library.functions.causal_conv1d_forward(ctypes.byref(call))
+    functions.causal_conv1d_forward(ctypes.byref(call))
     del kept
     return y, state.to(x.dtype)
 
@@ -96,43 +60,37 @@ def conv_forward(
 def conv_backward(
     grad_y: Tensor,
     grad_state: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    initial_state: Tensor | None,
-    reset_every: int | None,
+    arguments: ConvArguments,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state; None where absent."""
-    library, call, kept = _describe(
-        x, weight, bias, activation, lengths, reverse, initial_state, reset_every
-    )
+    functions, call, kept = _describe(arguments)
+    x, weight, bias, _, _, _, initial_state, _ = arguments
     dx = empty_like(x)
     grad_state = float32(grad_state)
-    padded_dim = -(-call.dim // library.channels) * library.channels
+    channels = functions.causal_conv1d_channels()
+    padded_dim = -(-call.dim // channels) * channels
     dweight = x.new_empty(call.batch, call.width, padded_dim, dtype=torch.float32)
     dbias = None if bias is None else dweight.new_empty(call.batch, padded_dim)
     dinitial = None if initial_state is None else dweight.new_empty(initial_state.shape)
     call.dy, call.dx, call.dstate = native(grad_y), native(dx), address(grad_state)
     call.dweight, call.dbias, call.dinitial_state = map(address, (dweight, dbias, dinitial))
-    library.functions.causal_conv1d_backward(ctypes.byref(call))
+    functions.causal_conv1d_backward(ctypes.byref(call))
     del kept
     # Added up over the batch in one order, whichever thread wrote which part.
     return (
         dx,
         dweight.sum(0)[:, : call.dim].T.to(weight.dtype).contiguous(),
         None if dbias is None else dbias.sum(0)[: call.dim].to(bias.dtype).contiguous(),
-        None if dinitial is None else dinitial.to(initial_state.dtype),
+        None if dinitial is None else new_gradient(initial_state).copy_(dinitial),
     )
 
 
 def _describe(
-    x, weight, bias, activation, lengths, reverse, initial_state, reset_every
-) -> tuple[_Library, _Convolution, list[Tensor | None]]:
-    """The call without what it writes, and the tensors that must outlive it."""
-    library = _library()
+    arguments: ConvArguments,
+) -> tuple[ctypes.CDLL, _Convolution, list[Tensor | None]]:
+    """The kernel, the call without what it writes, and the tensors that must outlive it."""
+    functions = _kernel.load()
+    x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
     call = _Convolution()
     call.batch, call.dim, call.frames = x.shape
     call.width = weight.shape[1]
@@ -144,11 +102,11 @@ def _describe(
     threads = torch.get_num_threads()
     # Small units, and several of them for each thread.
     parts = max(-(-call.dim // _UNIT_CHANNELS), -(-4 * threads // max(1, call.batch)))
-    channels = max(1, call.dim)
-    call.channels_per_unit = -(-channels // parts // library.channels) * library.channels
+    channels = functions.causal_conv1d_channels()
+    call.channels_per_unit = -(-max(1, call.dim) // parts // channels) * channels
     call.threads = min(threads, 1 + x.numel() // _THREAD_ELEMENTS)
-    call.parallel_for = library.parallel_for
-    return library, call, kept
+    call.parallel_for = build.parallel_for_address()
+    return functions, call, kept
 
 
 conv = register("mamba_asr::causal_conv1d_cpu", conv_forward, conv_backward)

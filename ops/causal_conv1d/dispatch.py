@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ops.backends import Backends
 from ops.causal_conv1d import cpu, reference, shifted, triton
-from ops.causal_conv1d.arguments import normalise
+from ops.causal_conv1d.arguments import ConvArguments, normalise
 
 BACKENDS = Backends(
     "causal_conv1d",
@@ -65,8 +65,17 @@ def causal_conv1d_fn(
     Raises:
         ValueError: an argument does not fit, or the backend asked for cannot take the call.
     """
-    arguments = normalise(x, weight, bias, activation, lengths, reverse, initial_state, reset_every)
+    arguments = ConvArguments(
+        x, weight, bias, activation, lengths, reverse, initial_state, reset_every
+    )
+    y, last_state = convolve(arguments, backend)
+    return (y, last_state) if return_last_state else y
+
+
+def convolve(arguments: ConvArguments, backend: str) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d_fn` with its arguments in one, always with the last state."""
+    arguments = normalise(arguments)
+    x = arguments.x
     # Without a frame or an item there is nothing to be fast at, and kernels need not care.
     name = "reference" if x.numel() == 0 and backend == "auto" else backend
-    y, last_state = BACKENDS.choose(name, x.device, arguments).conv(*arguments)
-    return (y, last_state) if return_last_state else y
+    return BACKENDS.choose(name, x.device, arguments).conv(arguments)

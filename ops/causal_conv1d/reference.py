@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.causal_conv1d.arguments import ConvArguments
 from ops.frames import clear_at_block_start, is_block_start, select_valid, valid_frames
 
 
@@ -14,22 +15,13 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(*_arguments) -> str | None:
+def unsupported(_arguments: ConvArguments) -> str | None:
     """Why a call does not fit: every call does."""
     return None
 
 
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    initial_state: Tensor | None,
-    reset_every: int | None,
-) -> tuple[Tensor, Tensor]:
-    """The plain loop that every other backend is tested against; arguments as `ConvArguments`.
+def conv(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
+    """The plain loop that every other backend is tested against.
 
     A window of the last ``width`` inputs in scan order slides over the item, the newest input
     last. It starts from the initial state, and from zeros in every later block; padding neither
@@ -39,6 +31,7 @@ def conv(
         y (batch, dim, time) and the state (batch, dim, width-1), the newest width-1 inputs of the
         window where it stopped, both in the dtype of ``x``.
     """
+    x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
     batch, dim, time = x.shape
     width = weight.shape[1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

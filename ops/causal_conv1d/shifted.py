@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.causal_conv1d.arguments import ConvArguments
 from ops.frames import select, valid_frames
 
 
@@ -18,39 +19,20 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(*_arguments) -> str | None:
+def unsupported(_arguments: ConvArguments) -> str | None:
     """Why a call does not fit: every call does."""
     return None
 
 
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    initial_state: Tensor | None,
-    reset_every: int | None,
-) -> tuple[Tensor, Tensor]:
+def conv(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """`reference.conv`, vectorised over time; differentiable once."""
-    return _Convolution.apply(
-        x, weight, bias, activation, lengths, reverse, initial_state, reset_every
-    )
+    return _Convolution.apply(*arguments)
 
 
-def conv_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    initial_state: Tensor | None,
-    reset_every: int | None,
-) -> tuple[Tensor, Tensor]:
+def conv_forward(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """`conv` without autograd."""
-    timeline = _Timeline(x, weight.shape[1], lengths, reverse, reset_every)
+    x, weight, bias, activation, _, _, initial_state, _ = arguments
+    timeline = _Timeline(arguments)
     extended = timeline.extend(x, initial_state)
     y = timeline.before_activation(extended, weight, bias)
     y = timeline.mask(y if activation is None else F.silu(y))
@@ -61,18 +43,12 @@ def conv_forward(
 def conv_backward(
     grad_y: Tensor,
     grad_state: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    initial_state: Tensor | None,
-    reset_every: int | None,
+    arguments: ConvArguments,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state; None where absent."""
+    x, weight, bias, activation, _, _, initial_state, _ = arguments
     width = weight.shape[1]
-    timeline = _Timeline(x, width, lengths, reverse, reset_every)
+    timeline = _Timeline(arguments)
     extended = timeline.extend(x, initial_state)
     grad = timeline.mask(grad_y.transpose(1, 2).to(extended.dtype))
     if activation is not None:
@@ -102,21 +78,20 @@ def conv_backward(
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, activation, lengths, reverse, initial_state, reset_every):
+    def forward(ctx, *arguments):
+        x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
         ctx.save_for_backward(x, weight, bias, lengths, initial_state)
         ctx.activation, ctx.reverse, ctx.reset_every = activation, reverse, reset_every
-        return conv_forward(
-            x, weight, bias, activation, lengths, reverse, initial_state, reset_every
-        )
+        return conv_forward(ConvArguments(*arguments))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y, grad_state):
         x, weight, bias, lengths, initial_state = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias, grad_initial = conv_backward(
-            grad_y, grad_state, x, weight, bias, ctx.activation, lengths, ctx.reverse,
-            initial_state, ctx.reset_every,
-        )  # fmt: skip
+        arguments = ConvArguments(
+            x, weight, bias, ctx.activation, lengths, ctx.reverse, initial_state, ctx.reset_every
+        )
+        grad_x, grad_weight, grad_bias, grad_initial = conv_backward(grad_y, grad_state, arguments)
         return grad_x, grad_weight, grad_bias, None, None, None, grad_initial, None
 
 
@@ -126,16 +101,10 @@ class _Timeline:
     Forward, the extension stands before the first frame; in reverse, after the last one.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        width: int,
-        lengths: Tensor | None,
-        reverse: bool,
-        reset_every: int | None,
-    ):
-        self.time, self.width = x.shape[-1], width
-        self.reverse, self.reset_every = reverse, reset_every
+    def __init__(self, arguments: ConvArguments):
+        x, lengths = arguments.x, arguments.lengths
+        self.time, self.width = x.shape[-1], arguments.weight.shape[1]
+        self.reverse, self.reset_every = arguments.reverse, arguments.reset_every
         self.valid = valid_frames(lengths, self.time)
         self.device = x.device
         if lengths is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ops.causal_conv1d.arguments import ConvArguments
-from ops.causal_conv1d.operator import register
+from ops.causal_conv1d.operator import new_gradient, register
 from ops.native import empty_like, float32
 from ops.selective_scan.triton import MAX_GRID, interpreted, unavailable
 
@@ -20,15 +20,15 @@ _MAX_FRAMES = 64 * MAX_GRID
 __all__ = ["conv", "conv_backward", "conv_forward", "unavailable", "unsupported"]
 
 
-def unsupported(*arguments) -> str | None:
+def unsupported(arguments: ConvArguments) -> str | None:
     """Why this call does not fit, None if it does."""
-    call = ConvArguments(*arguments)
-    batch, _, time = call.x.shape
-    if call.x.dtype == torch.float64:
+    x = arguments.x
+    batch, _, time = x.shape
+    if x.dtype == torch.float64:
         return "it computes in float32, the inputs are float64"
-    if call.x.device.type != "cuda" and not interpreted():
-        return f"the inputs are on {call.x.device}, it needs a CUDA device"
-    if call.x.numel() == 0:
+    if x.device.type != "cuda" and not interpreted():
+        return f"the inputs are on {x.device}, it needs a CUDA device"
+    if x.numel() == 0:
         return "there is nothing to convolve"
     if batch > MAX_GRID:
         return f"the batch of {batch} exceeds {MAX_GRID} items"
@@ -37,19 +37,12 @@ def unsupported(*arguments) -> str | None:
     return None
 
 
-def conv_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    initial_state: Tensor | None,
-    reset_every: int | None,
-) -> tuple[Tensor, Tensor]:
+def conv_forward(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """`conv` without autograd."""
-    from ops.causal_conv1d.triton_kernels import Sequence, causal_conv1d_forward_kernel
+    from ops.causal_conv1d.triton_kernels import causal_conv1d_forward_kernel
+    from ops.triton_sequences import Sequence
 
+    x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
     y = empty_like(x)
     state = x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1, dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -64,18 +57,13 @@ def conv_forward(
 def conv_backward(
     grad_y: Tensor,
     grad_state: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    lengths: Tensor | None,
-    reverse: bool,
-    initial_state: Tensor | None,
-    reset_every: int | None,
+    arguments: ConvArguments,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state; None where absent."""
-    from ops.causal_conv1d.triton_kernels import Sequence, causal_conv1d_backward_kernel
+    from ops.causal_conv1d.triton_kernels import causal_conv1d_backward_kernel
+    from ops.triton_sequences import Sequence
 
+    x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
     grid = _grid(x)
     grad_x = empty_like(x)
     width = weight.shape[1]
@@ -95,7 +83,7 @@ def conv_backward(
         grad_x,
         parts[:, :, :width].sum((0, 1)).t().to(weight.dtype, memory_format=torch.contiguous_format),
         None if bias is None else parts[:, :, width].sum((0, 1)).to(bias.dtype),
-        None if grad_initial is None else grad_initial.to(initial_state.dtype),
+        None if grad_initial is None else new_gradient(initial_state).copy_(grad_initial),
     )
 
 

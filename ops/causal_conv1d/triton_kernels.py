@@ -20,17 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ops.triton_sequences import num_valid_frames, sigmoid
+
 FRAMES = tl.constexpr(64)
 CHANNELS = tl.constexpr(32)
-
-
-class Sequence(NamedTuple):
-    """A tensor (batch, dim, time) of any type and layout, with its strides in elements."""
-
-    pointer: torch.Tensor
-    batch: int
-    channel: int
-    frame: int
 
 
 class Tile(NamedTuple):
@@ -42,19 +35,6 @@ class Tile(NamedTuple):
     enters: torch.Tensor
     leaves: torch.Tensor
     inside: torch.Tensor
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
-
-
-@triton.jit
-def _num_valid_frames(lengths, time):
-    valid = time
-    if lengths is not None:
-        valid = tl.load(lengths + tl.program_id(2)).to(tl.int32)
-    return valid
 
 
 @triton.jit
@@ -135,7 +115,7 @@ def _load_gradient(
         total = _sum_taps(
             x, weight, bias_row, initial_state, tile, dim, channel, channel_mask, WIDTH, REVERSE
         )
-        gate = _sigmoid(total)
+        gate = sigmoid(total)
         grad *= gate * (1.0 + total * (1.0 - gate))
     return grad
 
@@ -193,14 +173,14 @@ def causal_conv1d_forward_kernel(
     """
     channel, channel_mask = _channels(dim)
     bias_row = _load_bias(bias, channel, channel_mask)
-    valid = _num_valid_frames(lengths, time)
+    valid = num_valid_frames(lengths, time)
     t = tl.program_id(1) * FRAMES + tl.arange(0, FRAMES)[:, None]
     tile = _locate(t, valid, block_frames, REVERSE)
     total = _sum_taps(
         x, weight, bias_row, initial_state, tile, dim, channel, channel_mask, WIDTH, REVERSE
     )
     if SILU:
-        total *= _sigmoid(total)
+        total *= sigmoid(total)
     total = tl.where(tile.inside, total, 0.0)
     tl.store(_pointers(y, t, channel), total, mask=channel_mask & (t < time))
 
@@ -267,7 +247,7 @@ def causal_conv1d_backward_kernel(
     """
     channel, channel_mask = _channels(dim)
     bias_row = _load_bias(bias, channel, channel_mask)
-    valid = _num_valid_frames(lengths, time)
+    valid = num_valid_frames(lengths, time)
     item = tl.program_id(2).to(tl.int64)
     of_caller = (item * dim + channel) * (WIDTH - 1)
     t = tl.program_id(1) * FRAMES + tl.arange(0, FRAMES)[:, None]

@@ -1,11 +1,16 @@
-"""The parameters that each direction of a mixer has of its own."""
+"""What the inner part of a mixer is given, in the form that both ways of computing it see."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ops.causal_conv1d.arguments import ConvArguments
+from ops.selective_scan.arguments import ScanArguments, Way
 
 
 class Direction(NamedTuple):
@@ -39,3 +44,64 @@ class Direction(NamedTuple):
         """Step sizes, B and C in the last axis of what ``x_proj`` gives."""
         state = self.A_log.shape[1]
         return projected.split([self.dt_proj.shape[1], state, state], dim=-1)
+
+
+class InnerArguments(NamedTuple):
+    """What `dispatch.mamba_inner_fn` computes from; names as there."""
+
+    xz_BTF: Tensor
+    directions: tuple[Direction, ...]
+    lengths: Tensor | None
+    conv_state: Tensor | None
+    ssm_state: Tensor | None
+    chunk_size: int | None
+
+    def input_and_gate(self) -> tuple[Tensor, ...]:
+        """x and z, (batch, E, time) each."""
+        return self.xz_BTF.transpose(1, 2).chunk(2, dim=1)
+
+    def convolutions(self) -> list[ConvArguments]:
+        """What each direction convolves."""
+        x_BET, _ = self.input_and_gate()
+        starts = [(False, self.conv_state, None), (True, None, self.chunk_size)]
+        return [
+            ConvArguments(x_BET, way.conv_weight, way.conv_bias, "silu", self.lengths, *start)
+            for way, start in zip(self.directions, starts, strict=False)
+        ]
+
+    def scan(self, ways: Sequence[Way]) -> ScanArguments:
+        """The scan over what `prepare_ways` gave."""
+        return ScanArguments(tuple(ways), self.input_and_gate()[1], True, self.lengths)
+
+
+def prepare_ways(
+    arguments: InnerArguments, convolve: Callable[[ConvArguments], tuple[Tensor, Tensor]]
+) -> tuple[list[Way], list[Tensor], list[Tensor]]:
+    """All that comes before the scan.
+
+    Returns:
+        for each direction what it scans; step sizes, B and C of every frame, side by side; and the
+        last state of its convolution.
+    """
+    ways, projections, conv_states = [], [], []
+    for direction, convolution in zip(arguments.directions, arguments.convolutions(), strict=True):
+        u_BET, conv_state = convolve(convolution)
+        projected = F.linear(u_BET.transpose(1, 2), direction.x_proj.to(u_BET.dtype))
+        dt, B, C = direction.split(projected)
+        ways.append(
+            Way(
+                u_BET,
+                F.linear(dt, direction.dt_proj.to(dt.dtype)).transpose(1, 2),
+                direction.A,
+                B.transpose(1, 2).unsqueeze(1),
+                C.transpose(1, 2).unsqueeze(1),
+                direction.D,
+                direction.dt_bias,
+                None if convolution.reverse else arguments.ssm_state,
+                convolution.reverse,
+                convolution.reset_every,
+            )
+        )
+        projections.append(projected)
+        conv_states.append(conv_state)
+    return ways, projections, conv_states

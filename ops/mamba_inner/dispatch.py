@@ -10,7 +10,8 @@ from torch import Tensor
 from ops.causal_conv1d.dispatch import BACKENDS as CONV_BACKENDS
 from ops.checks import check_shape, normalise_lengths, normalise_reset
 from ops.mamba_inner import composed, fused
-from ops.mamba_inner.arguments import Direction
+from ops.mamba_inner.arguments import Direction, InnerArguments
+from ops.selective_scan.arguments import Way
 from ops.selective_scan.dispatch import BACKENDS as SCAN_BACKENDS
 
 
@@ -55,78 +56,45 @@ def mamba_inner_fn(
     check_shape("ssm_state", ssm_state, (batch, inner, state), "(batch, E, N)")
     edge = forward.conv_weight.shape[1] - 1
     check_shape("conv_state", conv_state, (batch, inner, edge), "(batch, E, W-1)")
+    directions = (forward,) if backward is None else (forward, backward)
+    arguments = InnerArguments(xz_BTF, directions, lengths, conv_state, ssm_state, chunk_size)
     conv_backend = backend if backend in CONV_BACKENDS.names else "auto"
+    modules = ()
     # A compiler sees the parts and decides by itself what to keep.
     if xz_BTF.numel() and not torch.compiler.is_compiling():
-        lengths = normalise_lengths(lengths, batch, time, xz_BTF.device)
-        chunk_size = normalise_reset(chunk_size, time)
-        modules = _choose(
-            xz_BTF, forward, lengths, conv_state, ssm_state, chunk_size, backend, conv_backend
+        arguments = arguments._replace(
+            lengths=normalise_lengths(lengths, batch, time, xz_BTF.device),
+            chunk_size=normalise_reset(chunk_size, time),
         )
-        if hasattr(modules[0], "backward") and hasattr(modules[1], "conv_backward"):
-            y_BTE, *states = fused.mamba_inner(
-                xz_BTF, forward, backward, lengths, conv_state, ssm_state, chunk_size, modules
-            )
-            return (y_BTE, *states) if return_state else (y_BTE, None, None)
-    y_BTE, *states = composed.mamba_inner(
-        xz_BTF,
-        forward,
-        backward,
-        lengths,
-        conv_state,
-        ssm_state,
-        chunk_size,
-        return_state,
-        (backend, conv_backend),
-    )
+        modules = _choose(arguments, backend, conv_backend)
+    if modules and hasattr(modules[0], "backward") and hasattr(modules[1], "conv_backward"):
+        y_BTE, *states = fused.mamba_inner(arguments, *modules)
+    else:
+        y_BTE, *states = composed.mamba_inner(arguments, backend, conv_backend)
     return (y_BTE, *states) if return_state else (y_BTE, None, None)
 
 
 def _choose(
-    xz_BTF: Tensor,
-    direction: Direction,
-    lengths: Tensor | None,
-    conv_state: Tensor | None,
-    ssm_state: Tensor | None,
-    chunk_size: int | None,
-    scan_backend: str,
-    conv_backend: str,
+    arguments: InnerArguments, scan_backend: str, conv_backend: str
 ) -> tuple[ModuleType, ModuleType]:
     """The modules that take calls like those to come; of u, B and C only the kind is known yet."""
-    x_BET, z_BET = xz_BTF.transpose(1, 2).chunk(2, dim=1)
-    batch, _, time = x_BET.shape
-    projection = xz_BTF.new_empty(1).expand(batch, 1, direction.A_log.shape[1], time)
-    scan = SCAN_BACKENDS.choose(
-        scan_backend,
-        xz_BTF.device,
-        (
-            x_BET,
-            x_BET,
-            direction.A,
-            projection,
-            projection,
-            direction.D,
-            z_BET,
-            direction.dt_bias,
-            True,
-            lengths,
-            False,
-            ssm_state,
-            chunk_size,
-        ),
+    direction = arguments.directions[-1]
+    convolution = arguments.convolutions()[-1]._replace(initial_state=arguments.conv_state)
+    x_BET = convolution.x
+    projection = x_BET.new_empty(1).expand(
+        x_BET.shape[0], 1, direction.A_log.shape[1], x_BET.shape[2]
     )
-    conv = CONV_BACKENDS.choose(
-        conv_backend,
-        xz_BTF.device,
-        (
-            x_BET,
-            direction.conv_weight,
-            direction.conv_bias,
-            "silu",
-            lengths,
-            False,
-            conv_state,
-            chunk_size,
-        ),
+    way = Way(
+        x_BET,
+        x_BET,
+        direction.A,
+        projection,
+        projection,
+        direction.D,
+        direction.dt_bias,
+        arguments.ssm_state,
+        convolution.reverse,
+        convolution.reset_every,
     )
-    return scan, conv
+    scan = SCAN_BACKENDS.choose(scan_backend, x_BET.device, arguments.scan([way]))
+    return scan, CONV_BACKENDS.choose(conv_backend, x_BET.device, convolution)

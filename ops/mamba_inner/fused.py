@@ -6,97 +6,67 @@ are cheap to compute again.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ops.mamba_inner.arguments import Direction
-from ops.selective_scan.arguments import Way
+from ops.mamba_inner.arguments import Direction, InnerArguments, prepare_ways
 
 _PARAMETERS = len(Direction._fields)
 
 
 def mamba_inner(
-    xz_BTF: Tensor,
-    forward: Direction,
-    backward: Direction | None,
-    lengths: Tensor | None,
-    conv_state: Tensor | None,
-    ssm_state: Tensor | None,
-    chunk_size: int | None,
-    modules: tuple[ModuleType, ModuleType],
+    arguments: InnerArguments, scan: ModuleType, conv: ModuleType
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`dispatch.mamba_inner_fn`, with the modules that scan and convolve; differentiable once."""
-    parameters = (*forward, *(backward or ()))
-    tensors = (xz_BTF, conv_state, ssm_state, *parameters)
+    xz_BTF, directions, lengths, conv_state, ssm_state, chunk_size = arguments
+    tensors = (xz_BTF, lengths, conv_state, ssm_state, *itertools.chain(*directions))
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _MambaInner.apply(
-        xz_BTF, lengths, conv_state, ssm_state, chunk_size, modules, save, *parameters
-    )
+    return _MambaInner.apply(scan, conv, chunk_size, save, *tensors)
 
 
 class _MambaInner(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, xz_BTF, lengths, conv_state, ssm_state, chunk_size, modules, save, *parameters
-    ):
-        scan, conv = modules
-        directions = _directions(parameters)
-        x_BET, z_BET = xz_BTF.transpose(1, 2).chunk(2, dim=1)
-        ways, conv_states = [], []
-        for direction, conv_call, options in _calls(
-            x_BET, directions, lengths, conv_state, ssm_state, chunk_size
-        ):
-            u_BET, last_conv = conv.conv_forward(*conv_call)
-            ways.append(_way(direction, u_BET, _project(direction, u_BET), options))
-            conv_states.append(last_conv)
-        y_BET, last_states, saved = scan.forward(ways, z_BET, True, lengths, save)
+    def forward(ctx, scan, conv, chunk_size, save, *tensors):
+        arguments = _arguments(tensors, chunk_size)
+        ways, _, conv_states = prepare_ways(arguments, conv.conv_forward)
+        y_BET, last_states, saved = scan.forward(arguments.scan(ways), save)
         if save:
-            ctx.modules, ctx.chunk_size = modules, chunk_size
-            ctx.save_for_backward(xz_BTF, lengths, conv_state, ssm_state, *saved, *parameters)
+            ctx.modules, ctx.chunk_size = (scan, conv), chunk_size
+            ctx.num_tensors = len(tensors)
+            ctx.save_for_backward(*tensors, *saved)
         return y_BET.transpose(1, 2), conv_states[0], last_states[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y_BTE, grad_conv_state, grad_ssm_state):
         scan, conv = ctx.modules
-        xz_BTF, lengths, conv_state, ssm_state, *rest = ctx.saved_tensors
-        num_directions = len(rest) // (1 + _PARAMETERS)
-        saved, directions = rest[:num_directions], _directions(rest[num_directions:])
-        x_BET, z_BET = xz_BTF.transpose(1, 2).chunk(2, dim=1)
-
-        conv_calls, projections, ways = [], [], []
-        for direction, conv_call, options in _calls(
-            x_BET, directions, lengths, conv_state, ssm_state, ctx.chunk_size
-        ):
-            u_BET, _ = conv.conv_forward(*conv_call)
-            conv_calls.append(conv_call)
-            projections.append(_project(direction, u_BET))
-            ways.append(_way(direction, u_BET, projections[-1], options))
-        no_state = [None] * (num_directions - 1)
+        tensors, saved = ctx.saved_tensors[: ctx.num_tensors], ctx.saved_tensors[ctx.num_tensors :]
+        arguments = _arguments(tensors, ctx.chunk_size)
+        xz_BTF = arguments.xz_BTF
+        ways, projections, _ = prepare_ways(arguments, conv.conv_forward)
+        no_state = [None] * (len(ways) - 1)
         scan_grads, grad_z_BET = scan.backward(
-            grad_y_BTE.transpose(1, 2),
-            [grad_ssm_state, *no_state],
-            saved,
-            ways,
-            z_BET,
-            True,
-            lengths,
+            grad_y_BTE.transpose(1, 2), [grad_ssm_state, *no_state], saved, arguments.scan(ways)
         )
 
         grad_xz_BTF = torch.empty_like(xz_BTF, memory_format=torch.contiguous_format)
         grad_x_BET, grad_z_target = grad_xz_BTF.transpose(1, 2).chunk(2, dim=1)
         grad_z_target.copy_(grad_z_BET)
         grad_states, grad_parameters = [], []
-        for index, (direction, projected, conv_call, way, grads) in enumerate(
-            zip(directions, projections, conv_calls, ways, scan_grads, strict=True)
-        ):
-            grad_u_BET, projection_grads = _projection_backward(direction, projected, way, grads)
-            conv_grads = conv.conv_backward(
-                grad_u_BET, grad_conv_state if index == 0 else None, *conv_call
+        for index, (direction, convolution, projected, way, grads) in enumerate(
+            zip(
+                arguments.directions, arguments.convolutions(), projections, ways, scan_grads,
+                strict=True,
             )
-            grad_x, grad_weight, grad_bias, grad_initial = conv_grads
+        ):  # fmt: skip
+            grad_u_BET, projection_grads = _projection_backward(direction, projected, way, grads)
+            grad_x, grad_weight, grad_bias, grad_initial = conv.conv_backward(
+                grad_u_BET, grad_conv_state if index == 0 else None, convolution
+            )
             if index == 0:
                 grad_x_BET.copy_(grad_x)
             else:
@@ -106,62 +76,17 @@ class _MambaInner(torch.autograd.Function):
                 grad_weight, grad_bias, *projection_grads, grads.delta_bias,
                 (grads.A * way.A).to(direction.A_log.dtype), grads.D,
             ]  # fmt: skip
-        return (
-            grad_xz_BTF,
-            None,
-            grad_states[0],
-            scan_grads[0].initial_state,
-            None,
-            None,
-            None,
-            *grad_parameters,
-        )
+        grad_states = [grad_states[0], scan_grads[0].initial_state]
+        return None, None, None, None, grad_xz_BTF, None, *grad_states, *grad_parameters
 
 
-def _directions(parameters) -> list[Direction]:
-    return [
+def _arguments(tensors: Sequence[Tensor | None], chunk_size: int | None) -> InnerArguments:
+    xz_BTF, lengths, conv_state, ssm_state, *parameters = tensors
+    directions = tuple(
         Direction(*parameters[start : start + _PARAMETERS])
         for start in range(0, len(parameters), _PARAMETERS)
-    ]
-
-
-def _calls(x_BET, directions, lengths, conv_state, ssm_state, chunk_size):
-    """Per direction: its parameters, the arguments of its convolution, what else its scan takes."""
-    options = [(False, conv_state, ssm_state, None), (True, None, None, chunk_size)]
-    for direction, (reverse, conv_initial, ssm_initial, reset_every) in zip(
-        directions, options, strict=False
-    ):
-        conv_call = (
-            x_BET,
-            direction.conv_weight,
-            direction.conv_bias,
-            "silu",
-            lengths,
-            reverse,
-            conv_initial,
-            reset_every,
-        )
-        yield direction, conv_call, (reverse, ssm_initial, reset_every)
-
-
-def _project(direction: Direction, u_BET: Tensor) -> Tensor:
-    """Step sizes, B and C of every frame, side by side."""
-    return torch.matmul(u_BET.transpose(1, 2), direction.x_proj.to(u_BET.dtype).t())
-
-
-def _way(direction: Direction, u_BET: Tensor, projected: Tensor, options: tuple) -> Way:
-    dt, B, C = direction.split(projected)
-    delta_BTE = torch.matmul(dt, direction.dt_proj.to(dt.dtype).t())
-    return Way(
-        u_BET,
-        delta_BTE.transpose(1, 2),
-        direction.A,
-        B.transpose(1, 2).unsqueeze(1),
-        C.transpose(1, 2).unsqueeze(1),
-        direction.D,
-        direction.dt_bias,
-        *options,
     )
+    return InnerArguments(xz_BTF, directions, lengths, conv_state, ssm_state, chunk_size)
 
 
 def _projection_backward(direction, projected, way, grads):

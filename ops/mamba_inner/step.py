@@ -31,7 +31,7 @@ def mamba_inner_step(
         left as they are.
     """
     compiled = are_float32_on_cpu(xz_BF, conv_state, ssm_state, *parameters)
-    if compiled and not torch.compiler.is_compiling() and step_cpu.unavailable() is None:
+    if compiled and not torch.compiler.is_compiling() and step_cpu.prepare() is None:
         return step_cpu.step(xz_BF, parameters, conv_state, ssm_state)
     return step_in_torch(xz_BF, parameters, conv_state, ssm_state)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 from pathlib import Path
 
 import torch
@@ -13,10 +11,8 @@ from torch import Tensor
 from ops import build
 from ops.mamba_inner.arguments import Direction
 
-logger = logging.getLogger(__name__)
-
-_SOURCE = Path(__file__).with_name("step.cpp")
-_HEADER = Path(__file__).parent.parent / "simd.h"
+_kernel = build.Kernel(Path(__file__).with_name("step.cpp"))
+prepare = _kernel.prepare
 # Elements of (batch, E, N) that are worth another thread: it takes a while to wake up.
 _THREAD_ELEMENTS = 1 << 16
 
@@ -34,22 +30,12 @@ class _Step(ctypes.Structure):
     ]
 
 
-@functools.cache
-def unavailable() -> str | None:
-    """Why the compiled step cannot be used on this machine; builds it if need be."""
-    reason = build.failure_of(_library)
-    if reason is not None:
-        logger.info("mixers step in torch operations: %s", reason)
-    return reason
-
-
 def step(
     xz_BF: Tensor, parameters: Direction, conv_state: Tensor, ssm_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`mamba_inner_step` on float32 tensors of the CPU."""
     xz_BF, conv_state, ssm_state = (x.contiguous() for x in (xz_BF, conv_state, ssm_state))
     weights = [None if x is None else x.contiguous() for x in parameters]
-    library, parallel_for = _library()
     batch, dim, state = ssm_state.shape
     y_BE = xz_BF.new_empty(batch, dim)
     next_conv, next_ssm = torch.empty_like(conv_state), torch.empty_like(ssm_state)
@@ -67,12 +53,7 @@ def step(
         next_conv.data_ptr(),
         next_ssm.data_ptr(),
         min(torch.get_num_threads(), 1 + ssm_state.numel() // _THREAD_ELEMENTS),
-        parallel_for,
+        build.parallel_for_address(),
     )
-    library.mamba_inner_step(ctypes.byref(call))
+    _kernel.load().mamba_inner_step(ctypes.byref(call))
     return y_BE, next_conv, next_ssm
-
-
-@functools.cache
-def _library() -> tuple[ctypes.CDLL, int]:
-    return build.load(_SOURCE, _HEADER), build.parallel_for_address()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 from pathlib import Path
 
 import torch
@@ -13,10 +11,8 @@ from torch import Tensor
 from ops import build
 from ops.native import address, are_float32_on_cpu
 
-logger = logging.getLogger(__name__)
-
-_SOURCE = Path(__file__).with_name("cpu.cpp")
-_HEADER = Path(__file__).parent.parent / "simd.h"
+_kernel = build.Kernel(Path(__file__).with_name("cpu.cpp"))
+prepare = _kernel.prepare
 # With more rows a BLAS has earned its preparations back.
 MAX_ROWS = 128
 # Multiplications, and elements to be packed, that are worth another thread: it takes a while to
@@ -34,15 +30,6 @@ class _Call(ctypes.Structure):
     ]
 
 
-@functools.cache
-def unavailable() -> str | None:
-    """Why the compiled product cannot be used on this machine; builds it if need be."""
-    reason = build.failure_of(_library)
-    if reason is not None:
-        logger.info("products with few rows run in torch: %s", reason)
-    return reason
-
-
 def supports(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
     """Whether a call is float32 in the memory of the CPU, of few rows, and dense."""
     return (
@@ -57,7 +44,7 @@ def supports(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
 
 def pack(weight_NK: Tensor) -> Tensor:
     """The weights in the order of `linear`: blocks of outputs, in a block input by input."""
-    library, parallel_for = _library()
+    library = _kernel.load()
     outputs, inputs = weight_NK.shape
     packed = weight_NK.new_empty(library.packed_outputs(ctypes.c_int64(outputs)) * inputs)
     call = _Call(
@@ -66,7 +53,7 @@ def pack(weight_NK: Tensor) -> Tensor:
         weight=weight_NK.data_ptr(),
         y=packed.data_ptr(),
         threads=min(torch.get_num_threads(), 1 + packed.numel() // _THREAD_ELEMENTS),
-        parallel_for=parallel_for,
+        parallel_for=build.parallel_for_address(),
     )
     library.pack_weights(ctypes.byref(call))
     return packed
@@ -74,7 +61,6 @@ def pack(weight_NK: Tensor) -> Tensor:
 
 def linear(x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, outputs: int) -> Tensor:
     """The product with the ``outputs`` rows of weights that `pack` arranged."""
-    library, parallel_for = _library()
     rows, inputs = x_MK.shape
     y_MN = x_MK.new_empty(rows, outputs)
     call = _Call(
@@ -86,14 +72,7 @@ def linear(x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, outputs: int) ->
         address(bias_N),
         y_MN.data_ptr(),
         min(torch.get_num_threads(), 1 + rows * inputs * outputs // _THREAD_PRODUCTS),
-        parallel_for,
+        build.parallel_for_address(),
     )
-    library.packed_linear(ctypes.byref(call))
+    _kernel.load().packed_linear(ctypes.byref(call))
     return y_MN
-
-
-@functools.cache
-def _library() -> tuple[ctypes.CDLL, int]:
-    library = build.load(_SOURCE, _HEADER)
-    library.packed_outputs.restype = ctypes.c_int64
-    return library, build.parallel_for_address()

@@ -58,7 +58,7 @@ def packed_linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None)
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or not cpu.supports(x_MK, weight_NK, bias_N)
-        or cpu.unavailable() is not None
+        or cpu.prepare() is not None
     ):
         return F.linear(x_MK, weight_NK, bias_N)
     if id(weight_NK) not in packed:

@@ -9,48 +9,23 @@ from torch import Tensor
 from ops.checks import check_float_types, check_shape, normalise_lengths, normalise_reset
 
 
-class ScanArguments(NamedTuple):
-    """What every backend's ``scan`` takes, in this order.
-
-    B and C are either constant, (dim, state), or time-varying, (batch, groups, state, time).
-    ``lengths`` is int64 on the device of ``u``; ``reset_every`` is None unless it cuts the input.
-    """
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
-    delta_softplus: bool
-    lengths: Tensor | None
-    reverse: bool
-    initial_state: Tensor | None
-    reset_every: int | None
-
-
 class Way(NamedTuple):
-    """What one direction of a scan has of its own; names as in `ScanArguments`.
-
-    Two ways that share z, softplus and lengths make a bidirectional scan.
-    """
+    """What one direction of a scan has of its own; names as in `dispatch.selective_scan_fn`."""
 
     u: Tensor
     delta: Tensor
     A: Tensor
     B: Tensor
     C: Tensor
-    D: Tensor | None
-    delta_bias: Tensor | None
-    reverse: bool
-    initial_state: Tensor | None
-    reset_every: int | None
+    D: Tensor | None = None
+    delta_bias: Tensor | None = None
+    initial_state: Tensor | None = None
+    reverse: bool = False
+    reset_every: int | None = None
 
 
 class WayGradients(NamedTuple):
-    """Gradients of the tensors of a `Way`, None for what was absent."""
+    """Gradients of the tensors of a `Way`, in its order, None for what was absent."""
 
     u: Tensor
     delta: Tensor
@@ -62,28 +37,49 @@ class WayGradients(NamedTuple):
     initial_state: Tensor | None
 
 
-def normalise(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    lengths: Tensor | None,
-    reverse: bool,
-    initial_state: Tensor | None,
-    reset_every: int | None,
-) -> ScanArguments:
+class ScanArguments(NamedTuple):
+    """One way, or two whose outputs are averaged, and what they share."""
+
+    ways: tuple[Way, ...]
+    z: Tensor | None
+    softplus: bool
+    lengths: Tensor | None
+
+
+def normalise(arguments: ScanArguments) -> ScanArguments:
     """Checks shapes, types and values.
+
+    Returns:
+        the same, with B and C either constant, (dim, state), or time-varying, (batch, groups,
+        state, time), ``lengths`` in int64 on the device of u, and ``reset_every`` None unless it
+        cuts the input.
 
     Raises:
         ValueError: says which argument does not fit, what came and what was wanted.
     """
+    ways, z, softplus, lengths = arguments
+    u = ways[0].u
     if u.dim() != 3:
         raise ValueError(f"u has shape {tuple(u.shape)}; wanted (batch, dim, time)")
+    batch, dim, time = u.shape
+    for way in ways[1:]:
+        check_shape("u_b", way.u, (batch, dim, time), "that of u_f")
+        check_float_types(u.device, u_f=u, u_b=way.u)
+    return ScanArguments(
+        tuple(_normalise_way(way, z) for way in ways),
+        z,
+        bool(softplus),
+        normalise_lengths(lengths, batch, time, u.device),
+    )
+
+
+def of_one_form(ways: tuple[Way, ...]) -> bool:
+    """Whether ways agree in what a kernel that takes both is told once."""
+    return all(x.shape == y.shape for x, y in zip(ways[0][2:5], ways[-1][2:5], strict=True))
+
+
+def _normalise_way(way: Way, z: Tensor | None) -> Way:
+    u, delta, A, B, C, D, delta_bias, initial_state, reverse, reset_every = way
     if A.dim() != 2:
         raise ValueError(f"A has shape {tuple(A.shape)}; wanted (dim, state)")
     batch, dim, time = u.shape
@@ -109,26 +105,9 @@ def normalise(
     B = _normalise_projection("B", B, batch, dim, state, time)
     C = _normalise_projection("C", C, batch, dim, state, time)
     B, C = _equal_groups(B, C)
-    return ScanArguments(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
-        bool(delta_softplus),
-        normalise_lengths(lengths, batch, time, u.device),
-        bool(reverse),
-        initial_state,
-        normalise_reset(reset_every, time),
+    return way._replace(
+        B=B, C=C, reverse=bool(reverse), reset_every=normalise_reset(reset_every, time)
     )
-
-
-def of_one_form(first: ScanArguments, second: ScanArguments) -> bool:
-    """Whether two ways agree in what a kernel that takes both is told once."""
-    return all(x.shape == y.shape for x, y in zip(first[2:5], second[2:5], strict=True))
 
 
 def _normalise_projection(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.frames import clear_at_block_start, is_block_start, select, valid_frames
-from ops.selective_scan.arguments import Way, WayGradients
+from ops.selective_scan.arguments import ScanArguments, Way, WayGradients
 from ops.selective_scan.operator import register
 
 SEGMENT_FRAMES = 64
@@ -36,14 +36,12 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(*_arguments) -> str | None:
+def unsupported(_arguments: ScanArguments) -> str | None:
     """Why a call does not fit: every call does."""
     return None
 
 
-def forward(
-    ways: list[Way], z: Tensor | None, softplus: bool, lengths: Tensor | None, save: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def forward(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The scan in one direction, or the mean over two.
 
     Returns:
@@ -51,8 +49,8 @@ def forward(
         every segment, nothing unless ``save``.
     """
     y, last_states, saved = None, [], []
-    for way in ways:
-        way_y, last_state, segment_starts = _forward_way(_Call(way, z, softplus, lengths), save)
+    for way in arguments.ways:
+        way_y, last_state, segment_starts = _forward_way(_Call(arguments, way), save)
         y = way_y if y is None else y.lerp_(way_y, 0.5)
         last_states.append(last_state)
         saved.append(segment_starts)
@@ -63,17 +61,15 @@ def backward(
     grad_y: Tensor,
     grad_last_states: list[Tensor | None],
     saved: list[Tensor],
-    ways: list[Way],
-    z: Tensor | None,
-    softplus: bool,
-    lengths: Tensor | None,
+    arguments: ScanArguments,
 ) -> tuple[list[WayGradients], Tensor | None]:
     """Gradients of everything in ``ways``, and of ``z``."""
+    ways = arguments.ways
     if len(ways) == 2:
         grad_y = grad_y * 0.5
     found, grad_z = [], None
     for way, grad_last_state, segment_starts in zip(ways, grad_last_states, saved, strict=True):
-        call = _Call(way, z, softplus, lengths)
+        call = _Call(arguments, way)
         way_grads, way_grad_z = _backward_way(call, grad_y, grad_last_state, segment_starts)
         found.append(way_grads)
         grad_z = way_grad_z if grad_z is None else grad_z.add_(way_grad_z)
@@ -81,16 +77,16 @@ def backward(
 
 
 def _fake_forward(
-    ways: list[Way], z: Tensor | None, softplus: bool, lengths: Tensor | None, save: bool
+    arguments: ScanArguments, save: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     last_states, saved = [], []
-    for way in ways:
+    for way in arguments.ways:
         batch, dim, time = way.u.shape
         groups, state, dtype = _num_groups(way.B, way.C), way.A.shape[1], _compute_dtype(way.u)
         segments = _num_segments(time) if save else 0
         last_states.append(way.u.new_empty(batch, dim, state, dtype=dtype))
         saved.append(way.u.new_empty(segments, batch, groups, state, dim // groups, dtype=dtype))
-    return torch.empty_like(ways[0].u), last_states, saved
+    return torch.empty_like(arguments.ways[0].u), last_states, saved
 
 
 def _new_gradient(x: Tensor) -> Tensor:
@@ -98,9 +94,7 @@ def _new_gradient(x: Tensor) -> Tensor:
     return torch.empty_like(x) if x.dim() > 2 else x.new_empty(x.shape)
 
 
-scan, bidirectional_scan = register(
-    "mamba_asr::selective_scan_torch", forward, backward, _fake_forward, _new_gradient
-)
+scan = register("mamba_asr::selective_scan_torch", forward, backward, _fake_forward, _new_gradient)
 
 
 def _forward_way(call: _Call, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,10 +162,11 @@ def _num_segments(time: int) -> int:
 
 
 class _Call:
-    """The arguments of one scan in the layout of the blocks, and how to cut and write them."""
+    """The arguments of one way in the layout of the blocks, and how to cut and write them."""
 
-    def __init__(self, way: Way, z: Tensor | None, softplus: bool, lengths: Tensor | None):
-        self.way, self.z, self.softplus, self.lengths = way, z, softplus, lengths
+    def __init__(self, arguments: ScanArguments, way: Way):
+        _, self.z, self.softplus, self.lengths = arguments
+        self.way = way
         self.batch, self.dim, self.time = way.u.shape
         self.groups, self.num_state = _num_groups(way.B, way.C), way.A.shape[1]
         self.channels = self.dim // self.groups
@@ -181,7 +176,7 @@ class _Call:
             None if x is None else x.to(self.dtype).reshape(self.groups, self.channels)
             for x in (way.D, way.delta_bias)
         )
-        self.valid = valid_frames(lengths, self.time)
+        self.valid = valid_frames(self.lengths, self.time)
         on_cpu = way.u.device.type == "cpu"
         most = _CPU_BLOCK_ELEMENTS if on_cpu else _DEVICE_BLOCK_ELEMENTS
         per_frame = max(1, self.batch * self.dim * self.num_state)

@@ -19,8 +19,8 @@ from ops.native import NativeTensor, address, empty_like, float32, native, unsup
 from ops.selective_scan.arguments import ScanArguments, Way, WayGradients
 from ops.selective_scan.operator import register
 
-_SOURCE = Path(__file__).with_name("cpu.cpp")
-_HEADER = Path(__file__).parent.parent / "simd.h"
+_kernel = build.Kernel(Path(__file__).with_name("cpu.cpp"))
+unavailable, prepare = build.unavailable, _kernel.prepare
 # Elements of (batch, dim, time, state) that are worth another thread: it takes a while to wake up.
 _THREAD_ELEMENTS = 1 << 18
 # Channels of a unit of work: with float32 and the kernel's tile they stay in a small L2 cache.
@@ -64,60 +64,39 @@ class _Scan(ctypes.Structure):
     ]
 
 
-class _Library(NamedTuple):
-    functions: ctypes.CDLL
+class _Layout(NamedTuple):
     frames: int  # between two checkpoints
     channels: int  # of a vector
     states: int  # that run together
-    parallel_for: int
 
 
 @functools.cache
-def _library() -> _Library:
-    functions = build.load(_SOURCE, _HEADER)
-    layout = [ctypes.c_int64() for _ in range(3)]
-    functions.selective_scan_layout(*(ctypes.byref(value) for value in layout))
-    return _Library(functions, *(value.value for value in layout), build.parallel_for_address())
+def _layout(functions: ctypes.CDLL) -> _Layout:
+    sizes = [ctypes.c_int64() for _ in _Layout._fields]
+    functions.selective_scan_layout(*(ctypes.byref(size) for size in sizes))
+    return _Layout(*(size.value for size in sizes))
 
 
-@torch.compiler.assume_constant_result
-def unavailable() -> str | None:
-    """Why this backend cannot be used on this machine, as far as known without building it."""
-    return build.unavailable()
-
-
-@torch.compiler.assume_constant_result
-def prepare() -> str | None:
-    """Builds the kernel where this machine has none yet; why that failed, if so."""
-    return build.failure_of(_library)
-
-
-def unsupported(*arguments) -> str | None:
+def unsupported(arguments: ScanArguments) -> str | None:
     """Why a call does not fit, if so."""
-    call = ScanArguments(*arguments)
-    return unsupported_types(
-        call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.delta_bias,
-        call.initial_state,
-    )  # fmt: skip
+    return unsupported_types(arguments.z, *(x for way in arguments.ways for x in way[:8]))
 
 
-def forward(
-    ways: list[Way], z: Tensor | None, softplus: bool, lengths: Tensor | None, save: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def forward(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The scan in one direction, or the mean over two.
 
     Returns:
         y, and for each way the last state and the checkpoints that `backward` wants, empty unless
         ``save``.
     """
-    library, scan, kept = _describe(ways, z, softplus, lengths)
-    y, last_states, checkpoints = _new_outputs(ways, z, softplus, lengths, save)
+    functions, scan, kept = _describe(arguments)
+    y, last_states, checkpoints = _new_outputs(arguments, save)
     scan.out = native(y)
-    scan.channels_per_unit = _channels_per_unit(scan, library, scan.dim // scan.groups)
+    scan.channels_per_unit = _channels_per_unit(scan, _layout(functions), scan.dim // scan.groups)
     for target, last_state, saved in zip(scan.direction, last_states, checkpoints, strict=False):
         target.last_state = address(last_state)
         target.checkpoints = address(saved) if save else None
-    library.functions.selective_scan_forward(ctypes.byref(scan))
+    functions.selective_scan_forward(ctypes.byref(scan))
     del kept
     return y, last_states, checkpoints
 
@@ -126,28 +105,26 @@ def backward(
     dy: Tensor,
     dlast_states: list[Tensor | None],
     checkpoints: list[Tensor],
-    ways: list[Way],
-    z: Tensor | None,
-    softplus: bool,
-    lengths: Tensor | None,
+    arguments: ScanArguments,
 ) -> tuple[list[WayGradients], Tensor | None]:
     """Gradients of everything in ``ways``, and of ``z``."""
-    library, scan, kept = _describe(ways, z, softplus, lengths)
+    functions, scan, kept = _describe(arguments)
+    layout = _layout(functions)
     group_dim = scan.dim // scan.groups
-    dz = None if z is None else empty_like(z)
+    dz = None if arguments.z is None else empty_like(arguments.z)
     scan.dout, scan.dz = native(dy), native(dz)
     # Each part holds dB and dC of all frames: together they stay below half of u's size.
     most = max(1, int(0.4 * group_dim / (2 * scan.state)))
-    scan.channels_per_unit = _channels_per_unit(scan, library, group_dim, most)
+    scan.channels_per_unit = _channels_per_unit(scan, layout, group_dim, most)
     targets = []
     for way, target, dlast_state, saved in zip(
-        ways, scan.direction, dlast_states, checkpoints, strict=False
+        arguments.ways, scan.direction, dlast_states, checkpoints, strict=False
     ):
         kept.append(float32(dlast_state))
         target.checkpoints, target.dlast_state = address(saved), address(kept[-1])
-        targets.append(_Targets(way, scan, library))
+        targets.append(_Targets(way, scan, layout))
         targets[-1].point(target)
-    library.functions.selective_scan_backward(ctypes.byref(scan))
+    functions.selective_scan_backward(ctypes.byref(scan))
     del kept
     return [target.gradients() for target in targets], dz
 
@@ -155,11 +132,11 @@ def backward(
 class _Targets:
     """What the backward of one way writes: gradients, and parts of gradients to be added up."""
 
-    def __init__(self, way: Way, scan: _Scan, library: _Library):
+    def __init__(self, way: Way, scan: _Scan, layout: _Layout):
         self.way, self.groups = way, scan.groups
         group_dim = scan.dim // scan.groups
-        padded_dim = scan.groups * _padded(group_dim, library.channels)
-        per_state = (scan.batch, _padded(scan.state, library.states), padded_dim)
+        padded_dim = scan.groups * _padded(group_dim, layout.channels)
+        per_state = (scan.batch, _padded(scan.state, layout.states), padded_dim)
         parts = -(-group_dim // scan.channels_per_unit)
         self.du, self.ddelta = empty_like(way.u), empty_like(way.delta)
         self.by_item = {
@@ -221,19 +198,17 @@ class _Targets:
         return parts[0] if len(parts) == 1 else _new_gradient(like).copy_(parts.sum(0))
 
 
-def _new_outputs(
-    ways: list[Way], z: Tensor | None, softplus: bool, lengths: Tensor | None, save: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    library = _library()
-    u = ways[0].u
+def _new_outputs(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    layout = _layout(_kernel.load())
+    u = arguments.ways[0].u
     batch, dim, frames = u.shape
     y = empty_like(u)
     last_states, checkpoints = [], []
-    for way in ways:
+    for way in arguments.ways:
         state = way.A.shape[1]
         last_states.append(u.new_empty(batch, dim, state, dtype=torch.float32))
         groups = _num_groups(way)
-        shape = _checkpoint_shape(library, batch, frames, state, groups, dim) if save else (0,)
+        shape = _checkpoint_shape(layout, batch, frames, state, groups, dim) if save else (0,)
         checkpoints.append(u.new_empty(shape, dtype=torch.float32))
     return y, last_states, checkpoints
 
@@ -243,20 +218,16 @@ def _new_gradient(x: Tensor) -> Tensor:
     return empty_like(x) if x.dim() > 2 else x.new_empty(x.shape)
 
 
-scan, bidirectional_scan = register(
-    "mamba_asr::selective_scan_cpu", forward, backward, _new_outputs, _new_gradient
-)
+scan = register("mamba_asr::selective_scan_cpu", forward, backward, _new_outputs, _new_gradient)
 
 
 def _num_groups(way: Way) -> int:
     return next((x.shape[1] for x in (way.B, way.C) if x.dim() == 4), 1)
 
 
-def _describe(
-    ways: list[Way], z: Tensor | None, softplus: bool, lengths: Tensor | None
-) -> tuple[_Library, _Scan, list[Tensor | None]]:
-    """The call without what it writes, and the tensors that must outlive it."""
-    library = _library()
+def _describe(arguments: ScanArguments) -> tuple[ctypes.CDLL, _Scan, list[Tensor | None]]:
+    """The kernel, the call without what it writes, and the tensors that must outlive it."""
+    ways, z, softplus, lengths = arguments
     first = ways[0]
     scan = _Scan()
     scan.batch, scan.dim, scan.frames = first.u.shape
@@ -269,7 +240,7 @@ def _describe(
     scan.directions = len(ways)
     work = scan.batch * scan.dim * scan.frames * scan.state * scan.directions
     scan.threads = min(torch.get_num_threads(), 1 + work // _THREAD_ELEMENTS)
-    scan.parallel_for = library.parallel_for
+    scan.parallel_for = build.parallel_for_address()
     kept: list[Tensor | None] = []
     for way, target in zip(ways, scan.direction, strict=False):
         target.u, target.delta = native(way.u), native(way.delta)
@@ -285,7 +256,7 @@ def _describe(
             setattr(target, name, address(kept[-1]))
         target.reverse = way.reverse
         target.reset_every = way.reset_every or 0
-    return library, scan, kept
+    return _kernel.load(), scan, kept
 
 
 def _padded(size: int, unit: int) -> int:
@@ -293,25 +264,25 @@ def _padded(size: int, unit: int) -> int:
 
 
 def _checkpoint_shape(
-    library: _Library, batch: int, frames: int, state: int, groups: int, dim: int
+    layout: _Layout, batch: int, frames: int, state: int, groups: int, dim: int
 ) -> tuple[int, int, int, int]:
     return (
         batch,
-        -(-frames // library.frames),
-        _padded(state, library.states),
-        groups * _padded(dim // groups, library.channels),
+        -(-frames // layout.frames),
+        _padded(state, layout.states),
+        groups * _padded(dim // groups, layout.channels),
     )
 
 
 def _channels_per_unit(
-    scan: _Scan, library: _Library, group_dim: int, most_parts: int | None = None
+    scan: _Scan, layout: _Layout, group_dim: int, most_parts: int | None = None
 ) -> int:
     """Channels of a unit, such that units are small and every thread gets several of them."""
     parts = -(-group_dim // _UNIT_CHANNELS)
     busy = -(-4 * torch.get_num_threads() // max(1, scan.batch * scan.groups))
     if busy > parts:
         parts = busy if most_parts is None else max(parts, min(busy, most_parts))
-    return _padded(max(1, -(-group_dim // max(1, parts))), library.channels)
+    return _padded(max(1, -(-group_dim // max(1, parts))), layout.channels)
 
 
 def _empty_parts(projection: Tensor, parts: int) -> Tensor:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ops.backends import Backends
-from ops.checks import check_float_types, check_shape
 from ops.selective_scan import chunked, cpu, mamba_ssm, reference, triton
-from ops.selective_scan.arguments import normalise, of_one_form
+from ops.selective_scan.arguments import ScanArguments, Way, normalise, of_one_form
 
 BACKENDS = Backends(
     "selective_scan",
@@ -78,83 +77,51 @@ def selective_scan_fn(
 
     Paper: arXiv:2312.00752, section 3.
     """
-    arguments = normalise(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
-        delta_softplus,
-        lengths,
-        reverse,
-        initial_state,
-        reset_every,
-    )
-    # Without a frame or an item there is nothing to be fast at, and kernels need not care.
-    name = "reference" if u.numel() == 0 and backend == "auto" else backend
-    y, last_state = BACKENDS.choose(name, u.device, arguments).scan(*arguments)
+    way = Way(u, delta, A, B, C, D, delta_bias, initial_state, reverse, reset_every)
+    y, last_state = scan(ScanArguments((way,), z, delta_softplus, lengths), backend)
     return (y, last_state) if return_last_state else y
 
 
 def bidirectional_scan_fn(
-    u_f: Tensor,
-    u_b: Tensor,
-    delta_f: Tensor,
-    delta_b: Tensor,
-    A_f: Tensor,
-    A_b: Tensor,
-    B_f: Tensor,
-    B_b: Tensor,
-    C_f: Tensor,
-    C_b: Tensor,
-    D_f: Tensor | None,
-    D_b: Tensor | None,
-    z: Tensor | None,
-    delta_bias_f: Tensor | None,
-    delta_bias_b: Tensor | None,
-    delta_softplus: bool,
+    forward: Way,
+    backward: Way,
+    z: Tensor | None = None,
+    delta_softplus: bool = False,
     *,
     lengths: Tensor | None = None,
-    reset_every: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Mean of a forward and a backward `selective_scan_fn` that share the gate ``z``.
+    """Mean of two scans that share the gate ``z``, one of them in ``reverse``.
 
     Both directions stand in the order of time: the backward one scans each item from its own last
-    valid frame, nothing is flipped. ``reset_every`` cuts the backward direction only. A backend
-    that offers ``bidirectional_scan`` computes both in one pass where A, B and C have the same
-    shapes in both.
+    valid frame, nothing is flipped. A backend with gradients of its own computes both in one pass
+    where A, B and C have the same shapes in both.
 
     Args:
+        forward: arguments of `selective_scan_fn` that are the first direction's own.
+        backward: those of the second one.
         lengths: valid frames of each item (batch,).
-        reset_every: frames of a block of the backward direction.
         backend: as for `selective_scan_fn`.
 
     Returns:
-        (y_f + y_b) / 2, (batch, dim, time), in the dtype of ``u_f``.
+        (y_f + y_b) / 2, (batch, dim, time), in the dtype of the first direction's u.
 
     Raises:
         ValueError: as `selective_scan_fn`.
     """
-    check_shape("u_b", u_b, tuple(u_f.shape), "that of u_f")
-    check_float_types(u_f.device, u_f=u_f, u_b=u_b)
-    forward = normalise(
-        u_f, delta_f, A_f, B_f, C_f, D_f, z, delta_bias_f, delta_softplus, lengths, False, None,
-        None,
-    )  # fmt: skip
-    backward = normalise(
-        u_b, delta_b, A_b, B_b, C_b, D_b, z, delta_bias_b, delta_softplus, lengths, True, None,
-        reset_every,
-    )  # fmt: skip
-    name = "reference" if u_f.numel() == 0 and backend == "auto" else backend
-    module = BACKENDS.choose(name, u_f.device, backward)
-    if hasattr(module, "bidirectional_scan") and of_one_form(forward, backward):
-        return module.bidirectional_scan(
-            u_f, u_b, delta_f, delta_b, A_f, A_b, forward.B, backward.B, forward.C, backward.C,
-            D_f, D_b, z, delta_bias_f, delta_bias_b, forward.delta_softplus, forward.lengths,
-            backward.reset_every,
-        )  # fmt: skip
-    return (module.scan(*forward)[0] + module.scan(*backward)[0]) * 0.5
+    return scan(ScanArguments((forward, backward), z, delta_softplus, lengths), backend)[0]
+
+
+def scan(arguments: ScanArguments, backend: str) -> tuple[Tensor, Tensor]:
+    """Output over one way or mean over two, and the last state of the first."""
+    arguments = normalise(arguments)
+    u = arguments.ways[0].u
+    # Without a frame or an item there is nothing to be fast at, and kernels need not care.
+    name = "reference" if u.numel() == 0 and backend == "auto" else backend
+    module = BACKENDS.choose(name, u.device, arguments)
+    if len(arguments.ways) == 1 or (hasattr(module, "backward") and of_one_form(arguments.ways)):
+        return module.scan(arguments)
+    (y_f, last_state), (y_b, _) = (
+        module.scan(arguments._replace(ways=(way,))) for way in arguments.ways
+    )
+    return (y_f + y_b) * 0.5, last_state

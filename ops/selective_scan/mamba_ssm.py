@@ -26,47 +26,38 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(*arguments) -> str | None:
+def unsupported(arguments: ScanArguments) -> str | None:
     """Why a call does not fit mamba_ssm's function of 2.x; None if it does."""
-    call = ScanArguments(*arguments)
-    for name in ("lengths", "initial_state", "reset_every"):
-        if getattr(call, name) is not None:
+    way = arguments.ways[-1]
+    for owner, name in ((arguments, "lengths"), (way, "initial_state"), (way, "reset_every")):
+        if getattr(owner, name) is not None:
             return f"mamba_ssm has no {name}"
-    if call.reverse:
+    if way.reverse:
         return "mamba_ssm scans forward only"
-    if call.u.device.type != "cuda":
-        return f"mamba_ssm computes on CUDA only, the input is on {call.u.device}"
-    if call.u.dtype == torch.float64:
+    if way.u.device.type != "cuda":
+        return f"mamba_ssm computes on CUDA only, the input is on {way.u.device}"
+    if way.u.dtype == torch.float64:
         return "mamba_ssm has no float64"
-    if call.A.shape[1] > _MAX_STATE:
-        return f"mamba_ssm takes up to {_MAX_STATE} states, not {call.A.shape[1]}"
-    sequences = {"delta": call.delta, "z": call.z}
-    sequences |= {name: x for name, x in (("B", call.B), ("C", call.C)) if x.dim() == 4}
+    if way.A.shape[1] > _MAX_STATE:
+        return f"mamba_ssm takes up to {_MAX_STATE} states, not {way.A.shape[1]}"
+    sequences = {"delta": way.delta, "z": arguments.z}
+    sequences |= {name: x for name, x in (("B", way.B), ("C", way.C)) if x.dim() == 4}
     for name, x in sequences.items():
-        if x is not None and x.dtype != call.u.dtype:
-            return f"mamba_ssm wants u and {name} in one dtype, not {call.u.dtype} and {x.dtype}"
-    parameters = {"A": call.A, "D": call.D, "delta_bias": call.delta_bias}
-    parameters |= {name: x for name, x in (("B", call.B), ("C", call.C)) if x.dim() == 2}
+        if x is not None and x.dtype != way.u.dtype:
+            return f"mamba_ssm wants u and {name} in one dtype, not {way.u.dtype} and {x.dtype}"
+    parameters = {"A": way.A, "D": way.D, "delta_bias": way.delta_bias}
+    parameters |= {name: x for name, x in (("B", way.B), ("C", way.C)) if x.dim() == 2}
     for name, x in parameters.items():
         if x is not None and x.dtype != torch.float32:
             return f"mamba_ssm wants {name} in float32, not {x.dtype}"
     return None
 
 
-def scan(*arguments) -> tuple[Tensor, Tensor]:
+def scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """`reference.scan` by ``mamba_ssm.ops.selective_scan_interface.selective_scan_fn``."""
-    call = ScanArguments(*arguments)
+    (way,), z, softplus, _ = arguments
     y, last_state = _interface().selective_scan_fn(
-        call.u,
-        call.delta,
-        call.A,
-        call.B,
-        call.C,
-        call.D,
-        call.z,
-        call.delta_bias,
-        call.delta_softplus,
-        return_last_state=True,
+        *way[:6], z, way.delta_bias, softplus, return_last_state=True
     )
     return y, _WithoutGradient.apply(last_state)
 

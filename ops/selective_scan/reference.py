@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.frames import clear_at_block_start, is_block_start, select_valid, valid_frames
+from ops.selective_scan.arguments import ScanArguments
 
 
 def unavailable() -> str | None:
@@ -14,27 +15,13 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(*_arguments) -> str | None:
+def unsupported(_arguments: ScanArguments) -> str | None:
     """Why a call does not fit: every call does."""
     return None
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    lengths: Tensor | None,
-    reverse: bool,
-    initial_state: Tensor | None,
-    reset_every: int | None,
-) -> tuple[Tensor, Tensor]:
-    """The plain loop that every other backend is tested against; arguments as `ScanArguments`.
+def scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
+    """The plain loop, over one way, that every other backend is tested against.
 
     Per frame, with dt = softplus(delta + delta_bias)::
 
@@ -47,6 +34,8 @@ def scan(
 
     Paper: arXiv:2312.00752, section 3.2, with exp(dt A) and dt B as discretisation.
     """
+    (way,), z, softplus, lengths = arguments
+    u, delta, A, B, C, D, delta_bias, initial_state, reverse, reset_every = way
     batch, dim, time = u.shape
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     valid = valid_frames(lengths, time)
@@ -56,7 +45,7 @@ def scan(
     if delta_bias is not None:
         dt = dt + delta_bias.to(dtype)[:, None]
     # Padding gets dt = 0: exp(0 A) = 1 hands the state on unchanged, and nothing enters it.
-    dt = select_valid(F.softplus(dt) if delta_softplus else dt, valid)
+    dt = select_valid(F.softplus(dt) if softplus else dt, valid)
     x = select_valid(u.to(dtype), valid)
 
     dt_frames, x_frames = dt.unbind(-1), x.unbind(-1)

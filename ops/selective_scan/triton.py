@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.native import empty_like
-from ops.selective_scan.arguments import ScanArguments, Way, WayGradients
+from ops.selective_scan.arguments import ScanArguments, WayGradients
 from ops.selective_scan.operator import register
 
 # Frames between two kept states: a tile of the kernels.
@@ -28,7 +28,6 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
-@torch.compiler.assume_constant_result
 def unavailable() -> str | None:
     """Why this backend cannot be used on this machine, None if it can."""
     if importlib.util.find_spec("triton") is None:
@@ -38,16 +37,16 @@ def unavailable() -> str | None:
     return None
 
 
-def unsupported(*arguments) -> str | None:
+def unsupported(arguments: ScanArguments) -> str | None:
     """Why a call does not fit, None if it does."""
-    call = ScanArguments(*arguments)
-    batch, _, time = call.u.shape
-    states = call.A.shape[1]
-    if call.u.dtype == torch.float64:
+    u = arguments.ways[0].u
+    batch, _, time = u.shape
+    states = max(way.A.shape[1] for way in arguments.ways)
+    if u.dtype == torch.float64:
         return "it computes in float32, the inputs are float64"
-    if call.u.device.type != "cuda" and not interpreted():
-        return f"the inputs are on {call.u.device}, it needs a CUDA device"
-    if call.u.numel() == 0 or states == 0:
+    if u.device.type != "cuda" and not interpreted():
+        return f"the inputs are on {u.device}, it needs a CUDA device"
+    if u.numel() == 0 or states == 0:
         return "there is nothing to scan"
     if batch > MAX_GRID:
         return f"the batch of {batch} exceeds {MAX_GRID} items"
@@ -56,9 +55,7 @@ def unsupported(*arguments) -> str | None:
     return None
 
 
-def forward(
-    ways: list[Way], z: Tensor | None, softplus: bool, lengths: Tensor | None, save: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def forward(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The scan in one direction, or the mean over two.
 
     Returns:
@@ -67,14 +64,13 @@ def forward(
     """
     from ops.selective_scan.triton_launch import launch_forward
 
-    y, last_states, states = _new_outputs(ways, z, softplus, lengths, save)
-    launch_forward(ways, z, softplus, lengths, y, last_states, states if save else None)
+    y, last_states, states = _new_outputs(arguments, save)
+    launch_forward(arguments, y, last_states, states if save else None)
     return y, last_states, states
 
 
-def _new_outputs(
-    ways: list[Way], z: Tensor | None, softplus: bool, lengths: Tensor | None, save: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _new_outputs(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    ways = arguments.ways
     u, num_states = ways[0].u, ways[0].A.shape[1]
     batch, dim, time = u.shape
     # Of the tile that is scanned first the state is the caller's.
@@ -91,15 +87,12 @@ def backward(
     grad_y: Tensor,
     grad_last_states: list[Tensor | None],
     states: list[Tensor],
-    ways: list[Way],
-    z: Tensor | None,
-    softplus: bool,
-    lengths: Tensor | None,
+    arguments: ScanArguments,
 ) -> tuple[list[WayGradients], Tensor | None]:
     """Gradients of everything in ``ways``, and of ``z``."""
     from ops.selective_scan.triton_launch import launch_backward
 
-    return launch_backward(grad_y, grad_last_states, states, ways, z, softplus, lengths)
+    return launch_backward(grad_y, grad_last_states, states, arguments)
 
 
 def _new_gradient(x: Tensor) -> Tensor:
@@ -107,6 +100,4 @@ def _new_gradient(x: Tensor) -> Tensor:
     return empty_like(x) if x.dim() == 3 else x.new_empty(x.shape)
 
 
-scan, bidirectional_scan = register(
-    "mamba_asr::selective_scan_triton", forward, backward, _new_outputs, _new_gradient
-)
+scan = register("mamba_asr::selective_scan_triton", forward, backward, _new_outputs, _new_gradient)

@@ -28,23 +28,20 @@ import triton.language as tl
 
 from ops.selective_scan.triton_rows import (
     END,
-    LOG2E,
     TILE,
     WARP,
-    Sequence,
     channels_of_program,
     either,
     load_parameter,
     load_rows,
     nearest_frame,
-    num_valid_frames,
     packed_projection,
     place_in_scan,
-    sigmoid,
     step_size,
     store_rows,
     store_zeros,
 )
+from ops.triton_sequences import LOG2E, Sequence, num_valid_frames, sigmoid
 
 
 class WayGradientPointers(NamedTuple):

@@ -26,21 +26,19 @@ import triton
 import triton.language as tl
 
 from ops.selective_scan.triton_rows import (
-    LOG2E,
     TILE,
     channels_of_program,
     either,
     load_parameter,
     load_rows,
     nearest_frame,
-    num_valid_frames,
     packed_projection,
     place_in_scan,
-    sigmoid,
     step_size,
     store_rows,
     store_zeros,
 )
+from ops.triton_sequences import LOG2E, num_valid_frames, sigmoid
 
 # Frames that are unrolled, and fetched ahead. Divides TILE.
 STEP = tl.constexpr(8)

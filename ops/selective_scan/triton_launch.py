@@ -11,13 +11,14 @@ import triton
 from torch import Tensor
 
 from ops.native import empty_like, float32
-from ops.selective_scan.arguments import Way, WayGradients
+from ops.selective_scan.arguments import ScanArguments, Way, WayGradients
 from ops.selective_scan.triton_backward import (
     WayGradientPointers,
     selective_scan_backward_kernel,
 )
 from ops.selective_scan.triton_forward import selective_scan_forward_kernel
-from ops.selective_scan.triton_rows import TILE, WARP, Sequence, WayPointers, pack_projection_kernel
+from ops.selective_scan.triton_rows import TILE, WARP, WayPointers, pack_projection_kernel
+from ops.triton_sequences import Sequence
 
 # States that a thread of the forward keeps in registers.
 _STATES_PER_THREAD = 16
@@ -28,15 +29,13 @@ _PACKED_FRAMES = 64
 
 
 def launch_forward(
-    ways: list[Way],
-    z: Tensor | None,
-    softplus: bool,
-    lengths: Tensor | None,
+    arguments: ScanArguments,
     y: Tensor,
     last_states: list[Tensor],
     states: list[Tensor] | None,
 ) -> None:
     """Fills ``y``, ``last_states`` and, unless None, ``states``; see `triton.forward`."""
+    ways, z, softplus, lengths = arguments
     for launch in _launches(ways, lengths):
         call = launch.call
         channels = _forward_channels(call)
@@ -56,12 +55,10 @@ def launch_backward(
     grad_y: Tensor,
     grad_last_states: list[Tensor | None],
     states: list[Tensor],
-    ways: list[Way],
-    z: Tensor | None,
-    softplus: bool,
-    lengths: Tensor | None,
+    arguments: ScanArguments,
 ) -> tuple[list[WayGradients], Tensor | None]:
     """See `triton.backward`."""
+    ways, z, softplus, lengths = arguments
     grads = []
     grad_z = None if z is None else empty_like(z)
     for launch in _launches(ways, lengths):
@@ -113,11 +110,11 @@ class _Launch(NamedTuple):
         return self.ways[0] > 0
 
 
-def _launches(ways: list[Way], lengths: Tensor | None) -> list[_Launch]:
+def _launches(ways: tuple[Way, ...], lengths: Tensor | None) -> list[_Launch]:
     scale = 1 / len(ways)
     if len(ways) == 1 or _alike(*ways):
         return [_Launch(_Call(ways, lengths), tuple(range(len(ways))), scale)]
-    return [_Launch(_Call([way], lengths), (i,), scale) for i, way in enumerate(ways)]
+    return [_Launch(_Call((way,), lengths), (i,), scale) for i, way in enumerate(ways)]
 
 
 def _alike(first: Way, second: Way) -> bool:
@@ -175,7 +172,7 @@ def _by_state(state: Tensor | None) -> Tensor | None:
 class _Call:
     """What forward and backward of a scan have in common."""
 
-    def __init__(self, ways: list[Way], lengths: Tensor | None):
+    def __init__(self, ways: tuple[Way, ...], lengths: Tensor | None):
         self.ways, self.lengths = ways, lengths
         self.batch, self.dim, self.time = ways[0].u.shape
         self.device = ways[0].u.device

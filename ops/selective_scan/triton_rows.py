@@ -23,24 +23,15 @@ import triton
 import triton.language as tl
 
 from ops.selective_scan.triton import TILE_FRAMES
+from ops.triton_sequences import LOG2E, Sequence, num_valid_frames
 
 # Frames between two kept states, and of a tile of the backward.
 TILE = tl.constexpr(TILE_FRAMES)
 # Lanes of a warp.
 WARP = tl.constexpr(32)
-LOG2E = tl.constexpr(1.4426950408889634)
 # The last of a tuple of tuples: Triton 3.6 forgets the constants of the inner ones (a stride of 1)
 # unless a constant of the outer one follows them.
 END = 1
-
-
-class Sequence(NamedTuple):
-    """A tensor (batch, dim, time) of any type and layout, with its strides in elements."""
-
-    pointer: torch.Tensor
-    batch: int
-    channel: int
-    frame: int
 
 
 class WayPointers(NamedTuple):
@@ -77,15 +68,6 @@ def channels_of_program(dim, num_groups, CHANNELS: tl.constexpr, FULL: tl.conste
     # A mask known to be true leaves no trace in the code.
     exists = tl.full(within.shape, True, tl.int1) if FULL else within < group_channels
     return group, group * group_channels + within, exists
-
-
-@triton.jit
-def num_valid_frames(lengths, time):
-    """Valid frames of the program's item."""
-    valid = time
-    if lengths is not None:
-        valid = tl.load(lengths + tl.program_id(2)).to(tl.int32)
-    return valid
 
 
 @triton.jit
@@ -225,11 +207,6 @@ def store_zeros(pointer, sequence, channel, channel_mask, lo, hi):
     for _ in range(lo, hi):
         tl.store(row, zeros, mask=channel_mask)
         row += sequence.frame
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
 
 
 @triton.jit

@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import ops.causal_conv1d.triton as convolution
 from ops.causal_conv1d import triton_kernels
+from ops.causal_conv1d.arguments import ConvArguments
 from ops.selective_scan import triton as scan
 from ops.selective_scan import triton_launch
-from ops.selective_scan.arguments import Way
+from ops.selective_scan.arguments import ScanArguments, Way
 
 BATCH, DIM, STATES = 2, 64, 16
 ABSENT_GPU = 0
@@ -100,22 +101,25 @@ def call_scan(time: int, both_ways: bool, dtype: torch.dtype, bare: bool = False
         D, bias = (None if bare else torch.empty(DIM) for _ in range(2))
         A = torch.empty(DIM, STATES)
         initial = None if bare or reverse else torch.empty(BATCH, DIM, STATES)
-        return Way(sequence(DIM), sequence(DIM), A, *projections, D, bias, reverse, initial, None)
+        return Way(sequence(DIM), sequence(DIM), A, *projections, D, bias, initial, reverse)
 
-    ways = [way(False), way(True)] if both_ways else [way(bare)]
+    ways = (way(False), way(True)) if both_ways else (way(bare),)
     z, lengths = (None, None) if bare else (sequence(DIM), torch.full((BATCH,), time))
-    y, last_states, saved = scan.forward(ways, z, True, lengths, True)
+    arguments = ScanArguments(ways, z, True, lengths)
+    y, last_states, saved = scan.forward(arguments, True)
     grad_states = [None if bare else last_states[0].clone(), None][: len(ways)]
-    scan.backward(y, grad_states, saved, ways, z, True, lengths)
+    scan.backward(y, grad_states, saved, arguments)
 
 
 def call_convolution(time: int, dtype: torch.dtype) -> None:
     x = torch.empty(BATCH, time, DIM, dtype=dtype).transpose(1, 2)
     lengths = torch.full((BATCH,), time)
-    call = (x, torch.empty(DIM, 4), torch.empty(DIM), "silu", lengths)
     state = torch.empty(BATCH, DIM, 3)
-    y, last_state = convolution.conv_forward(*call, True, state, 16)
-    convolution.conv_backward(y, last_state, *call, True, state, 16)
+    arguments = ConvArguments(
+        x, torch.empty(DIM, 4), torch.empty(DIM), "silu", lengths, True, state, 16
+    )
+    y, last_state = convolution.conv_forward(arguments)
+    convolution.conv_backward(y, last_state, arguments)
 
 
 def main(capability: int) -> None:

@@ -22,6 +22,7 @@ from tests.ops.scans import (
     random_inputs,
     relative_error,
     run,
+    way_of,
     with_gradients,
 )
 
@@ -193,13 +194,18 @@ def test_scan_in_both_directions(lengths, reset_every, alike):
         forward, backward = poisoned(forward, lengths), poisoned(backward, lengths)
 
     def outcome(backend, dtype):
-        leaves = {"z": forward["z"].to(dtype).detach().requires_grad_()}
-        for suffix, inputs in (("f", forward), ("b", backward)):
-            for name in ("u", "delta", "A", "B", "C", "D", "delta_bias"):
-                leaves[f"{name}_{suffix}"] = inputs[name].to(dtype).detach().requires_grad_()
-        y = bidirectional_scan_fn(
-            **leaves, delta_softplus=True, lengths=lengths, reset_every=reset_every, backend=backend
+        first, second = (
+            {
+                name: x.to(dtype).detach().requires_grad_()
+                for name, x in inputs.items()
+                if name != "initial_state"
+            }
+            for inputs in (forward, backward)
         )
+        del second["z"]
+        ways = way_of(first), way_of(second, reverse=True, reset_every=reset_every)
+        y = bidirectional_scan_fn(*ways, first["z"], True, lengths=lengths, backend=backend)
+        leaves = first | {f"{name}_b": x for name, x in second.items()}
         return with_gradients(y, y.new_zeros(1), leaves)
 
     wanted = outcome("reference", torch.float64)

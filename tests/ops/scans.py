@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ops.backends import Backends
-from ops.selective_scan import selective_scan_fn
+from ops.selective_scan import Way, selective_scan_fn
 from ops.selective_scan.dispatch import BACKENDS
 
 TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
@@ -73,6 +73,11 @@ def random_inputs(
     }
     narrow = {"u", "delta", "B", "C", "z"}
     return {name: x.to(dtype) if name in narrow else x for name, x in inputs.items()}
+
+
+def way_of(inputs: dict[str, Tensor], **options) -> Way:
+    """One direction of a bidirectional scan, without what both share."""
+    return Way(**{name: x for name, x in inputs.items() if name != "z"}, **options)
 
 
 def run(backend: str, inputs: dict[str, Tensor], dtype=None, **options) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ import torch
 
 from ops import backends, build
 from ops.causal_conv1d import causal_conv1d_fn
-from ops.causal_conv1d import cpu as conv_cpu
 from ops.packed_linear import cpu as packed_cpu
 from ops.selective_scan import cpu as scan_cpu
 from ops.selective_scan import selective_scan_fn
@@ -32,12 +31,9 @@ def nothing_built(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "_libraries", {})
     monkeypatch.setattr(build, "_failure", None)
     monkeypatch.setenv("MAMBA_ASR_CACHE", str(tmp_path / "cache"))
-    caches = (scan_cpu._library, conv_cpu._library, backends._tell_what_is_missing)
-    for cache in caches:
-        cache.cache_clear()
+    backends._tell_what_is_missing.cache_clear()
     yield tmp_path / "cache"
-    for cache in caches:
-        cache.cache_clear()
+    backends._tell_what_is_missing.cache_clear()
 
 
 @pytest.fixture
@@ -70,17 +66,17 @@ def built(cache):
 def test_a_second_process_loads_what_the_first_one_built(
     nothing_built, source, monkeypatch, tmp_path
 ):
-    assert build.load(*source).times_factor(21) == 42
+    assert build.Kernel(*source).load().times_factor(21) == 42
     assert len(built(nothing_built)) == 1
     monkeypatch.setattr(build, "_libraries", {})
     monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
-    assert build.load(*source).times_factor(4) == 8
+    assert build.Kernel(*source).load().times_factor(4) == 8
 
 
 @with_compiler
 @pytest.mark.parametrize("change", ["source", "header", "flags", "torch", "instruction set"])
 def test_every_change_that_matters_makes_a_new_build(nothing_built, source, monkeypatch, change):
-    build.load(*source)
+    build.Kernel(*source).load()
     path, header = source
     if change == "source":
         path.write_text(path.read_text() + "\n")
@@ -93,7 +89,7 @@ def test_every_change_that_matters_makes_a_new_build(nothing_built, source, monk
     else:
         monkeypatch.setattr(build, "_instruction_set", lambda: "another machine's")
     monkeypatch.setattr(build, "_libraries", {})
-    build.load(*source)
+    build.Kernel(*source).load()
     assert len(built(nothing_built)) == 2
 
 
@@ -115,13 +111,13 @@ def test_processes_that_start_together_build_once(nothing_built, source, monkeyp
 
 @with_compiler
 def test_a_lock_of_a_process_that_died_does_not_block(nothing_built, source):
-    build.load(*source)
+    build.Kernel(*source).load()
     (library,) = built(nothing_built)
     library.unlink()
     (library.parent / "lock").touch()
     build._libraries.clear()
     start = time.monotonic()
-    assert build.load(*source).times_factor(1) == 2
+    assert build.Kernel(*source).load().times_factor(1) == 2
     assert time.monotonic() - start < 60
 
 
@@ -131,10 +127,10 @@ def test_a_build_cut_short_leaves_nothing_behind(nothing_built, source, monkeypa
     with monkeypatch.context() as patch:
         patch.setenv("CXX", compiler_that(tmp_path, body))
         with pytest.raises(build.BuildError):
-            build.load(*source)
+            build.Kernel(*source).load()
     assert not built(nothing_built)
     monkeypatch.setattr(build, "_failure", None)
-    assert build.load(*source).times_factor(3) == 6
+    assert build.Kernel(*source).load().times_factor(3) == 6
 
 
 @with_compiler
@@ -144,7 +140,7 @@ def test_a_compiler_that_does_not_know_this_cpu_builds_for_any(
     compiler = shlex.join(build._compiler())
     body = f'case "$*" in *=native*) echo unknown flag >&2; exit 1;; esac\nexec {compiler} "$@"'
     monkeypatch.setenv("CXX", compiler_that(tmp_path, body))
-    assert build.load(*source).times_factor(5) == 10
+    assert build.Kernel(*source).load().times_factor(5) == 10
 
 
 def use_both_operations():
@@ -203,32 +199,25 @@ def test_narrower_vectors_give_the_same_numbers(monkeypatch, flags):
         pytest.skip("this CPU has no AVX2")
     monkeypatch.setattr(build, "_libraries", {})
     monkeypatch.setenv("CXXFLAGS", flags)
-    libraries = (scan_cpu._library, conv_cpu._library, packed_cpu._library)
-    for library in libraries:
-        library.cache_clear()
-    try:
-        inputs = random_inputs(67, dim=35, state=16, groups=5, channels_last=True)
-        options = {"lengths": torch.tensor([67, 40, 0]), "reverse": True, "reset_every": 21}
-        wide = ctypes.c_int64()
-        scan_cpu._library().functions.selective_scan_layout(
-            *(ctypes.byref(value) for value in (ctypes.c_int64(), wide, ctypes.c_int64()))
-        )
-        assert wide.value == (8 if "v3" in flags else 4)
-        assert_close(run("cpu", inputs, **options), in_double(inputs, **options), 1e-5)
-        inputs["delta"][0, 3, 20] = torch.nan
-        y = selective_scan_fn(**inputs, delta_softplus=True, backend="cpu", **options)
-        assert y[0, 3, :21].isnan().all()
-        x, weight = inputs["u"], torch.randn(35, 4)
-        found = causal_conv1d_fn(x, weight, activation="silu", backend="cpu")
-        wanted = causal_conv1d_fn(x, weight, activation="silu", backend="reference")
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-        rows, weight, bias = torch.randn(23, 35), torch.randn(45, 35), torch.randn(45)
-        found = packed_cpu.linear(rows, packed_cpu.pack(weight), bias, 45)
-        wanted = torch.nn.functional.linear(rows, weight, bias)
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    finally:
-        for library in libraries:
-            library.cache_clear()
+    inputs = random_inputs(67, dim=35, state=16, groups=5, channels_last=True)
+    options = {"lengths": torch.tensor([67, 40, 0]), "reverse": True, "reset_every": 21}
+    wide = ctypes.c_int64()
+    scan_cpu._kernel.load().selective_scan_layout(
+        *(ctypes.byref(value) for value in (ctypes.c_int64(), wide, ctypes.c_int64()))
+    )
+    assert wide.value == (8 if "v3" in flags else 4)
+    assert_close(run("cpu", inputs, **options), in_double(inputs, **options), 1e-5)
+    inputs["delta"][0, 3, 20] = torch.nan
+    y = selective_scan_fn(**inputs, delta_softplus=True, backend="cpu", **options)
+    assert y[0, 3, :21].isnan().all()
+    x, weight = inputs["u"], torch.randn(35, 4)
+    found = causal_conv1d_fn(x, weight, activation="silu", backend="cpu")
+    wanted = causal_conv1d_fn(x, weight, activation="silu", backend="reference")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    rows, weight, bias = torch.randn(23, 35), torch.randn(45, 35), torch.randn(45)
+    found = packed_cpu.linear(rows, packed_cpu.pack(weight), bias, 45)
+    wanted = torch.nn.functional.linear(rows, weight, bias)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_cache_follows_the_environment(monkeypatch):

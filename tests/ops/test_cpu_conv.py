@@ -105,8 +105,8 @@ def test_operator_passes_torchs_own_checks():
     x, weight, bias, initial_state = (x.requires_grad_() for x in random_inputs(20))
     operator = torch.ops.mamba_asr.causal_conv1d_cpu.default
     lengths = torch.tensor([20, 3, 0])
-    torch.library.opcheck(operator, (x, weight, bias, "silu", lengths, True, None, 7))
-    torch.library.opcheck(operator, (x, weight, None, None, None, False, initial_state, None))
+    torch.library.opcheck(operator, (x, weight, bias, "silu", lengths, True, None, 7, True))
+    torch.library.opcheck(operator, (x, weight, None, None, None, False, initial_state, None, True))
 
 
 def test_an_export_with_free_time_holds_one_node():

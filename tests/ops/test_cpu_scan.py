@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ops.selective_scan import bidirectional_scan_fn, cpu, selective_scan_fn
-from tests.ops.scans import assert_close, in_double, random_inputs, relative_error, run
+from tests.ops.scans import assert_close, in_double, random_inputs, relative_error, run, way_of
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable() is not None, reason=f"no compiled scan: {cpu.unavailable()}"
@@ -230,12 +230,8 @@ def test_both_directions_in_one_pass_equal_two_scans(time):
     def gradients(y):
         return [y, *torch.autograd.grad((y * weights).sum(), leaves)]
 
-    names = ("u", "delta", "A", "B", "C", "D")
-    pairs = [inputs[name] for name in names for inputs in (first, second)]
-    together = bidirectional_scan_fn(
-        *pairs, first["z"], first["delta_bias"], second["delta_bias"], True, lengths=lengths,
-        reset_every=20, backend="cpu",
-    )  # fmt: skip
+    ways = way_of(first), way_of(second, reverse=True, reset_every=20)
+    together = bidirectional_scan_fn(*ways, first["z"], True, lengths=lengths, backend="cpu")
     options = {"delta_softplus": True, "lengths": lengths, "backend": "reference"}
     apart = selective_scan_fn(**first, **options)
     apart = apart + selective_scan_fn(**second, reverse=True, reset_every=20, **options)
@@ -250,12 +246,12 @@ def leaves():
 
 
 def test_operator_passes_torchs_own_checks(leaves):
-    order = ("u", "delta", "A", "B", "C", "D", "delta_bias")
-    first = [leaves[name] for name in order]
+    z, initial_state = leaves.pop("z"), leaves.pop("initial_state")
     operator = torch.ops.mamba_asr.selective_scan_cpu.default
     lengths = torch.tensor([37, 5, 0])
-    both = [*first, *first, leaves["z"], None, True, lengths, False, None, 9, True]
-    one = [*first, *[None] * 7, None, leaves["initial_state"], False, None, True, 8, None, True]
+    both = [*way_of(leaves), *way_of(leaves, reverse=True, reset_every=9), z, True, lengths, True]
+    leaves["initial_state"] = initial_state
+    one = [*way_of(leaves, reverse=True, reset_every=8), *[None] * 10, None, False, None, True]
     torch.library.opcheck(operator, both)
     torch.library.opcheck(operator, one, test_utils=["test_schema", "test_faketensor"])
 

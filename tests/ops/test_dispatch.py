@@ -12,9 +12,9 @@ from ops.backends import Backends
 from ops.causal_conv1d import causal_conv1d_fn
 from ops.mamba_inner import Direction, mamba_inner_fn
 from ops.selective_scan import bidirectional_scan_fn, mamba_ssm, selective_scan_fn
-from ops.selective_scan.arguments import normalise
+from ops.selective_scan.arguments import ScanArguments, normalise
 from ops.selective_scan.dispatch import BACKENDS
-from tests.ops.scans import random_inputs
+from tests.ops.scans import random_inputs, way_of
 
 
 def scan(**changes):
@@ -168,9 +168,10 @@ def test_convolution_arguments_that_do_not_fit_are_named(changes, message):
 def test_mamba_ssm_is_left_out_of_calls_it_cannot_take(changes, reason):
     inputs = random_inputs(6)
     del inputs["initial_state"]
-    rest = {"lengths": None, "reverse": False, "initial_state": None, "reset_every": None}
-    arguments = normalise(**inputs, delta_softplus=True, **{**rest, **changes})
-    assert reason in mamba_ssm.unsupported(*arguments)
+    changes = dict(changes)
+    lengths = changes.pop("lengths", None)
+    arguments = ScanArguments((way_of(inputs, **changes),), inputs["z"], True, lengths)
+    assert reason in mamba_ssm.unsupported(normalise(arguments))
 
 
 def test_the_doctor_names_every_backend_and_the_choice(capsys, monkeypatch):
@@ -186,10 +187,8 @@ def test_the_doctor_names_every_backend_and_the_choice(capsys, monkeypatch):
 
 def test_directions_of_other_shapes_are_refused():
     one, other = random_inputs(6), random_inputs(7)
-    names = ("u", "delta", "A", "B", "C", "D")
-    pairs = [side[name] for name in names for side in (one, other)]
     with pytest.raises(ValueError, match=r"u_b has shape \(3, 6, 7\); wanted that of u_f"):
-        bidirectional_scan_fn(*pairs, one["z"], None, None, True)
+        bidirectional_scan_fn(way_of(one), way_of(other, reverse=True), one["z"], True)
 
 
 def test_directions_of_a_mixer_have_the_same_state():

@@ -13,7 +13,7 @@ from torch import nn
 from modules.step_linear import step_linear
 from ops.packed_linear import cpu, packed_linear, packed_weights
 
-needs_compiler = pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(cpu.prepare() is not None, reason="no C++ compiler")
 TOLERANCE = 2e-6
 
 

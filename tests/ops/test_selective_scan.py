@@ -19,6 +19,7 @@ from tests.ops.scans import (
     random_inputs,
     relative_error,
     run,
+    way_of,
     with_gradients,
 )
 
@@ -429,15 +430,12 @@ def test_both_directions_at_once_are_the_mean_of_two_scans(
     device = device_of(backend)
     one, other = leaves_of(torch.float32, device)
     other["z"] = one["z"]
-    pairs = [side[name] for name in ("u", "delta", "A", "B", "C", "D") for side in (one, other)]
     y = bidirectional_scan_fn(
-        *pairs,
+        way_of(one),
+        way_of(other, reverse=True, reset_every=reset_every),
         one["z"],
-        one["delta_bias"],
-        other["delta_bias"],
         True,
         lengths=None if lengths is None else lengths.to(device),
-        reset_every=reset_every,
         backend=backend,
     )
     assert_close(gradients(y, (one, other)), wanted, 1e-5)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from ops.causal_conv1d import causal_conv1d_fn
-from ops.selective_scan import selective_scan_fn, triton
+from ops.selective_scan import Way, selective_scan_fn, triton
+from ops.selective_scan.arguments import ScanArguments
 from tests.ops.scans import random_inputs
 
 HERE = Path(__file__).parent
@@ -78,5 +79,5 @@ def test_calls_that_do_not_fit_are_refused_with_a_reason(time, dtype, device, me
     monkeypatch.setenv("TRITON_INTERPRET", "0" if device == "meta" else "1")
     inputs = random_inputs(time)
     tensors = [inputs[name].to(device, dtype) for name in ("u", "delta", "A", "B", "C")]
-    reason = triton.unsupported(*tensors, None, None, None, True, None, False, None, None)
-    assert message in reason
+    arguments = ScanArguments((Way(*tensors),), None, True, None)
+    assert message in triton.unsupported(arguments)

@@ -1,0 +1,95 @@
+"""Makes a torch operator of a backend's forward and backward: one node, with gradients.
+
+torch.compile and torch.export see the operator, not what it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def register(
+    name: str,
+    parameters: str,
+    forward: Callable,
+    backward: Callable,
+    fake_forward: Callable,
+    fake_like: Callable,
+) -> Callable:
+    """A differentiable ``(*arguments) -> (y, state)``; y has the shape of the first argument.
+
+    Args:
+        name: of the operator, ``namespace::name``.
+        parameters: what ``arguments`` are, as torch's schemas say it.
+        forward: ``(arguments, save) -> (y, state, *kept)``; ``kept`` tensors are for the backward
+            and may be empty unless ``save``.
+        backward: ``(grad_y, grad_state or None, kept, arguments)``, gives the gradients of all
+            floating-point tensors among the arguments, in their order, and None wherever it likes.
+        fake_forward: `forward` on tensors without memory.
+        fake_like: memory for the gradient of a given tensor, in the layout `backward` gives it.
+    """
+
+    @torch.library.custom_op(name, mutates_args=(), schema=f"({parameters}, bool save) -> Tensor[]")
+    def operator(*arguments):
+        *arguments, save = arguments
+        return list(forward(arguments, save))
+
+    @operator.register_fake
+    def _(*arguments):
+        *arguments, save = arguments
+        return list(fake_forward(arguments, save))
+
+    @torch.library.custom_op(
+        f"{name}_backward",
+        mutates_args=(),
+        schema=f"(Tensor grad_y, Tensor? grad_state, Tensor[] kept, {parameters}) -> Tensor[]",
+    )
+    def backward_operator(grad_y, grad_state, kept, *arguments):
+        grads = backward(grad_y, grad_state, kept, arguments)
+        return [grad for grad in grads if grad is not None]
+
+    @backward_operator.register_fake
+    def _(grad_y, grad_state, kept, *arguments):
+        return [fake_like(x) for x in arguments if _has_gradient(x)]
+
+    def setup_context(ctx, inputs, output):
+        *arguments, ctx.save = inputs
+        ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+        tensors = [x if isinstance(x, Tensor) else None for x in arguments]
+        ctx.save_for_backward(*tensors, *output[2:])
+        ctx.set_materialize_grads(False)
+
+    def autograd_backward(ctx, grad_outputs):
+        if not ctx.save:
+            raise RuntimeError(f"{name} ran without keeping what its gradient needs")
+        grad_y, grad_state, *_ = grad_outputs
+        tensors, kept = ctx.saved_tensors[: len(ctx.others)], ctx.saved_tensors[len(ctx.others) :]
+        arguments = [
+            other if x is None else x for x, other in zip(tensors, ctx.others, strict=True)
+        ]
+        if grad_y is None:
+            grad_y = arguments[0].new_zeros(()).expand(arguments[0].shape)
+        grads = iter(backward_operator(grad_y, grad_state, list(kept), *arguments))
+        return *(next(grads) if _has_gradient(x) else None for x in arguments), None
+
+    operator.register_autograd(autograd_backward, setup_context=setup_context)
+
+    def call(*arguments) -> tuple[Tensor, Tensor]:
+        y, state, *_ = operator(*arguments, _wants_gradient(arguments))
+        return y, state
+
+    return call
+
+
+def _has_gradient(argument: object) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
+
+
+def _wants_gradient(arguments: tuple) -> bool:
+    # An exported program has no gradient, and what is kept for one would tie it to a length.
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        return False
+    return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
