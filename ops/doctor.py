@@ -1,4 +1,6 @@
-"""``python -m ops.doctor``: which backends work on this machine, which are chosen, why not others.
+"""Says which backends work on this machine, which are chosen, and why not others.
+
+    python -m ops.doctor
 
 Exits with 1 where a backend that the machine could run fails to compute, or where the environment
 variable MAMBA_ASR_SCAN asks for one that cannot be used.
@@ -6,10 +8,11 @@ variable MAMBA_ASR_SCAN asks for one that cannot be used.
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -96,7 +99,14 @@ def report_choice(backends: Backends, small_call: Callable) -> bool:
     return healthy
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ops.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(argv)
     print(
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()} "
         f"{platform.machine()}, {torch.get_num_threads()} threads, "

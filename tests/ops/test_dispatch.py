@@ -176,13 +176,22 @@ def test_mamba_ssm_is_left_out_of_calls_it_cannot_take(changes, reason):
 
 def test_the_doctor_names_every_backend_and_the_choice(capsys, monkeypatch):
     monkeypatch.setenv("MAMBA_ASR_SCAN", "torch")
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     printed = capsys.readouterr().out
     for name in BACKENDS.names:
         assert f"  {name} " in printed
     assert re.search(r"selective_scan +cpu +torch", printed)
     monkeypatch.setenv("MAMBA_ASR_SCAN", "nonsense")
-    assert doctor.main() == 1
+    assert doctor.main([]) == 1
+
+
+def test_the_doctor_explains_itself_without_examining_anything(capsys):
+    with pytest.raises(SystemExit) as end:
+        doctor.main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "which backends work on this machine" in printed
+    assert BACKENDS.operation not in printed
 
 
 def test_directions_of_other_shapes_are_refused():
