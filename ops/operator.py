@@ -66,7 +66,9 @@ def register(
         if not ctx.save:
             raise RuntimeError(f"{name} ran without keeping what its gradient needs")
         grad_y, grad_state, *_ = grad_outputs
-        tensors, kept = ctx.saved_tensors[: len(ctx.others)], ctx.saved_tensors[len(ctx.others) :]
+        # Once: recomputed tensors are handed out a single time.
+        saved = ctx.saved_tensors
+        tensors, kept = saved[: len(ctx.others)], saved[len(ctx.others) :]
         arguments = [
             other if x is None else x for x, other in zip(tensors, ctx.others, strict=True)
         ]

@@ -44,7 +44,9 @@ class _MambaInner(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y_BTE, grad_conv_state, grad_ssm_state):
         scan, conv = ctx.modules
-        tensors, saved = ctx.saved_tensors[: ctx.num_tensors], ctx.saved_tensors[ctx.num_tensors :]
+        # Once: recomputed tensors are handed out a single time.
+        kept = ctx.saved_tensors
+        tensors, saved = kept[: ctx.num_tensors], kept[ctx.num_tensors :]
         arguments = _arguments(tensors, ctx.chunk_size)
         xz_BTF = arguments.xz_BTF
         ways, projections, _ = prepare_ways(arguments, conv.conv_forward)
