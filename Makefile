@@ -40,6 +40,7 @@ bench: venv
 	$(BIN)/python -m benchmarks.bench_scan
 	$(BIN)/python -m benchmarks.bench_encoder
 	$(BIN)/python -m benchmarks.bench_decode
+	$(BIN)/python -m benchmarks.bench_ctc_search
 	$(BIN)/python -m benchmarks.bench_prepare
 
 clean:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import speechbrain as sb
 from sentencepiece import SentencePieceProcessor
 from speechbrain.dataio.batch import PaddedBatch
-from speechbrain.decoders.ctc import ctc_greedy_decode
 from torch import Tensor
 
+from decoding.ctc_beam_search import ctc_greedy
 from decoding.searches import make_ctc_search
 from training.brains.asr_brain import ASRBrain, FrontEndOutput
 from training.launch.command_line import run_script
@@ -55,18 +55,17 @@ class ASR(ASRBrain):
 
     def decode(self, outputs: CTCOutputs, batch: PaddedBatch, stage: sb.Stage) -> list[str]:
         """Greedy in validation, beam search in test."""
-        lengths_B = outputs.front_end.num_frames_B
         # A character tokenizer may have fewer tokens than the output layer has places for.
-        log_probs_BTV = outputs.ctc_log_probs_BTV[..., : self.tokenizer.get_piece_size()]
-        frames = log_probs_BTV.shape[1]
+        size = self.tokenizer.get_piece_size()
+        log_probs_BTV = outputs.ctc_log_probs_BTV[..., :size].cpu().numpy()
+        num_frames_B = outputs.front_end.num_frames_B.cpu().numpy()
         if stage == sb.Stage.VALID:
-            tokens = ctc_greedy_decode(
-                log_probs_BTV, lengths_B / frames, blank_id=self.hparams.blank_index
-            )
-            return [self.tokenizer.decode(ids) for ids in tokens]
-        # The searcher truncates length * frames: half a frame more keeps rounding out of it.
-        beams = self.hparams.test_search(log_probs_BTV, (lengths_B + 0.5) / frames)
-        return [beam[0].text for beam in beams]
+            blank = self.hparams.blank_index
+            return [
+                self.tokenizer.decode([token.id for token in ctc_greedy(item[:frames], blank)])
+                for item, frames in zip(log_probs_BTV, num_frames_B, strict=True)
+            ]
+        return [beams[0].text for beams in self.hparams.test_search(log_probs_BTV, num_frames_B)]
 
 
 def prepare_searches(hparams: dict, tokenizer: SentencePieceProcessor) -> None:

@@ -1,10 +1,13 @@
 """Searches of a configuration, completed with what only a trained model knows: its tokenizer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import sentencepiece as spm
+import torch
+from speechbrain.decoders.ctc import CTCBaseSearcher
 
 from common.errors import UserError
 from text.tokenizer import vocabulary
@@ -30,26 +33,57 @@ def prepare_joint_search(
         scorer.prepare(tokenizer, num_tokens, Path(folder))
 
 
+class CTCSearch(Protocol):
+    """What decodes CTC log probabilities."""
+
+    def __call__(
+        self, log_probs_BTV: np.ndarray, num_frames_B: np.ndarray
+    ) -> Sequence[Sequence[Any]]:
+        """Hypotheses of each utterance, the best first, each with its ``text``."""
+
+
+class SpeechBrainCTCSearch:
+    """A CTC searcher of SpeechBrain's, called like ours."""
+
+    def __init__(self, searcher: CTCBaseSearcher):
+        self.searcher = searcher
+
+    def __call__(
+        self, log_probs_BTV: np.ndarray, num_frames_B: np.ndarray
+    ) -> Sequence[Sequence[Any]]:
+        """Hypotheses of each utterance; arguments as in ``CTCSearch``."""
+        size = len(self.searcher.vocab_list)
+        log_probs = torch.from_numpy(log_probs_BTV[..., :size])
+        # It truncates length * frames: half a frame more keeps rounding out of it.
+        wav_lens = (torch.from_numpy(num_frames_B) + 0.5) / log_probs.shape[1]
+        return self.searcher(log_probs, wav_lens)
+
+
 def make_ctc_search(
     searcher: Callable[..., Any],
     settings: Mapping[str, Any],
     tokenizer: spm.SentencePieceProcessor,
-) -> Any:
+) -> CTCSearch:
     """A search over CTC log probabilities.
 
     Args:
-        searcher: SpeechBrain's ``CTCBeamSearcher`` or a class that is called alike.
+        searcher: ``decoding.ctc_beam_search.CTCBeamSearch``, a CTC searcher of SpeechBrain's, or a
+            class that is called like one of them.
         settings: its arguments, without the vocabulary.
         tokenizer: the recogniser's.
 
     Raises:
-        UserError: the n-gram cannot be read, kenlm is not installed, or there is no such setting.
+        UserError: the n-gram cannot be read, kenlm is wanted and not installed, or there is no such
+            setting.
     """
+    tokens = vocabulary(tokenizer)
     try:
-        return searcher(**settings, vocab_list=vocabulary(tokenizer))
+        if isinstance(searcher, type) and issubclass(searcher, CTCBaseSearcher):
+            return SpeechBrainCTCSearch(searcher(**settings, vocab_list=tokens))
+        return searcher(tokens, **settings)
     except ImportError:
-        raise UserError("--kenlm_model_path needs kenlm: pip install -e '.[ngram]'") from None
+        raise UserError("test_searcher needs kenlm: pip install -e '.[ngram]'") from None
     except OSError as error:
-        raise UserError(f"kenlm_model_path {settings.get('kenlm_model_path')}: {error}") from None
+        raise UserError(f"kenlm_model_path: {error}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"test_beam_search: {error}") from None

@@ -75,10 +75,10 @@ struct Text {
   uint32_t letters;  // where the current word is in the n-gram's tree of characters
   uint32_t lm_state;
   int32_t hotword_state;
-  int32_t slot;    // of the beam of this text among the candidates of token number `visit`
+  int32_t slot;  // of this text's beam among the candidates of the token with number `visit`
   int64_t visit;
-  uint64_t word;   // hash of the current word
-  uint64_t late;   // hash of the words before it that the n-gram can see
+  uint64_t word;  // hash of the current word
+  uint64_t late;  // hash of the words before it that the n-gram can see
   double lm, hotword_gain;
   double unfinished, finished;  // what n-gram and hotwords add while the text goes on, and at last
 };

@@ -130,7 +130,7 @@ class ReferenceNgram(Ngram):
     def _add(self, fields: list[bytes], length: int) -> None:
         numbers = [float(np.float32(float(x))) for x in (fields[0], *fields[length + 1 :])]
         words = tuple(map(_decoded, fields[1 : length + 1]))
-        if len(words) < length or len(numbers) > 2:
+        if len(words) < length or len(numbers) > 2 or not np.isfinite(numbers).all():
             raise ValueError
         if length > 1 and any((word,) not in self._log_probs for word in words):
             raise ValueError
@@ -183,4 +183,4 @@ def _decoded(word: bytes) -> str:
 
 
 def _shown(line: bytes) -> str:
-    return repr(line[:80].decode(errors="replace"))
+    return line[:80].decode(errors="replace")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -187,7 +187,7 @@ class _Utterance:
         """Score with n-gram and hotwords at the end, where no advance holds."""
         return beam.score + (beam.prefix.lm + beam.prefix.hotword_gain)
 
-    def _pruned(self, beams: list[Beam], total) -> list[Beam]:
+    def _pruned(self, beams: list[Beam], total: Callable[[Beam], float]) -> list[Beam]:
         totals = [total(beam) for beam in beams]
         least = max(totals) + self.settings.beam_prune_logp
         order = sorted(range(len(beams)), key=lambda i: -totals[i])

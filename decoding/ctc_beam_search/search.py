@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,26 @@ Hotwords = HotwordTree | Mapping[str, float] | None
 class CTCSearchState:
     """Streams between two chunks, one per row; rows share no clock. Never modified in place.
 
-    A row grows with its text, by some kilobytes for a second of speech.
+    A row grows with its text: by 2 kB for a second of speech with ``prune_history``; without it by
+    that for each beam, since beams that differ at the beginning differ for good.
     """
 
     rows: tuple[Any, ...]
     hotwords: tuple[HotwordTree | None, ...]
+    made_by: tuple
 
     def select(self, rows: Sequence[int]) -> CTCSearchState:
         """The state of some rows, in this order; a row may come more than once."""
-        return CTCSearchState(
-            tuple(self.rows[row] for row in rows), tuple(self.hotwords[row] for row in rows)
+        return replace(
+            self,
+            rows=tuple(self.rows[row] for row in rows),
+            hotwords=tuple(self.hotwords[row] for row in rows),
         )
 
     def reset(self, mask: Sequence[bool]) -> CTCSearchState:
         """Begins the rows anew for which ``mask`` holds; their hotwords stay."""
         rows = zip(self.rows, mask, strict=True)
-        return CTCSearchState(tuple(None if anew else row for row, anew in rows), self.hotwords)
+        return replace(self, rows=tuple(None if anew else row for row, anew in rows))
 
 
 class CTCBeamSearch:
@@ -55,8 +59,8 @@ class CTCBeamSearch:
     meet add up their probabilities; the n-gram scores finished words, and not the end of a
     sentence.
 
-    A YAML does not know the vocabulary: it gives the options with ``!name:``, and what it makes is
-    called with the vocabulary.
+    A YAML does not know the vocabulary: it gives the options with ``!name:``, and the script calls
+    what that makes with the vocabulary.
 
     Args:
         vocabulary: tokens in the order of their ids, the blank among them; words begin with "▁" or
@@ -67,16 +71,16 @@ class CTCBeamSearch:
         token_prune_min_logp: tokens that are not more probable are left out of a frame; the most
             probable never is.
         prune_history: keep only the best of beams whose last words, as far as the n-gram sees,
-            agree; leaves fewer hypotheses.
+            agree; leaves fewer hypotheses, and streams want it.
         ngram: of words, or its ARPA file (plain or .gz, not a binary of KenLM's).
         alpha: weight of the n-gram.
         beta: nats for each word, where there is an n-gram.
         unk_score_offset: log10 that a word unknown to the n-gram costs, before ``alpha``; nats that
             an unfinished word costs that no known word begins with.
         score_boundary: the first word begins a sentence.
-        hotwords: nats by phrase, in a case that the vocabulary has. A phrase gains them each time
-            it occurs as whole words, and is advanced a share while it is spelled; what the n-gram
-            takes for not knowing its words is given back.
+        hotwords: nats by phrase, in a case that the vocabulary has; begin with 1 per character. A
+            phrase gains them each time it occurs as whole words, and is advanced a share while it
+            is spelled; what the n-gram takes for not knowing its words is given back.
         hotword_token_min_logp: where there are hotwords ``token_prune_min_logp`` is no higher: they
             cannot win with tokens that are left out.
         topk: hypotheses per utterance, at most.
@@ -134,6 +138,9 @@ class CTCBeamSearch:
         if self.ngram is not None and not isinstance(self.ngram, ngram_class):
             raise ValueError(f"The n-gram was read by another backend than {backend!r}.")
         self._backend = search_class(self.settings, self.vocabulary, self.ngram)
+        # What a state's numbers mean.
+        ngram_size = (self.ngram.order, self.ngram.num_words) if self.ngram is not None else None
+        self._kind = search_class.__name__, self.vocabulary.pieces, ngram_size
         self.hotwords = self.compile(hotwords)
 
     def compile(self, hotwords: Mapping[str, float] | None) -> HotwordTree | None:
@@ -177,7 +184,7 @@ class CTCBeamSearch:
             raise ValueError(f"There are {len(of_rows)} hotwords for {batch_size} utterances.")
         trees = {id(phrases): self._tree(phrases) for phrases in of_rows}
         return CTCSearchState(
-            (None,) * batch_size, tuple(trees[id(phrases)] for phrases in of_rows)
+            (None,) * batch_size, tuple(trees[id(phrases)] for phrases in of_rows), self._kind
         )
 
     def advance(
@@ -188,7 +195,7 @@ class CTCBeamSearch:
     ) -> CTCSearchState:
         """The streams after their next frames; a row of 0 frames stays as it is."""
         jobs = self._jobs(state, log_probs_BTV, num_frames_B)
-        return CTCSearchState(tuple(self._backend.run(jobs, Wanted.STATE)), state.hotwords)
+        return replace(state, rows=tuple(self._backend.run(jobs, Wanted.STATE)))
 
     def partial(self, state: CTCSearchState) -> list[list[CTCHypothesis]]:
         """The texts so far of each stream, whose last word may be unfinished."""
@@ -215,6 +222,8 @@ class CTCBeamSearch:
         log_probs_BTV: np.ndarray | None = None,
         num_frames_B: Sequence[int] | np.ndarray | None = None,
     ) -> list[Job]:
+        if state.made_by != self._kind:
+            raise ValueError("The state was made by a search with another vocabulary or n-gram.")
         batch_size, size = len(state.rows), len(self.vocabulary)
         if log_probs_BTV is None:
             log_probs_BTV = np.empty((batch_size, 0, size), np.float32)

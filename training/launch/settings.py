@@ -118,7 +118,7 @@ SETTINGS: dict[str, Setting] = {
     "max_batch_length_val": _POSITIVE,
     "num_bucket": _COUNT,
     "max_batch_ex": Setting("integer", low=1, optional=True),
-    "lr_adam": _POSITIVE,
+    "lr_adam": Setting("number", low=0),
     "weight_decay": Setting("number", low=0),
     "n_warmup_steps": Setting("integer", low=0),
     "ctc_weight": _SHARE,
