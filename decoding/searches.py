@@ -10,7 +10,7 @@ import torch
 from speechbrain.decoders.ctc import CTCBaseSearcher
 
 from common.errors import UserError
-from text.tokenizer import vocabulary
+from text.tokenizer import UNK_ID, vocabulary
 
 
 def prepare_joint_search(
@@ -79,6 +79,7 @@ def make_ctc_search(
     tokens = vocabulary(tokenizer)
     try:
         if isinstance(searcher, type) and issubclass(searcher, CTCBaseSearcher):
+            settings = {"blank_index": UNK_ID, **settings}
             return SpeechBrainCTCSearch(searcher(**settings, vocab_list=tokens))
         return searcher(tokens, **settings)
     except ImportError:
