@@ -8,10 +8,10 @@ from speechbrain.nnet.normalization import LayerNorm
 from torch import Tensor, nn
 
 from modules.convolution import ConvolutionModule, feed_forward_module
-from modules.layer_stack import Surroundings
+from modules.layer_stack import Surroundings, pieces_of
 from modules.mamba import Mamba, MambaState
 from modules.mamba_config import mixer_options
-from modules.mamba_streaming import MambaLayerStack
+from modules.mamba_stack import MambaLayerStack
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,17 @@ class ConmambaEncoderLayer(nn.Module):
         x_BTD = x_BTD + self.mamba(self.norm1(x_BTD), surroundings.lengths_B, chunk_size=chunk_size)
         x_BTD = x_BTD + self.convolution_module(x_BTD, mask_BT1, chunks)
         return self.norm2(x_BTD + 0.5 * self.ffn_module2(x_BTD))
+
+    def forward_in_pieces(self, x_BTD: Tensor, piece_frames: int) -> Tensor:
+        """Applies the layer to a whole recording in memory for a piece; changes ``x_BTD``."""
+        pieces = pieces_of(x_BTD, piece_frames)
+        for piece_BTD in pieces:
+            piece_BTD += 0.5 * self.ffn_module1(piece_BTD)
+        x_BTD += self.mamba.forward_in_pieces(x_BTD, piece_frames, before=self.norm1)
+        x_BTD += self.convolution_module.forward_in_pieces(x_BTD, piece_frames)
+        for piece_BTD in pieces:
+            piece_BTD.copy_(self.norm2(piece_BTD + 0.5 * self.ffn_module2(piece_BTD)))
+        return x_BTD
 
     def forward_streaming(
         self, x_BTD: Tensor, state: ConmambaLayerState | None, pos_embs: Tensor | None = None

@@ -301,6 +301,31 @@ class TransformerASR(SpeechBrainTransformerASR):
         return encoder_out if intermediate_layers is None else (encoder_out, inner)
 
     @torch.no_grad()
+    def embed_source(self, src: Tensor) -> Tensor:
+        """Front-end frames as what the encoder's layers take, before positions."""
+        return self.custom_src_module(_flattened(src))
+
+    @torch.no_grad()
+    def encode_in_pieces(self, x_BTD: Tensor, piece_frames: int) -> Tensor:
+        """``encode`` of what ``embed_source`` gave, layer by layer in bounded memory.
+
+        Args:
+            x_BTD: frames, all of them valid; changed.
+            piece_frames: frames that are in work at a time.
+
+        Raises:
+            ValueError: an encoder that attends: every frame needs all others at once.
+        """
+        if not hasattr(self.encoder, "forward_in_pieces"):
+            able = [name for name, cls in ENCODERS.items() if hasattr(cls, "forward_in_pieces")]
+            raise ValueError(
+                f"{type(self.encoder).__name__} needs all frames at once; encoders that go through "
+                f"a long recording in pieces: {', '.join(sorted(able))}."
+            )
+        x_BTD, _ = self._with_positions(x_BTD)
+        return self.encoder.forward_in_pieces(x_BTD, piece_frames)
+
+    @torch.no_grad()
     def decode(
         self, tgt: Tensor, encoder_out: Tensor, enc_len: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:

@@ -104,6 +104,19 @@ class ConvolutionModule(SpeechBrainConvolutionModule):
         out = self.after_conv(out)
         return out if mask is None else out.masked_fill(mask, 0.0)
 
+    @torch.no_grad()
+    def forward_in_pieces(self, x_BTD: Tensor, piece_frames: int) -> Tensor:
+        """``forward(x_BTD)`` in memory for a piece, each convolved with what its taps reach."""
+        y_BTD = torch.empty_like(x_BTD)
+        frames = x_BTD.shape[1]
+        for start in range(0, frames, piece_frames):
+            stop = min(start + piece_frames, frames)
+            first = max(start - self.padding, 0)
+            last = stop if self.causal else min(stop + self.padding, frames)
+            piece_BTD = self.forward(x_BTD[:, first:last])
+            y_BTD[:, start:stop] = piece_BTD[:, start - first : stop - first]
+        return y_BTD
+
     def forward_streaming(
         self, x: Tensor, left_context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

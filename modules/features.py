@@ -145,6 +145,28 @@ class Fbank(SpeechBrainFbank):
                 f"top_db={self.top_db:g} limits features by the loudest frame of the utterance, "
                 "which a stream does not know; build the filterbank with top_db=None."
             )
+        return self._next_decibels(wav_BS, state, final)
+
+    @fwd_default_precision(cast_inputs=torch.float32)
+    def forward_in_pieces(self, wav_BS: Tensor, piece_samples: int) -> Tensor:
+        """``forward(wav_BS)`` in memory for a piece and the features.
+
+        Args:
+            wav_BS: waveforms between -1 and 1, all of them valid.
+            piece_samples: samples of a piece.
+        """
+        pieces, state = [], None
+        for start in range(0, max(wav_BS.shape[1], 1), piece_samples):
+            stop = start + piece_samples
+            feats_BTM, state = self._next_decibels(
+                wav_BS[:, start:stop], state, final=stop >= wav_BS.shape[1]
+            )
+            pieces.append(feats_BTM)
+        return self._floored(torch.cat(pieces, dim=1))
+
+    def _next_decibels(
+        self, wav_BS: Tensor, state: FbankState | None, final: bool
+    ) -> tuple[Tensor, FbankState]:
         n_fft = self.compute_STFT.n_fft
         edge_BS = wav_BS.new_zeros(wav_BS.shape[0], n_fft // 2)
         samples_BS = torch.cat([edge_BS if state is None else state.samples_BS, wav_BS], dim=1)

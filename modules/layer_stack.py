@@ -47,6 +47,11 @@ class StreamingContext:
     layers: list[Any]
 
 
+def pieces_of(x_BTD: Tensor, piece_frames: int) -> tuple[Tensor, ...]:
+    """Views of ``x_BTD``, cut in time."""
+    return x_BTD.split(piece_frames, dim=1)
+
+
 class LayerStack(nn.Module):
     """An encoder of one kind of layer.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -272,6 +273,50 @@ class Mamba(nn.Module):
             )
         y_BTD = self.out_proj(y_BTE)
         return (y_BTD, MambaState(conv_state, ssm_state)) if return_state else y_BTD
+
+    @torch.no_grad()
+    def forward_in_pieces(
+        self, x_BTD: Tensor, piece_frames: int, before: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """``forward(before(x_BTD))`` in memory for a piece, without gradients.
+
+        The forward direction carries its state from piece to piece; the backward one goes through
+        the pieces from the last to the first, each turned round.
+
+        Args:
+            x_BTD: (B, T, D), all of it valid.
+            piece_frames: frames of a piece.
+            before: applied to every piece first, frame by frame.
+        """
+        y_BTD = torch.zeros_like(x_BTD)
+        directions = [self._modules_of(suffix) for suffix in self._suffixes()]
+        for turned, direction in zip((False, True), directions, strict=False):
+            state: MambaState | None = None
+            starts = range(0, x_BTD.shape[1], piece_frames)
+            for start in reversed(starts) if turned else starts:
+                piece = slice(start, start + piece_frames)
+                xz_BTF = self.in_proj(before(x_BTD[:, piece]))
+                inner_BTE, state = self._mix_one_way(
+                    xz_BTF.flip(1) if turned else xz_BTF, direction, state
+                )
+                mixed_BTD = self.out_proj(inner_BTE.flip(1) if turned else inner_BTE)
+                y_BTD[:, piece] += mixed_BTD / len(directions)
+        return y_BTD
+
+    def _mix_one_way(
+        self, xz_BTF: Tensor, direction: DirectionModules, state: MambaState | None
+    ) -> tuple[Tensor, MambaState]:
+        conv_state, ssm_state = (None, None) if state is None else (state.conv, state.ssm)
+        options = {"conv_state": conv_state, "ssm_state": ssm_state, "backend": self.backend}
+        if direction.are_plain():
+            y_BTE, conv_state, ssm_state = mamba_inner_fn(
+                xz_BTF, _weights(direction), return_state=True, **options
+            )
+        else:
+            y_BTE, conv_state, ssm_state = mamba_inner_of_modules(
+                xz_BTF, direction, d_conv=self.d_conv, lengths=None, chunk_size=None, **options
+            )
+        return y_BTE, MambaState(conv_state, ssm_state)
 
     def _modules_of(self, suffix: str) -> DirectionModules:
         return DirectionModules(

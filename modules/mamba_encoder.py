@@ -7,10 +7,10 @@ from speechbrain.nnet.normalization import LayerNorm
 from torch import Tensor, nn
 
 from modules.convolution import FeedForward
-from modules.layer_stack import Surroundings
+from modules.layer_stack import Surroundings, pieces_of
 from modules.mamba import Mamba, MambaState
 from modules.mamba_config import mixer_options
-from modules.mamba_streaming import MambaLayerStack
+from modules.mamba_stack import MambaLayerStack
 
 
 class MambaEncoderLayer(nn.Module):
@@ -49,6 +49,13 @@ class MambaEncoderLayer(nn.Module):
         chunk_size = None if surroundings.chunks is None else surroundings.chunks.chunk_size
         mixed_BTD = self.mamba(self.norm1(x_BTD), surroundings.lengths_B, chunk_size=chunk_size)
         return self._fed_forward(x_BTD + self.dropout1(mixed_BTD))
+
+    def forward_in_pieces(self, x_BTD: Tensor, piece_frames: int) -> Tensor:
+        """Applies the layer to a whole recording in memory for a piece; changes ``x_BTD``."""
+        x_BTD += self.mamba.forward_in_pieces(x_BTD, piece_frames, before=self.norm1)
+        for piece_BTD in pieces_of(x_BTD, piece_frames):
+            piece_BTD += self.pos_ffn(self.norm2(piece_BTD))
+        return x_BTD
 
     def forward_streaming(
         self, x_BTD: Tensor, state: MambaState | None, pos_embs: Tensor | None = None

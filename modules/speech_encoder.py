@@ -89,6 +89,36 @@ class SpeechEncoder(nn.Module):
         """Encoder output ``encoder_out_BTD`` of front-end frames."""
         return self.Transformer(frames_BTFC, None, num_frames_B)[0]
 
+    @torch.no_grad()
+    def forward_in_pieces(self, wav_S: Tensor, piece_s: float = 60.0) -> Tensor:
+        """``forward`` of one recording of any length, in evaluation: ``encoder_out_TD``.
+
+        Every frame depends on the whole recording, as in ``forward``, and comes out the same. Layer
+        by layer, the scan's state is carried forward through the pieces, and backward from the end.
+        Memory beside the result: the waveform, its features twice, and a piece.
+
+        Args:
+            wav_S: a waveform between -1 and 1.
+            piece_s: seconds that are in work at a time.
+
+        Raises:
+            ValueError: the encoder attends: every frame needs all others at once.
+        """
+        rate = self.compute_features.compute_STFT.sample_rate
+        piece_samples = max(1, round(piece_s * rate))
+        with torch.autocast(wav_S.device.type, enabled=False):
+            feats_1TM = self.compute_features.forward_in_pieces(wav_S[None], piece_samples)
+            feats_1TM = self.normalize(feats_1TM)
+        pieces = feats_1TM.split(self.num_feature_frames(piece_samples), dim=1)
+        state, embedded = None, []
+        for i, piece_1TM in enumerate(pieces):
+            frames, state = self.CNN.forward_streaming(piece_1TM, state, i == len(pieces) - 1)
+            if frames.shape[1]:
+                embedded.append(self.Transformer.embed_source(frames))
+        x_1TD = torch.cat(embedded, dim=1)
+        del feats_1TM, pieces, embedded
+        return self.Transformer.encode_in_pieces(x_1TD, self.num_frames(piece_samples))[0]
+
     def forward(self, wav_BS: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
         """Waveforms to ``encoder_out_BTD`` and integer frames per item ``num_frames_B``.
 

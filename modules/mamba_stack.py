@@ -1,12 +1,30 @@
-"""How the Mamba and ConMamba encoders stream: in any cutting, or in chunks if they look ahead."""
+"""The Mamba and ConMamba encoders in pieces: streams in chunks, and recordings of any length."""
 
+import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from torch import Tensor
 
-from modules.layer_stack import LayerStack, StreamingContext
+from modules.layer_stack import LayerStack, StreamingContext, pieces_of
 
 
 class MambaLayerStack(LayerStack):
     """An encoder whose layers keep the past in a state, None before the first frame."""
+
+    @torch.no_grad()
+    def forward_in_pieces(self, x_BTD: Tensor, piece_frames: int) -> Tensor:
+        """``forward`` over a whole recording, layer by layer, in evaluation.
+
+        Beside two tensors of the size of ``x_BTD`` it needs memory for one piece.
+
+        Args:
+            x_BTD: frames, all of them valid; changed.
+            piece_frames: frames of a piece.
+        """
+        for layer in self.layers:
+            x_BTD = layer.forward_in_pieces(x_BTD, piece_frames)
+        for piece_BTD in pieces_of(x_BTD, piece_frames):
+            piece_BTD.copy_(self.norm(piece_BTD))
+        return x_BTD
 
     def make_streaming_context(
         self, dynchunktrain_config: DynChunkTrainConfig | None
