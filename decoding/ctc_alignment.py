@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torchaudio.functional import forced_align, merge_tokens
 
+from decoding.ctc_beam_search.hypothesis import CTCToken
+
 
 def min_ctc_frames(tokens_BU: Tensor, num_tokens_B: Tensor) -> Tensor:
     """Fewest frames that a CTC path needs: one per token and one per adjacent repetition."""
@@ -15,21 +17,6 @@ def min_ctc_frames(tokens_BU: Tensor, num_tokens_B: Tensor) -> Tensor:
     repeat_BU[:, 1:] = tokens_BU[:, 1:] == tokens_BU[:, :-1]
     repeat_BU &= positions_U < num_tokens_B[:, None]
     return num_tokens_B + repeat_BU.sum(1)
-
-
-@dataclass(frozen=True)
-class TokenSpan:
-    """Where a token is on the likeliest path.
-
-    Attributes:
-        start_frame: the first of its frames.
-        end_frame: the frame after the last of them.
-        log_prob: the highest log probability that it has in them.
-    """
-
-    start_frame: int
-    end_frame: int
-    log_prob: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +35,7 @@ class Alignment:
 
 def align_tokens(
     log_probs_TV: Tensor, tokens: Sequence[int], blank: int = 0
-) -> tuple[list[TokenSpan], float] | None:
+) -> tuple[list[CTCToken], float] | None:
     """The likeliest path through a sequence of tokens.
 
     Args:
@@ -56,8 +43,8 @@ def align_tokens(
         tokens: without blanks.
 
     Returns:
-        a span for each token and the log probability of the path; None where the frames do not
-        suffice for the tokens, there are none, or log probabilities are not finite.
+        each token with its frames, and the log probability of the path; None where the frames do
+        not suffice for the tokens, there are none, or log probabilities are not finite.
     """
     targets_1U = torch.tensor([list(tokens)], dtype=torch.int32)
     enough = int(min_ctc_frames(targets_1U, torch.tensor([len(tokens)])))
@@ -67,11 +54,13 @@ def align_tokens(
         log_probs_TV[None].float().cpu().contiguous(), targets_1U, blank=blank
     )
     scores_T = scores_1T[0]
-    spans = [
-        TokenSpan(span.start, span.end, float(scores_T[span.start : span.end].max()))
+    placed = [
+        CTCToken(
+            int(span.token), span.start, span.end, float(scores_T[span.start : span.end].max())
+        )
         for span in merge_tokens(path_1T[0], scores_T, blank)
     ]
-    return spans, float(scores_T.sum())
+    return placed, float(scores_T.sum())
 
 
 def align_words(
@@ -92,13 +81,13 @@ def align_words(
     aligned = align_tokens(log_probs_TV, tokens, blank)
     if aligned is None:
         return None
-    spans, log_prob = aligned
+    found, log_prob = aligned
     words: list[tuple[int, int] | None] = []
-    for span, piece in zip(spans, pieces, strict=True):
+    for token, piece in zip(found, pieces, strict=True):
         if piece.startswith("▁") or not words:
             words.append(None)
         if piece != "▁":
             last = words[-1]
-            words[-1] = (span.start_frame if last is None else last[0], span.end_frame)
+            words[-1] = (token.start_frame if last is None else last[0], token.end_frame)
     placed = [word for word in words if word is not None]
     return Alignment(placed, log_prob / len(tokens)) if len(placed) == len(words) else None

@@ -1,0 +1,108 @@
+"""Long recordings: cut in their pauses, joined without losing or doubling a word."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference.long_audio import Piece, cut_at_pauses, join
+from inference.transcript import Token, Transcript, Word
+
+RATE = 1000
+
+
+def recording(speech_s, pause_s, seed=0):
+    """Stretches of noise, each followed by a pause of quieter noise."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for loud, quiet in zip(speech_s, pause_s, strict=True):
+        parts.append(0.3 * rng.standard_normal(round(loud * RATE)))
+        parts.append(0.003 * rng.standard_normal(round(quiet * RATE)))
+    return np.concatenate(parts).astype(np.float32)
+
+
+def test_a_short_recording_stays_whole():
+    assert cut_at_pauses(np.zeros(29 * RATE, np.float32), RATE) == [
+        Piece(0, 29 * RATE, 29 * RATE)
+    ]
+
+
+def test_cuts_lie_in_pauses():
+    speech_s, pause_s = [4.0] * 30, [0.6] * 30
+    pieces = cut_at_pauses(recording(speech_s, pause_s), RATE)
+    assert len(pieces) >= 5
+    for piece in pieces[:-1]:
+        assert piece.cut == piece.stop
+        assert piece.cut / RATE % 4.6 > 4.0
+    assert [p.start for p in pieces[1:]] == [p.cut for p in pieces[:-1]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    speech_s=st.lists(st.floats(0.1, 70), min_size=1, max_size=8),
+    pause_s=st.floats(0.0, 40.0),
+    max_s=st.floats(12, 40),
+)
+def test_pieces_cover_everything_and_none_is_too_long(speech_s, pause_s, max_s):
+    wav_S = recording(speech_s, [pause_s] * len(speech_s))
+    pieces = cut_at_pauses(wav_S, RATE, max_s)
+    assert pieces[0].start == 0
+    assert pieces[-1].stop == pieces[-1].cut == len(wav_S)
+    for piece, following in zip(pieces, pieces[1:], strict=False):
+        assert following.start <= piece.cut <= piece.stop
+        assert piece.cut - following.start == piece.stop - piece.cut
+        assert following.cut > piece.cut
+    assert max(piece.stop - piece.start for piece in pieces) <= max_s * RATE + 1
+
+
+def test_pieces_shorter_than_their_overlaps_are_refused():
+    with pytest.raises(ValueError, match="at least 12 s"):
+        cut_at_pauses(np.zeros(10), RATE, 5.0)
+
+
+def words_between(texts, times, start, stop, jitter):
+    """What a piece hears: the words within it, at times that are off by a little."""
+    rng = np.random.default_rng(round(start))
+    words = []
+    for text, time in zip(texts, times, strict=True):
+        begin = time + rng.uniform(-jitter, jitter)
+        if start <= time and time + 0.3 <= stop:
+            words.append(Word(text, begin - start, begin + 0.3 - start, 0.9))
+    return tuple(words)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    gaps=st.lists(st.floats(0.35, 1.5), min_size=20, max_size=60),
+    cuts=st.lists(st.floats(0.1, 0.9), min_size=1, max_size=3),
+    jitter=st.floats(0, 0.1),
+)
+def test_no_word_is_lost_or_doubled_where_pieces_overlap(gaps, cuts, jitter):
+    times = np.cumsum(gaps)
+    texts = [f"W{i % 7}" for i in range(len(times))]
+    end_s = times[-1] + 1.0
+    marks = sorted({round(cut * end_s, 2) for cut in cuts})
+    marks = [m for i, m in enumerate(marks) if i == 0 or m - marks[i - 1] > 7]
+    starts = [0.0, *(mark - 3.0 for mark in marks)]
+    stops = [*(min(mark + 3.0, end_s) for mark in marks), end_s]
+    pieces = [
+        Piece(round(max(a, 0) * RATE), round(b * RATE), round(c * RATE))
+        for a, b, c in zip(starts, stops, [*marks, end_s], strict=True)
+    ]
+    transcripts = []
+    for piece in pieces:
+        words = words_between(texts, times, piece.start / RATE, piece.stop / RATE, jitter)
+        tokens = tuple(Token(w.text, w.start_s, w.end_s, w.confidence) for w in words)
+        transcripts.append(Transcript(" ".join(w.text for w in words), words, tokens))
+    joined = join(pieces, transcripts, RATE)
+    assert joined.text.split() == texts
+    assert [token.text for token in joined.tokens] == texts
+    assert " ".join(segment.text for segment in joined.segments) == joined.text
+    np.testing.assert_allclose([word.start_s for word in joined.words], times, atol=0.101)
+
+
+def test_without_a_common_word_each_side_of_the_cut_gives_its_own():
+    pieces = [Piece(0, 13000, 10000), Piece(7000, 20000, 20000)]
+    left = Transcript("A B", (Word("A", 2.0, 2.4, 1.0), Word("B", 10.5, 11.0, 1.0)))
+    right = Transcript("C D", (Word("C", 1.0, 1.5, 1.0), Word("D", 5.0, 5.5, 1.0)))
+    assert join(pieces, [left, right], RATE).text == "A D"
