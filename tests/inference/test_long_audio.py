@@ -1,5 +1,7 @@
 """Long recordings: cut in their pauses, joined without losing or doubling a word."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,9 +24,7 @@ def recording(speech_s, pause_s, seed=0):
 
 
 def test_a_short_recording_stays_whole():
-    assert cut_at_pauses(np.zeros(29 * RATE, np.float32), RATE) == [
-        Piece(0, 29 * RATE, 29 * RATE)
-    ]
+    assert cut_at_pauses(np.zeros(29 * RATE, np.float32), RATE) == [Piece(0, 29 * RATE, 29 * RATE)]
 
 
 def test_cuts_lie_in_pauses():
@@ -48,7 +48,7 @@ def test_pieces_cover_everything_and_none_is_too_long(speech_s, pause_s, max_s):
     pieces = cut_at_pauses(wav_S, RATE, max_s)
     assert pieces[0].start == 0
     assert pieces[-1].stop == pieces[-1].cut == len(wav_S)
-    for piece, following in zip(pieces, pieces[1:], strict=False):
+    for piece, following in itertools.pairwise(pieces):
         assert following.start <= piece.cut <= piece.stop
         assert piece.cut - following.start == piece.stop - piece.cut
         assert following.cut > piece.cut
