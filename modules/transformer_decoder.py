@@ -209,11 +209,11 @@ def _layer_step(
     return feed_forward_step(layer, x_BD, layer.norm3), cache, attends
 
 
-def _memory_heads(attention: nn.Module, memory_BTD: Tensor) -> tuple[Tensor, Tensor]:
+def _memory_heads(attention: nn.Module, memory_BTD: Tensor) -> list[Tensor]:
     """Keys and values of the memory, or itself in the place of both, as a single head."""
     if not is_plain_attention(attention):
-        return memory_BTD[:, None], memory_BTD[:, None]
-    return project(attention, memory_BTD, 1), project(attention, memory_BTD, 2)
+        return [memory_BTD[:, None], memory_BTD[:, None]]
+    return project(attention, memory_BTD, slice(1, 3))
 
 
 def _attend_to_memory(
@@ -227,7 +227,7 @@ def _attend_to_memory(
             x_GBD, keys_GHTK[:, 0], values_GHTK[:, 0], key_padding_mask=padding_GT
         )
         return attended_GBD, {"weights_GBT": weights_GBT}
-    query_GHBK = project(attention, x_GBD, 0)
+    (query_GHBK,) = project(attention, x_GBD, slice(0, 1))
     attended_GHBK = F.scaled_dot_product_attention(
         query_GHBK, keys_GHTK, values_GHTK, attn_mask=visible_G11T
     )

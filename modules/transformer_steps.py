@@ -53,7 +53,7 @@ def self_attention_step(
             cache = cache.append(x_ND[:, None], x_ND[:, None])
             past_NUD = cache.keys_NHUD[:, 0]
             return attention(x_ND[:, None], past_NUD, past_NUD, key_padding_mask=is_pad_NU)[0][:, 0]
-        query_NH1K, key_NH1K, value_NH1K = (project(attention, x_ND[:, None], i) for i in range(3))
+        query_NH1K, key_NH1K, value_NH1K = project(attention, x_ND[:, None], slice(0, 3))
         cache = cache.append(key_NH1K[:, :, 0], value_NH1K[:, :, 0])
         attended_NH1K = F.scaled_dot_product_attention(
             query_NH1K,
@@ -77,9 +77,10 @@ def is_plain_attention(attention: nn.Module) -> bool:
     )
 
 
-def project(attention: MultiheadAttention, x_BTD: Tensor, part: int) -> Tensor:
-    """Queries (``part`` 0), keys (1) or values (2) of ``x_BTD``: (batch, heads, time, width)."""
-    weight = attention.att.in_proj_weight.chunk(3)[part]
-    bias = attention.att.in_proj_bias.chunk(3)[part]
-    heads_BTHK = F.linear(x_BTD, weight, bias).unflatten(-1, (attention.att.num_heads, -1))
-    return heads_BTHK.transpose(1, 2)
+def project(attention: MultiheadAttention, x_BTD: Tensor, parts: slice) -> list[Tensor]:
+    """Of queries (0), keys (1) and values (2) those in ``parts``: (batch, heads, time, width)."""
+    att = attention.att
+    rows = slice(parts.start * att.embed_dim, parts.stop * att.embed_dim)
+    projected = F.linear(x_BTD, att.in_proj_weight[rows], att.in_proj_bias[rows])
+    heads = (part.unflatten(-1, (att.num_heads, -1)) for part in projected.split(att.embed_dim, -1))
+    return [heads_BTHK.transpose(1, 2) for heads_BTHK in heads]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ops.causal_conv1d import causal_conv1d_fn
 from ops.mamba_inner import Direction, mamba_inner_fn
-from ops.selective_scan import bidirectional_scan_fn, selective_scan_fn, triton_launch
+from ops.selective_scan import Way, bidirectional_scan_fn, selective_scan_fn, triton_launch
 from tests.ops.scans import (
     assert_close,
     in_double,
@@ -252,11 +252,10 @@ def test_scan_is_an_operator_with_a_fake():
     inputs = random_inputs(5, batch=1, dim=2, state=2, channels_last=True)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     operator = torch.ops.mamba_asr.selective_scan_triton.default
-    tensors = [leaves[n] for n in ("u", "delta", "A", "B", "C", "D", "delta_bias")]
-    arguments = [*tensors, *[None] * 7, leaves["z"], leaves["initial_state"], True, None, False]
+    no_second_way = [None] * len(Way._fields)
     torch.library.opcheck(
         operator,
-        (*arguments, None, None, True),
+        (*way_of(leaves), *no_second_way, leaves["z"], True, None, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
@@ -343,6 +342,6 @@ def test_convolution_is_an_operator_with_a_fake():
     torch.library.opcheck(
         torch.ops.mamba_asr.causal_conv1d_triton.default,
         (inputs["x"], inputs["weight"], inputs["bias"], "silu", None, False,
-         inputs["initial_state"], None),
+         inputs["initial_state"], None, True),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
