@@ -20,8 +20,8 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 
 from modules.dropout import replace_dropout
+from modules.initialisation import initialise
 from modules.lengths import absolute_lengths, padding_mask
-from modules.mamba import Mamba
 from modules.mamba_decoder import MambaDecoderState
 from modules.Transformer import DECODERS, ENCODERS, build, build_encoder, lookup
 from modules.transformer_decoder import TransformerDecoderState
@@ -110,6 +110,8 @@ class TransformerASR(SpeechBrainTransformerASR):
         layerdrop_prob: probability with which training leaves an encoder layer out.
         gradient_checkpointing: recompute encoder layers in the backward: same gradients, less
             memory, more time.
+        init: how weights are drawn, a name in ``modules.initialisation.INITS``: "xavier" for the
+            published models, "near_identity" leaves CTC's plateau of blanks sooner.
 
     Raises:
         ValueError: an unknown name, options that contradict each other, or one that the encoder
@@ -146,6 +148,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         output_hidden_states: bool = False,
         layerdrop_prob: float = 0.0,
         gradient_checkpointing: bool = False,
+        init: str = "xavier",
     ):
         lookup(ENCODERS, encoder_module, "encoder_module")
         decoder_class = lookup(DECODERS, decoder_module, "decoder_module")
@@ -172,6 +175,8 @@ class TransformerASR(SpeechBrainTransformerASR):
                 "hypermixing mixes all frames and cannot be causal; set causal: False."
             )
 
+        # SpeechBrain's constructor ends with _init_params.
+        self.init = init
         # SpeechBrain builds no encoder under a name that it does not know and no decoder of 0
         # layers; both come from our tables below.
         super().__init__(
@@ -533,11 +538,7 @@ class TransformerASR(SpeechBrainTransformerASR):
             raise ValueError("This network has no decoder; build it with num_decoder_layers > 0.")
 
     def _init_params(self) -> None:
-        """Xavier for every matrix, save those of the mixers that set a decay or a time scale."""
-        super()._init_params()
-        for module in self.modules():
-            if isinstance(module, Mamba):
-                module.reset_dynamics()
+        initialise(self, self.init)
 
 
 def _flattened(src: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
 from modules.frontend import ConvolutionFrontEnd
+from modules.initialisation import INITS
+from modules.mamba import Mamba
 from modules.TransformerASR import TransformerASR
 from tests.modules.networks import INPUT_SIZE, VOCABULARY, small_network
 
@@ -118,11 +120,13 @@ def mixers(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if hasattr(module, "A_log")]
 
 
+@pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("encoder", ["conmamba", "mamba"])
-def test_construction_leaves_the_dynamics_of_every_mixer_intact(encoder, bidirectional):
+def test_construction_leaves_the_dynamics_of_every_mixer_intact(encoder, bidirectional, init):
     network = small_network(
         encoder,
+        init=init,
         d_model=64,
         num_decoder_layers=1,
         decoder_module="mamba",
@@ -155,6 +159,41 @@ def test_matrices_elsewhere_are_xavier():
     assert weight.std().item() == pytest.approx((2 / (64 + 256)) ** 0.5, rel=0.05)
 
 
+def test_weights_are_xavier_unless_another_way_is_named():
+    named = small_network("conformer", num_decoder_layers=1, init="xavier").state_dict()
+    for name, weights in small_network("conformer", num_decoder_layers=1).state_dict().items():
+        assert torch.equal(weights, named[name]), name
+
+
+@pytest.mark.parametrize("encoder", ["conformer", "conmamba", "transformer", "conformer-rope"])
+def test_near_identity_draws_no_bias_but_those_of_the_mixers(encoder):
+    network = small_network(encoder, num_decoder_layers=1, init="near_identity")
+    of_mixers = {id(p) for m in network.modules() if isinstance(m, Mamba) for p in m.parameters()}
+    biases = [
+        module.bias
+        for module in network.modules()
+        if isinstance(module, nn.Linear | nn.Conv1d) and module.bias is not None
+    ]
+    assert all(not bias.any() for bias in biases if id(bias) not in of_mixers)
+    assert all(bias.any() for bias in biases if id(bias) in of_mixers)
+
+
+def variation(network: nn.Module) -> float:
+    """The part of the encoder's output that is not the same in every frame."""
+    with torch.no_grad():
+        encoder_out = network.encode(torch.randn(1, 60, INPUT_SIZE))
+    varying = encoder_out - encoder_out.mean(1, keepdim=True)
+    return (varying.square().sum() / encoder_out.square().sum()).item()
+
+
+@pytest.mark.parametrize("attention_type", ["RelPosMHAXL", "regularMHA", "RoPEMHA"])
+def test_near_identity_keeps_frames_apart_that_attention_and_biases_would_level(attention_type):
+    sizes = {"d_model": 64, "d_ffn": 256, "num_encoder_layers": 8, "positional_encoding": None}
+    options = {**sizes, "attention_type": attention_type}
+    assert variation(small_network("conformer", init="xavier", **options)) < 0.15
+    assert variation(small_network("conformer", init="near_identity", **options)) > 0.5
+
+
 def test_no_config_is_modified():
     config = {"d_state": 4, "expand": 2, "d_conv": 4, "bidirectional": True}
     before = dict(config)
@@ -176,6 +215,7 @@ def test_no_config_is_modified():
         ({"decoder_module": "lstm"}, "lstm.*mamba, transformer"),
         ({"attention_type": "flash"}, "flash.*regularMHA"),
         ({"positional_encoding": "learnt"}, "learnt.*fixed_abs_sine"),
+        ({"init": "he"}, "init is 'he'; known are near_identity, xavier"),
         ({"num_encoder_layers": 0}, "num_encoder_layers is 0"),
         ({"encoder_module": "conformer", "normalize_before": False}, "normalize_before: True"),
         ({"mamba_config": {"d_stat": 16}}, "d_stat; known are d_state, d_conv"),
