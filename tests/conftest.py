@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def tone_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated corpus with the four splits of the recipes; read only."""
     return make_corpus(tmp_path_factory.mktemp("tones") / "LibriSpeech")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks so small that a second thread is only waited for."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.hookimpl(tryfirst=True)

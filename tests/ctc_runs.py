@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -70,14 +70,14 @@ def untouched_process() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def train(arguments: Sequence[str]) -> int:
+def train(arguments: Sequence[str], main: Callable = train_CTC.main) -> int:
     """Run the recipe in this process, as the script would; returns the exit status.
 
     env.log, for which SpeechBrain asks pip and git, stays without content.
     """
     with untouched_process(), patch("speechbrain.utils.logger.get_environment_description", str):
         try:
-            run_script(train_CTC.main, arguments)
+            run_script(main, arguments)
         except SystemExit as ended:
             return ended.code
         return 0

@@ -5,10 +5,6 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Shapes here are so small that a second thread is only waited for."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _small_and_seeded(one_thread):
+    """Shapes here are small, and weights are the same whichever tests run."""
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(num_threads)
