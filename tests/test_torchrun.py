@@ -74,14 +74,34 @@ run_script(train_CTC.main)
 """Trains, notes what each process holds, and gives the second process one infinite loss."""
 
 
+def start_two_processes(code, folder, arguments):
+    """Run Python code under torchrun with ``folder`` and ``arguments``; returns its stdout."""
+    driver = folder / "driver.py"
+    driver.write_text(code, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.run(
+        [*torchrun, str(driver), str(folder), *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def notes_of(folder):
+    """What each of the two processes wrote down."""
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(output folder, folder of notes, stdout) of a run with two processes."""
     folder = tmp_path_factory.mktemp("two")
     splits = {"train-clean-100": UTTERANCES, "dev-clean": 2, "test-clean": 3, "test-other": 1}
     corpus = make_corpus(folder / "LibriSpeech", splits, num_words=1)
-    driver = folder / "driver.py"
-    driver.write_text(DRIVER, encoding="utf-8")
     arguments = command_line(
         corpus,
         folder / "run",
@@ -93,22 +113,13 @@ def finished(tmp_path_factory):
         splice_from_epoch=EPOCHS,
         splice_min_log_prob=-100,
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.run(
-        [*torchrun, str(driver), str(folder), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return folder / "run", folder, process.stdout
+    stdout = start_two_processes(DRIVER, folder, arguments)
+    return folder / "run", folder, stdout
 
 
 @pytest.fixture(scope="module")
 def ranks(finished):
-    return [torch.load(finished[1] / f"rank{rank}.pt") for rank in range(2)]
+    return notes_of(finished[1])
 
 
 def test_both_processes_end_with_identical_weights_optimisers_and_statistics(ranks):
@@ -179,3 +190,94 @@ def test_there_is_one_log(finished):
     assert epochs == [1, 2]
     assert (run / "log.txt").read_text(encoding="utf-8").count("Beginning experiment!") == 1
     assert stdout.count("real-time factor") == 1
+
+
+NOTING_DRIVER = f"""
+import importlib, os, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import torch
+from training.brains.run_brain import RunBrain
+from training.launch.command_line import run_script
+
+rank, folder, script = int(os.environ["RANK"]), sys.argv.pop(1), sys.argv.pop(1)
+batch_end, stage_end = RunBrain.on_fit_batch_end, RunBrain.on_stage_end
+batches = {{}}
+
+def on_fit_batch_end(self, batch, *others):
+    items = batch.id if hasattr(batch, "id") else map(str, batch.tokens_bos.tolist())
+    batches.setdefault(self.epoch, []).append(list(items))
+    batch_end(self, batch, *others)
+
+def on_stage_end(self, stage, *others):
+    if stage.name == "TRAIN":
+        weights = self.hparams.model.state_dict()
+        torch.save({{"model": weights, "batches": batches}}, f"{{folder}}/rank{{rank}}.pt")
+    stage_end(self, stage, *others)
+
+RunBrain.on_fit_batch_end, RunBrain.on_stage_end = on_fit_batch_end, on_stage_end
+run_script(importlib.import_module(script).main)
+"""
+"""Trains by the script that is named, and notes what each process saw and holds."""
+
+
+def assert_trained_together(folder, items_per_epoch):
+    """Both processes hold the same weights, and no item is seen twice or never in an epoch."""
+    first, second = notes_of(folder)
+    torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
+    for epoch in range(1, EPOCHS + 1):
+        shares = [rank["batches"][epoch] for rank in (first, second)]
+        assert len(shares[0]) == len(shares[1])
+        items = [item for share in shares for batch in share for item in batch]
+        assert len(items) == len(set(items)) == items_per_epoch
+
+
+def test_a_joint_recogniser_with_dynamic_batches_in_two_processes(tmp_path):
+    # Six batches of one to three utterances; of an odd number the last would be trained on twice.
+    # They make six batches of one to three; of an odd number, one would be trained on twice.
+    splits = {"train-clean-100": UTTERANCES, "dev-clean": 2, "test-clean": 3}
+    corpus = make_corpus(tmp_path / "LibriSpeech", splits, num_words=1)
+    arguments = command_line(
+        corpus,
+        tmp_path / "run",
+        REPOSITORY / "hparams" / "S2S" / "conmambamamba_small.yaml",
+        number_of_epochs=EPOCHS,
+        dynamic_batching=True,
+        max_batch_length_train=2.5,
+        num_bucket=3,
+        test_splits="[test-clean]",
+        test_beam_size=2,
+        num_decoder_layers=1,
+        token_type="char",
+        output_neurons=31,
+        no_lm=True,
+        pretrained_lm_tokenizer_path="null",
+        speed_perturb="null",
+    )
+    start_two_processes(NOTING_DRIVER, tmp_path, ["train_S2S", *arguments])
+    assert_trained_together(tmp_path, UTTERANCES)
+    first, second = notes_of(tmp_path)
+    for epoch in range(1, EPOCHS + 1):
+        sizes = {len(batch) for rank in (first, second) for batch in rank["batches"][epoch]}
+        assert len(sizes) > 1
+    assert first["batches"][1] != first["batches"][2]
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["splits"]["test-clean"]["utterances"] == 3
+
+
+def test_a_language_model_in_two_processes(tmp_path):
+    digits = "ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE ZERO".split()  # noqa: SIM905
+    sentences = [f"{first} {second}" for first in digits for second in digits]
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(sentences), encoding="utf-8")
+    arguments = [
+        str(REPOSITORY / "hparams" / "LM" / "transformer_small.yaml"),
+        *("--train_text", str(text), "--valid_text", str(text)),
+        *("--output_folder", str(tmp_path / "run"), "--number_of_epochs", str(EPOCHS)),
+        *("--token_type", "char", "--output_neurons", "24", "--max_batch_tokens", "200"),
+        *("--d_model", "16", "--nhead", "2", "--num_layers", "1", "--d_ffn", "32"),
+        *("--num_workers", "0", "--device", "cpu", "--precision", "fp32", "--noprogressbar"),
+    ]
+    start_two_processes(NOTING_DRIVER, tmp_path, ["train_LM", *arguments])
+    assert_trained_together(tmp_path, len(sentences))
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["splits"]["valid"]["sentences"] == len(sentences)
