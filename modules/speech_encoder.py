@@ -1,5 +1,7 @@
 """From waveforms to encoder output: the one path that training, decoding and inference take."""
 
+from collections.abc import Callable
+
 import torch
 from speechbrain.processing.features import InputNormalization
 from torch import Tensor, nn
@@ -25,7 +27,8 @@ class SpeechEncoder(nn.Module):
     >>> from modules.frontend import ConvolutionFrontEnd
     >>> cnn = ConvolutionFrontEnd((None, None, 80))
     >>> network = TransformerASR(31, 640, 16, 2, 1, 0, 16, encoder_module="conmamba")
-    >>> encoder = SpeechEncoder(Fbank(), InputNormalization(), cnn, network).eval()
+    >>> normalize = InputNormalization(norm_type="sentence")
+    >>> encoder = SpeechEncoder(Fbank(), normalize, cnn, network).eval()
     >>> encoder_out_BTD, num_frames_B = encoder(torch.zeros(2, 16000), torch.tensor([16000, 8000]))
     >>> encoder_out_BTD.shape, num_frames_B
     (torch.Size([2, 26, 16]), tensor([26, 13]))
@@ -48,6 +51,12 @@ class SpeechEncoder(nn.Module):
         # A distributed wrapper that takes the front end's place does not tell them.
         self._frontend_frames = CNN.out_frames
         self._frontend_stride = CNN.stride_frames
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpeechEncoder":
+        super()._apply(fn, recurse)
+        # SpeechBrain's statistics are no buffers: without this they stay behind.
+        self.normalize.to(fn(self.normalize.glob_mean).device)
+        return self
 
     def num_feature_frames(self, num_samples: IntOrTensor) -> IntOrTensor:
         """Frames that the filterbank makes of so many samples (an integer or integers)."""
