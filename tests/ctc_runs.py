@@ -20,6 +20,7 @@ from training.launch.command_line import run_script
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONMAMBA = REPOSITORY / "hparams" / "CTC" / "conmamba_small.yaml"
+CONMAMBAMAMBA = REPOSITORY / "hparams" / "S2S" / "conmambamamba_small.yaml"
 
 TINY = {
     "train_splits": "[train-clean-100]",
@@ -41,6 +42,17 @@ TINY = {
     "device": "cpu",
 }
 """Overrides that make a run of conmamba_small.yaml a matter of seconds."""
+
+TINY_S2S = {
+    "num_decoder_layers": 1,
+    "token_type": "char",
+    "output_neurons": 31,
+    "no_lm": True,
+    "pretrained_lm_tokenizer_path": "null",
+    "valid_beam_size": 2,
+    "test_beam_size": 2,
+}
+"""Further ones for a file of hparams/S2S."""
 
 
 def command_line(

@@ -6,24 +6,13 @@ import pytest
 
 import train_CTC
 import train_S2S
-from tests.ctc_runs import CONMAMBA, REPOSITORY, command_line, train
+from tests.ctc_runs import CONMAMBA, CONMAMBAMAMBA, TINY_S2S, command_line, train
 from tests.generated_corpus import make_corpus
 
 UTTERANCES = 12
 SPLIT = "train-clean-100"
 CTC = (train_CTC.main, CONMAMBA, {})
-S2S = (
-    train_S2S.main,
-    REPOSITORY / "hparams" / "S2S" / "conmambamamba_small.yaml",
-    {
-        "num_decoder_layers": 1,
-        "token_type": "char",
-        "output_neurons": 31,
-        "no_lm": True,
-        "pretrained_lm_tokenizer_path": "null",
-        "valid_search_interval": 1000,
-    },
-)
+S2S = (train_S2S.main, CONMAMBAMAMBA, TINY_S2S | {"valid_search_interval": 1000})
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +35,6 @@ def test_a_recogniser_learns_a_dozen_utterances(recipe, corpus, tmp_path, monkey
         "d_model": 32,
         "num_encoder_layers": 2,
         "d_ffn": 64,
-        "mamba_config": "{d_state: 4, bidirectional: True}",
         "n_warmup_steps": 20,
         "number_of_epochs": 40,
         "avg_checkpoints": 1,

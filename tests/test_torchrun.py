@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from corpora.manifest import read_manifest
-from tests.ctc_runs import REPOSITORY, checkpoints, command_line, metrics
+from tests.ctc_runs import (
+    CONMAMBAMAMBA,
+    REPOSITORY,
+    TINY_S2S,
+    checkpoints,
+    command_line,
+    metrics,
+)
 from tests.generated_corpus import make_corpus
 
 UTTERANCES = 8
@@ -239,19 +246,14 @@ def test_a_joint_recogniser_with_dynamic_batches_in_two_processes(tmp_path):
     arguments = command_line(
         corpus,
         tmp_path / "run",
-        REPOSITORY / "hparams" / "S2S" / "conmambamamba_small.yaml",
+        CONMAMBAMAMBA,
         number_of_epochs=EPOCHS,
         dynamic_batching=True,
         max_batch_length_train=2.5,
         num_bucket=3,
         test_splits="[test-clean]",
-        test_beam_size=2,
-        num_decoder_layers=1,
-        token_type="char",
-        output_neurons=31,
-        no_lm=True,
-        pretrained_lm_tokenizer_path="null",
         speed_perturb="null",
+        **TINY_S2S,
     )
     start_two_processes(NOTING_DRIVER, tmp_path, ["train_S2S", *arguments])
     assert_trained_together(tmp_path, UTTERANCES)
