@@ -34,11 +34,24 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems() -> None:
-    """Give SpeechBrain's lazy modules the ``__file__`` that Hypothesis asks every module for.
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked ``gpu`` where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
-    They would import themselves to answer, and fail where an optional package (k2) is missing.
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow on a GPU alone, and protect Hypothesis from SpeechBrain's lazy modules.
+
+    Tests of all backends compile a Triton kernel for almost every call; ``tests/gpu`` does not.
+
+    Hypothesis asks every module for its ``__file__``. Lazy modules would import themselves to
+    answer, and fail where an optional package (k2) is missing.
     """
+    for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton":
+            item.add_marker(pytest.mark.slow)
     for module in list(sys.modules.values()):
         if any(base.__name__ == "LazyModule" for base in type(module).__mro__):
             module.__file__ = None

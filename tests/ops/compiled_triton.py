@@ -7,8 +7,10 @@ with Triton's own intermediate language: the rest takes a minute.
 Usage: compiled_triton.py CAPABILITY (80 for Ampere, 90 for Hopper)
 """
 
+import itertools
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import triton
@@ -25,6 +27,9 @@ from ops.causal_conv1d.arguments import ConvArguments
 from ops.selective_scan import triton as scan
 from ops.selective_scan import triton_launch
 from ops.selective_scan.arguments import ScanArguments, Way
+from tests.gpu import test_kernels, test_networks
+from tests.modules.networks import padded_batch, small_network
+from tests.ops import scans, test_causal_conv1d
 
 BATCH, DIM, STATES = 2, 64, 16
 ABSENT_GPU = 0
@@ -52,9 +57,14 @@ class Unlaunched:
     def __init__(self, kernel):
         self.kernel = kernel
         self.variants = []
+        self.forget()
+
+    def forget(self) -> None:
+        self.variants.clear()
+        self.kernel.device_caches.clear()
         # Its first use, which sets what compiles it.
-        _ = kernel.device_caches[ABSENT_GPU]
-        kernel.compile = self._keep
+        _ = self.kernel.device_caches[ABSENT_GPU]
+        self.kernel.compile = self._keep
 
     def __getitem__(self, grid):
         return lambda *arguments, **options: self.kernel.warmup(*arguments, grid=grid, **options)
@@ -122,6 +132,29 @@ def call_convolution(time: int, dtype: torch.dtype) -> None:
     convolution.conv_backward(y, last_state, arguments)
 
 
+def call_as_tests_of_the_gpu_do() -> None:
+    """Calls of the kernels, for each precision and direction, and a network's in batches and alone.
+
+    They take their tensors for those of a GPU; what comes out is uninitialised memory.
+    """
+    with (
+        patch.object(scan, "interpreted", lambda: True),
+        patch.object(convolution, "interpreted", lambda: True),
+        patch.object(scans, "device_of", lambda _: "cpu"),
+        patch.object(test_causal_conv1d, "device_of", lambda _: "cpu"),
+    ):
+        for (dtype, reset_every, _), reverse, time in itertools.product(
+            test_kernels.PRECISIONS, (False, True), test_kernels.TIMES
+        ):
+            inputs, options = test_kernels.scan_call(time, reverse, dtype, reset_every)
+            scans.run("triton", inputs, **options)
+            inputs, options = test_kernels.convolution_call(time, reverse, dtype, reset_every)
+            test_causal_conv1d.run("triton", inputs, **options)
+        network = small_network("conmamba", mamba_config={"d_state": 4, "backend": "triton"})
+        for lengths in (test_networks.LENGTHS, *([length] for length in test_networks.LENGTHS)):
+            test_networks.encode(network, *padded_batch(lengths), torch.device("cpu"))
+
+
 def main(capability: int) -> None:
     driver.set_active(AbsentGpu(capability))
     forward, backward, pack = unlaunched(
@@ -157,6 +190,15 @@ def main(capability: int) -> None:
     for kernel in (forward, backward):
         assert len(kernel.variants) == 2
         kernel.compile_partly()
+
+    # Tests of a GPU wait for the compiler: a scan of each precision and that of the network, and
+    # convolutions that have a direction each.
+    for kernel in kernels:
+        kernel.forget()
+    triton_launch._num_multiprocessors = lambda _: 132
+    call_as_tests_of_the_gpu_do()
+    counts = [len(kernel.variants) for kernel in kernels]
+    assert counts == [3, 3, 3, 6, 6], counts
 
 
 if __name__ == "__main__":
