@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modules.dropout import replace_dropout
 from modules.lengths import IntOrTensor, padding_mask
+from modules.plain_layers import is_plain
 
 PADDINGS = ("same", "causal")
 
@@ -109,6 +110,8 @@ class Conv2d(SpeechBrainConv2d):
         # Seen as (batch, channel, time, frequency) this memory is channels-last: what convolution
         # libraries prefer, and the LayerNorm behind finds frequency and channel side by side.
         x_BCTF = x_BTFC.permute(0, 3, 1, 2)
+        if not is_plain(self.conv):
+            return self.conv(x_BCTF.transpose(2, 3)).permute(0, 3, 2, 1)
         y_BCTF = F.conv2d(
             x_BCTF,
             self.conv.weight.transpose(2, 3),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv1d)
+PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv1d, nn.Conv2d)
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from speechbrain.lobes.models.convolution import ConvolutionFrontEnd as SpeechBrainFrontEnd
+from torch import nn
 
-from modules.frontend import ConvolutionFrontEnd, reflect_frequency
+from modules.frontend import Conv2d, ConvolutionFrontEnd, reflect_frequency
 
 BINS = 12
 
@@ -113,6 +114,30 @@ def test_it_tells_how_many_frames_come_out(kernel, strides, padding):
 def test_defaults_are_the_published_front_end():
     out_BTFC = ConvolutionFrontEnd((8, 10, 80))(torch.randn(1, 101, 80))
     assert out_BTFC.shape == (1, 26, 20, 32)
+
+
+def test_a_replaced_convolution_is_called():
+    class Doubled(nn.Module):
+        """Another layer in the place of a convolution."""
+
+        def __init__(self, conv):
+            super().__init__()
+            self.inner = conv
+
+        def forward(self, x_BCFT):
+            return 2 * self.inner(x_BCFT)
+
+    torch.manual_seed(1)
+    net = ConvolutionFrontEnd((8, 10, 20), out_channels=(4, 6)).eval()
+    feats_BTM, frames_B = torch.randn(2, 31, 20), torch.tensor([31, 17])
+    expected = net(feats_BTM, frames_B)
+    convolutions = [m for m in net.modules() if isinstance(m, Conv2d)]
+    for layer in convolutions:
+        with torch.no_grad():
+            layer.conv.weight /= 2
+            layer.conv.bias /= 2
+        layer.conv = Doubled(layer.conv)
+    torch.testing.assert_close(net(feats_BTM, frames_B), expected, rtol=0, atol=1e-5)
 
 
 def test_errors_say_what_to_do():
