@@ -119,11 +119,14 @@ class Backends:
         logger.log(level, "%s: %s", self.operation, message)
 
 
-# Known while a graph is traced, which has no place for a compiler's work.
-@torch.compiler.assume_constant_result
 def obstacle(module: ModuleType) -> str | None:
     """Why a backend cannot be used on this machine; one that has to be built is built for that."""
     return module.unavailable() or (module.prepare() if hasattr(module, "prepare") else None)
+
+
+# Known while a graph is traced, which has no place for a compiler's work. This is all that
+# torch.compiler.assume_constant_result does, after it has imported torch._dynamo for a second.
+obstacle._dynamo_marked_constant = True
 
 
 @functools.cache
