@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training.reporting.reports import SplitScore, read_hypotheses, read_results, results_table
+from inference.scoring.reports import SplitScore, read_hypotheses, read_results, results_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_OVERRIDES = ["--number_of_epochs", "1", "--num_workers", "0", "--test_beam_size", "4"]

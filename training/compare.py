@@ -4,8 +4,8 @@ Prints one Markdown table of word error rates with bootstrap intervals, and what
 over the first one on the same utterances. A run is an output folder with ``results.json`` and
 ``hyp_<split>.tsv``.
 
-Bootstrap over utterances, paired differences and probability of improvement: Bisani and Ney,
-"Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004.
+Bootstrap over utterances, paired differences and probability of improvement: see
+``inference/scoring/bootstrap.py``.
 """
 
 import argparse
@@ -21,10 +21,9 @@ from speechbrain.utils.edit_distance import wer_details_for_batch
 from common.errors import EXIT_USER_ERROR
 from common.files import atomic_write
 from common.tables import format_number, markdown_table
-from training.reporting.reports import SplitScore, read_hypotheses, read_results
+from inference.scoring.bootstrap import central_interval, resampled_rates
+from inference.scoring.reports import SplitScore, read_hypotheses, read_results
 
-# Bounds the memory of one batch of resamples (8 bytes an entry, a few arrays at a time).
-_ENTRIES_AT_ONCE = 4_000_000
 _EXAMPLES_SHOWN = 3
 
 
@@ -46,15 +45,6 @@ class EvaluatedRun:
     name: str
     parameters: int | None
     splits: dict[str, EvaluatedSplit]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value and its central 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,7 +92,7 @@ def compare(folders: Sequence[str | os.PathLike], *, samples: int = 1000, seed: 
     for run in runs[1:]:
         _check_comparable(runs[0], run)
     rates = {
-        (run.name, split): _resampled_rates(evaluated, samples, seed)
+        (run.name, split): resampled_rates(evaluated.errors, evaluated.words, samples, seed)
         for run in runs
         for split, evaluated in run.splits.items()
     }
@@ -132,42 +122,6 @@ def read_run(folder: str | os.PathLike, name: str) -> EvaluatedRun:
         for split, entry in results["splits"].items()
     }
     return EvaluatedRun(name, model.get("parameters"), splits)
-
-
-def resample_counts(counts: np.ndarray, samples: int, generator: np.random.Generator) -> np.ndarray:
-    """Sums of ``counts`` over resampled utterances.
-
-    Args:
-        counts: (utterances, kinds) numbers that belong to an utterance.
-        samples: how often as many utterances as there are are drawn with replacement.
-
-    Returns:
-        (samples, kinds) sums.
-    """
-    utterances = len(counts)
-    batch = max(1, _ENTRIES_AT_ONCE // utterances)
-    sums = []
-    for start in range(0, samples, batch):
-        size = min(batch, samples - start)
-        drawn = generator.integers(utterances, size=(size, utterances))
-        sums.append(np.stack([column[drawn].sum(axis=1) for column in counts.T], axis=1))
-    return np.concatenate(sums)
-
-
-def _resampled_rates(split: EvaluatedSplit, samples: int, seed: int) -> np.ndarray:
-    """WER in percent of every bootstrap sample.
-
-    A generator of the same seed draws the same utterances for every run, since utterances are in
-    the order of their ids: two runs' rates are paired sample by sample.
-    """
-    counts = np.stack([split.errors, split.words], axis=1)
-    errors, words = resample_counts(counts, samples, np.random.default_rng(seed)).T
-    return 100.0 * errors / np.maximum(words, 1)
-
-
-def _interval(value: float, resampled: np.ndarray) -> Interval:
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Interval(value, float(low), float(high))
 
 
 def _probability_below_zero(differences: np.ndarray) -> float:
@@ -253,7 +207,7 @@ def _table(runs: Sequence[EvaluatedRun], rates: dict) -> str:
     for run in runs:
         for split, evaluated in run.splits.items():
             score = evaluated.score
-            wer = _interval(score.wer, rates[run.name, split])
+            wer = central_interval(score.wer, rates[run.name, split])
             row = [
                 run.name,
                 split,
@@ -275,7 +229,9 @@ def _difference(first: EvaluatedRun, run: EvaluatedRun, split: str, rates: dict)
     if run is first or split not in first.splits:
         return ["-", "-", "-"]
     differences = rates[run.name, split] - rates[first.name, split]
-    gain = _interval(run.splits[split].score.wer - first.splits[split].score.wer, differences)
+    gain = central_interval(
+        run.splits[split].score.wer - first.splits[split].score.wer, differences
+    )
     return [
         f"{gain.value:+.2f}",
         f"{gain.low:+.2f} to {gain.high:+.2f}",

@@ -13,11 +13,11 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process, is_distr
 
 from common.errors import UserError
 from common.files import atomic_write
+from inference.scoring.reports import SplitScore, run_record, update_results, write_split_report
 from modules.weights import load_model_weights
 from training.brains.asr_brain import ASRBrain
 from training.brains.optimization import count_parameters
 from training.data.recordings import evaluation_batches
-from training.reporting.reports import SplitScore, run_record, update_results, write_split_report
 
 logger = logging.getLogger(__name__)
 

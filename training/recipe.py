@@ -14,6 +14,7 @@ from speechbrain.utils.distributed import if_main_process, run_on_main
 from common.errors import UserError
 from corpora.librispeech import find_data_root
 from decoding.pretrained_lm import TOKENIZER_FILE, fetch_pretrained
+from inference.scoring.reports import results_table
 from librispeech_prepare import prepare_librispeech
 from modules.weights import load_model_weights
 from text.tokenizer import (
@@ -41,7 +42,6 @@ from training.data.recordings import (
 from training.evaluation import evaluate_splits
 from training.launch.start import make_output_folder, start_run
 from training.reporting.loggers import make_loggers
-from training.reporting.reports import results_table
 from training.splicing.splice import Splicing
 
 logger = logging.getLogger(__name__)

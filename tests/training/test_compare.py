@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from training.compare import compare, main, resample_counts
-from training.reporting.reports import update_results, write_split_report
+from inference.scoring.bootstrap import resample_counts
+from inference.scoring.reports import update_results, write_split_report
+from training.compare import compare, main
 
 UTTERANCES = 300
 WORDS = "ONE TWO THREE FOUR"
@@ -54,6 +55,10 @@ def test_scores_and_their_interval(tmp_path, wrong_words):
     low, high = interval(row[4])
     assert low == pytest.approx(wer - 1.96 * error, abs=0.15 * error)
     assert high == pytest.approx(wer + 1.96 * error, abs=0.15 * error)
+    # Without options it is the interval that the run itself recorded.
+    (row,) = cells(compare([run]), ("a", "test-clean"))
+    recorded = json.loads((run / "results.json").read_text())["intervals"]["test-clean"]["wer"]
+    assert row[4] == "{:.2f} to {:.2f}".format(*recorded)
 
 
 def test_pairing_sees_a_difference_that_the_intervals_alone_do_not(tmp_path, wrong_words):
@@ -96,7 +101,7 @@ def test_the_order_of_utterances_in_a_file_does_not_matter(tmp_path, wrong_words
 def test_resampled_sums_do_not_depend_on_how_they_are_batched(monkeypatch):
     counts = np.arange(14).reshape(7, 2)
     whole = resample_counts(counts, 50, np.random.default_rng(0))
-    monkeypatch.setattr("training.compare._ENTRIES_AT_ONCE", 20)
+    monkeypatch.setattr("inference.scoring.bootstrap._ENTRIES_AT_ONCE", 20)
     np.testing.assert_array_equal(resample_counts(counts, 50, np.random.default_rng(0)), whole)
     # The second column exceeds the first by one in each of the seven utterances that are drawn.
     np.testing.assert_array_equal(whole[:, 1] - whole[:, 0], np.full(50, 7))

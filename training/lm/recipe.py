@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from common.errors import UserError
 from common.files import atomic_write, file_digest
 from decoding.pretrained_lm import LM_FILE, TOKENIZER_FILE
+from inference.scoring.reports import run_record
 from modules.weights import load_model_weights
 from text.tokenizer import (
     TOKENIZER_SETTINGS,
@@ -31,7 +32,6 @@ from training.launch.start import make_output_folder, start_run
 from training.lm.brain import LMBrain, Perplexity
 from training.lm.text_batches import TextBatches, read_sentences
 from training.reporting.loggers import make_loggers
-from training.reporting.reports import run_record
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""What a run says of itself: scores, errors, curves, metrics, loggers."""
+"""What a run says of itself: curves, metrics, loggers."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from training.reporting.reports import (
+from inference.scoring.reports import (
     SplitScore,
     read_hypotheses,
     results_table,
@@ -205,6 +205,35 @@ def test_results_of_earlier_evaluations_stay(tmp_path):
     results = json.loads(path.read_text(encoding="utf-8"))
     assert {name: entry["wer"] for name, entry in results["splits"].items()} == {"a": 1.0, "b": 3.0}
     assert (results["model"], results["run"]) == ({"parameters": 8}, {"seed": 2})
+
+
+def test_results_have_the_intervals_whatever_the_order_of_the_utterances(tmp_path):
+    in_order, reversed_ = (
+        write(tmp_path),
+        write(tmp_path, REFERENCES[::-1], HYPOTHESES[::-1], IDS[::-1]),
+    )
+    assert in_order.wer_interval == reversed_.wer_interval
+    assert in_order.wer_interval.low < in_order.wer < in_order.wer_interval.high
+    assert in_order.cer_interval.low < in_order.cer < in_order.cer_interval.high
+    update_results(tmp_path, {"a": in_order, "b": in_order}, {}, {})
+    path = update_results(tmp_path, {"b": score()}, {}, {})
+    intervals = json.loads(path.read_text(encoding="utf-8"))["intervals"]
+    assert intervals == {
+        "a": {
+            "wer": [in_order.wer_interval.low, in_order.wer_interval.high],
+            "cer": [in_order.cer_interval.low, in_order.cer_interval.high],
+        }
+    }
+
+
+def test_table_shows_the_intervals_on_request(tmp_path):
+    result = write(tmp_path)
+    low, high = result.wer_interval.low, result.wer_interval.high
+    table = results_table({"a": result, "b": score()}, markdown=True, intervals=True)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert cells[0][:3] == ["split", "WER %", "95 % interval"]
+    assert cells[2][:3] == ["a", "50.00", f"{low:.2f} to {high:.2f}"]
+    assert cells[3][:5] == ["b", "12.50", "-", "4.25", "-"]
 
 
 def test_a_failed_update_leaves_the_results_as_they_were(tmp_path):

@@ -8,15 +8,17 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 from common.files import atomic_write
 from common.provenance import git_commit, package_version
 from common.tables import format_duration, format_number, markdown_table, text_table
-from training.reporting.error_analysis import analyse_errors
+from inference.scoring.bootstrap import Interval, central_interval, resampled_rates
+from inference.scoring.error_analysis import analyse_errors
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class SplitScore:
         utterances: number of utterances.
         audio_s: duration of the audio in seconds.
         decode_s: seconds that recognising it took, features included.
+        wer_interval, cer_interval: 95 % bootstrap intervals; None of a score that was read back.
     """
 
     wer: float
@@ -48,6 +51,8 @@ class SplitScore:
     utterances: int
     audio_s: float
     decode_s: float
+    wer_interval: Interval | None = field(default=None, compare=False)
+    cer_interval: Interval | None = field(default=None, compare=False)
 
     @property
     def real_time_factor(self) -> float:
@@ -127,10 +132,10 @@ def write_split_report(
     _write_text(folder / f"hyp_{split}.tsv", "".join("\t".join(row) + "\n" for row in rows))
     _write_text(folder / f"errors_{split}.txt", analyse_errors(words.scores))
 
-    summary = words.summarize()
+    summary, cer = words.summarize(), characters.summarize("WER")
     return SplitScore(
         wer=summary["WER"],
-        cer=characters.summarize("WER"),
+        cer=cer,
         ins=summary["insertions"],
         del_=summary["deletions"],
         sub=summary["substitutions"],
@@ -138,6 +143,8 @@ def write_split_report(
         utterances=summary["num_scored_sents"],
         audio_s=float(audio_s),
         decode_s=float(decode_s),
+        wer_interval=_interval(summary["WER"], words),
+        cer_interval=_interval(cer, characters),
     )
 
 
@@ -181,7 +188,8 @@ def update_results(
             by split.
 
     Returns:
-        The path of ``results.json``. One that was there but cannot be read is kept as
+        The path of ``results.json``, which has the scores' intervals, low and high, under
+        ``intervals``. One that was there but cannot be read is kept as
         ``results.json.unreadable``: the scores of a long evaluation are not lost to it.
     """
     path = Path(output_folder) / "results.json"
@@ -199,6 +207,17 @@ def update_results(
         "model": dict(model),
         "run": dict(run),
     }
+    intervals = {k: v for k, v in earlier.get("intervals", {}).items() if k not in splits}
+    intervals |= {
+        name: {
+            "wer": [score.wer_interval.low, score.wer_interval.high],
+            "cer": [score.cer_interval.low, score.cer_interval.high],
+        }
+        for name, score in splits.items()
+        if score.wer_interval and score.cer_interval
+    }
+    if intervals:
+        results["intervals"] = intervals
     evaluations = {k: v for k, v in earlier.get("evaluations", {}).items() if k not in splits}
     if test_only and "run" in earlier:
         results["run"] = earlier["run"]
@@ -248,20 +267,35 @@ def run_record(
     }
 
 
-def results_table(splits: Mapping[str, SplitScore], *, markdown: bool = False) -> str:
-    """A table of scores, aligned for a terminal or as Markdown; the last line has no line break."""
-    header = ("split", "WER %", "CER %", "audio", "real-time factor")
+def results_table(
+    splits: Mapping[str, SplitScore], *, markdown: bool = False, intervals: bool = False
+) -> str:
+    """A table of scores, aligned for a terminal or as Markdown; the last line has no line break.
+
+    Args:
+        splits: scores by split.
+        intervals: a column with its 95 % interval beside each error rate.
+    """
+    header = ["split", "WER %", "CER %", "audio", "real-time factor"]
     rows = [
-        (
+        [
             name,
             f"{score.wer:.2f}",
             f"{score.cer:.2f}",
             format_duration(score.audio_s),
             format_number(score.real_time_factor, 3),
-        )
+        ]
         for name, score in splits.items()
     ]
+    if intervals:
+        header[2:2], header[4:4] = ["95 % interval"], ["95 % interval"]
+        for row, score in zip(rows, splits.values(), strict=True):
+            row[2:2], row[4:4] = [_shown(score.wer_interval)], [_shown(score.cer_interval)]
     return markdown_table(header, rows) if markdown else text_table(header, rows)
+
+
+def _shown(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.low:.2f} to {interval.high:.2f}"
 
 
 def _check_utterances(
@@ -280,6 +314,14 @@ def _check_utterances(
     for name in ids:
         if len(name.splitlines()) != 1 or "\t" in name:
             raise ValueError(f"{split}: an id must be one line without tabs, not {name!r}")
+
+
+def _interval(value: float, stats: ErrorRateStats) -> Interval:
+    """The interval that ``training.compare`` gives, whatever the order of the utterances."""
+    scores = sorted(stats.scores, key=lambda score: score["key"])
+    errors = np.array([score["num_edits"] for score in scores])
+    tokens = np.array([score["num_ref_tokens"] for score in scores])
+    return central_interval(value, resampled_rates(errors, tokens))
 
 
 def _write_stats(path: Path, stats: ErrorRateStats) -> None:

@@ -1,0 +1,1 @@
+"""How well texts were recognised: error rates, how sure they are, and the files that hold them."""
