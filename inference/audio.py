@@ -1,15 +1,41 @@
 """Audio of any format, rate and channel count as the waveform that a model takes."""
 
+import contextlib
 import io
+import itertools
+import logging
 import os
+import re
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import soundfile
 
-MAX_SAMPLE_RATE = 655_350
-"""The highest rate that FLAC can name, in Hz."""
+logger = logging.getLogger(__name__)
+
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 100, 655_350
+"""In Hz. The highest is what FLAC can name; below the lowest there is no speech."""
+
+MEDIA_SUFFIXES = frozenset(
+    {".3gp", ".aac", ".amr", ".avi", ".m4a", ".m4b", ".mkv", ".mov", ".mp4", ".webm", ".wma"}
+)
+"""Of files that PyAV reads and soundfile does not, in small letters."""
+
+# Demuxers that read nothing but the file itself: a playlist would have them open others.
+_CONTAINERS = (
+    "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,webm,mov,mp4,m4a,3gp,mp3,mpeg,"
+    "mpegts,ogg,rm,tta,w64,wav,wv"
+)
+_BLOCK_VALUES = 1 << 22
+_MAX_OGG_PAGE_BYTES = 65_307
+# A decoder may keep a little to itself at the end of a whole file.
+_MAX_MISSING_S = 0.1
+# libsndfile's number for a file whose length nothing tells is the highest of 64 bits.
+_KNOWN_FRAMES = 1 << 62
+# Sizes from here on stand in headers written before the length was known.
+_PLACEHOLDER_BYTES = 0x7FF00000
+_CUT_CHUNK = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
 
 
 class AudioError(ValueError):
@@ -19,7 +45,9 @@ class AudioError(ValueError):
 def load_audio(
     source: str | os.PathLike | bytes | IO[bytes], sample_rate: int, channel: int | None = None
 ) -> np.ndarray:
-    """Samples (S,), float32, between -1 and 1.
+    """Samples (S,), float32; full scale is 1.
+
+    What can be read of a file that was cut short is returned, with a warning in the log.
 
     Args:
         source: a file's path, its bytes, or an open binary file.
@@ -30,20 +58,13 @@ def load_audio(
         AudioError: the audio is missing, empty, broken, of an impossible rate, or has no such
             channel.
     """
-    name = str(source) if isinstance(source, (str, os.PathLike)) else "audio"
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if not path.exists():
-            raise AudioError(f"{name}: no such file")
-        if not path.is_file():
-            raise AudioError(f"{name}: is no regular file")
-        if path.stat().st_size == 0:
-            raise AudioError(f"{name}: the file is empty")
-    file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    name, file, size_bytes = _opened(source)
+    if size_bytes == 0:
+        raise AudioError(f"{name}: the file is empty")
     try:
-        samples_SC, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        samples_SC, rate = _read_with_soundfile(file, name, size_bytes)
     except (soundfile.SoundFileError, OSError, MemoryError) as error:
-        samples_SC, rate = _read_with_av(source, name, error)
+        samples_SC, rate = _read_with_av(file, name, error)
     return as_waveform(samples_SC, rate, sample_rate, name, channel)
 
 
@@ -54,7 +75,7 @@ def as_waveform(
     name: str = "audio",
     channel: int | None = None,
 ) -> np.ndarray:
-    """Samples of any rate and channel count as (S,), float32, between -1 and 1.
+    """Samples of any rate and channel count as (S,), float32; full scale is 1.
 
     Args:
         samples: (S,) or (S, channels), integers or floating point.
@@ -67,40 +88,124 @@ def as_waveform(
         AudioError: see ``load_audio``; or samples that are not finite.
     """
     samples = np.asarray(samples)
-    if samples.ndim not in (1, 2):
-        raise AudioError(f"{name}: samples have {samples.ndim} axes; wanted (S,) or (S, channels)")
-    if not 0 < rate <= MAX_SAMPLE_RATE:
-        raise AudioError(f"{name}: a sampling rate of {rate} Hz is impossible")
+    if samples.ndim not in (1, 2) or samples.dtype.kind not in "iuf":
+        raise AudioError(
+            f"{name}: samples are {samples.dtype} of shape {samples.shape}; wanted numbers of "
+            "shape (S,) or (S, channels)"
+        )
+    if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+        raise AudioError(
+            f"{name}: a sampling rate of {rate} Hz is impossible; it is between {MIN_SAMPLE_RATE} "
+            f"and {MAX_SAMPLE_RATE} Hz"
+        )
+    samples_SC = samples[:, None] if samples.ndim == 1 else samples
+    channels = samples_SC.shape[1]
+    if channel is not None:
+        if not 0 <= channel < channels:
+            raise AudioError(f"{name}: there is no channel {channel}; it has {channels}, from 0")
+        samples_SC = samples_SC[:, channel : channel + 1]
     if samples.dtype.kind in "iu":
         info = np.iinfo(samples.dtype)
-        samples = (samples.astype(np.float64) - (info.max + info.min + 1) // 2) / (
+        samples_SC = (samples_SC.astype(np.float64) - (info.max + info.min + 1) // 2) / (
             (info.max - info.min + 1) // 2
         )
-    samples_SC = samples.astype(np.float32).reshape(len(samples), -1)
-    channels = samples_SC.shape[1]
-    if channel is not None and not 0 <= channel < channels:
-        raise AudioError(f"{name}: there is no channel {channel}; it has {channels}, from 0")
-    # A file that promises more than there is may come out short, but not with rubbish in it.
-    if not np.isfinite(samples_SC).all():
+    peak = np.abs(samples_SC).max(initial=0.0)
+    if not np.isfinite(peak):
         raise AudioError(f"{name}: some samples are not finite numbers")
-    wav_S = samples_SC.mean(1) if channel is None else samples_SC[:, channel]
-    peak = np.abs(wav_S).max(initial=0.0)
     if peak > 1:
         # A float file may go beyond full scale: quieter is the same speech, clipped is not.
-        wav_S = wav_S / peak
-    return resample(wav_S, rate, sample_rate)
+        samples_SC = samples_SC / peak
+    return resample(samples_SC.astype(np.float32).mean(1), rate, sample_rate)
 
 
 def resample(wav_S: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
     """A waveform at another sampling rate (soxr, high quality), float32."""
-    if rate != sample_rate:
+    if rate != sample_rate and len(wav_S):
         import soxr
 
         wav_S = soxr.resample(wav_S, rate, sample_rate)
     return np.ascontiguousarray(wav_S, dtype=np.float32)
 
 
-def _read_with_av(source: Any, name: str, error: Exception) -> tuple[np.ndarray, int]:
+class _InMemory(io.BytesIO):
+    """A file's bytes; a seek to nowhere, which a broken header asks for, leads to the start.
+
+    libsndfile calls it from C, where an exception would only be printed.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return super().seek(0)
+
+
+def _opened(source: Any) -> tuple[str, Any, int]:
+    """A name for messages, what the readers take, and its size in bytes."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return "audio", _InMemory(source), len(source)
+    if not isinstance(source, (str, os.PathLike)):
+        name, content = getattr(source, "name", None), source.read()
+        return name if isinstance(name, str) else "audio", _InMemory(content), len(content)
+    path = Path(source)
+    try:
+        if path.is_dir():
+            raise AudioError(f"{source}: is a folder")
+        with open(path, "rb") as stream:
+            if not path.is_file():
+                # A named pipe cannot go back, as the readers want to.
+                content = stream.read()
+                return str(source), _InMemory(content), len(content)
+        return str(source), os.path.abspath(source), path.stat().st_size
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise AudioError(f"{source}: {reason}") from None
+
+
+def _read_with_soundfile(file: Any, name: str, size_bytes: int) -> tuple[np.ndarray, int]:
+    with soundfile.SoundFile(file) as audio:
+        promised = audio.frames if audio.frames < _KNOWN_FRAMES else 0
+        for held_bytes_text, read_bytes_text in _CUT_CHUNK.findall(audio.extra_info):
+            held_bytes, read_bytes = int(held_bytes_text), int(read_bytes_text)
+            if read_bytes and held_bytes < _PLACEHOLDER_BYTES:
+                promised = max(promised, audio.frames * held_bytes // read_bytes)
+        blocks, error = [], None
+        while error is None:
+            block = np.full(
+                (max(1, _BLOCK_VALUES // audio.channels), audio.channels), np.nan, np.float32
+            )
+            try:
+                count = len(audio.read(out=block))
+            except soundfile.SoundFileError as read_error:
+                # The decoder does not say how far it came in this block.
+                error = read_error
+                count = int((~np.isnan(block[:, 0])).sum())
+            if not count:
+                break
+            blocks.append(block[:count])
+        rate, kind = audio.samplerate, audio.format
+    count = sum(map(len, blocks))
+    if not count and error is not None:
+        raise error
+    if not count and kind.startswith("WAV") and size_bytes > 4096:
+        raise soundfile.SoundFileRuntimeError("its header says that there is no sound in it")
+    if kind == "OGG" and _ends_early(file):
+        logger.warning(
+            "%s: cut short: %.1f s could be read, and what follows is missing", name, count / rate
+        )
+    _warn_of_missing(name, count / rate, promised / rate)
+    return np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32), rate
+
+
+def _ends_early(file: Any) -> bool:
+    """Whether the last page of an Ogg stream is not marked as the last (RFC 3533, section 6)."""
+    with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - _MAX_OGG_PAGE_BYTES))
+        page = stream.read().rpartition(b"OggS")[2]
+    return len(page) < 2 or not page[1] & 4
+
+
+def _read_with_av(file: Any, name: str, error: Exception) -> tuple[np.ndarray, int]:
     """What soundfile does not read, read by ffmpeg's libraries where PyAV is installed."""
     try:
         import av
@@ -109,27 +214,51 @@ def _read_with_av(source: Any, name: str, error: Exception) -> tuple[np.ndarray,
             f"{name}: cannot be read ({_first_line(error)}). Video, m4a and some more need PyAV: "
             "pip install -e '.[media]'"
         ) from None
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
     if hasattr(file, "seek"):
         file.seek(0)
+    blocks: list[np.ndarray] = []
+    promised_s = 0.0
     try:
-        with av.open(file if hasattr(file, "read") else os.fspath(file)) as container:
+        with av.open(file, options={"format_whitelist": _CONTAINERS}) as container:
             if not container.streams.audio:
-                raise AudioError(f"{name}: there is no sound in it")
+                raise _NoSound
             stream = container.streams.audio[0]
+            if stream.codec_context is None or not stream.rate:
+                raise ValueError("an unknown codec")
             rate = stream.rate
-            resampler = av.AudioResampler(format="fltp", rate=rate)
-            blocks = []
-            for frame in container.decode(stream):
-                blocks += [part.to_ndarray() for part in resampler.resample(frame)]
-            blocks += [part.to_ndarray() for part in resampler.resample(None)]
-    except (av.FFmpegError, OSError, ValueError, MemoryError) as av_error:
-        if isinstance(av_error, AudioError):
-            raise
-        raise AudioError(f"{name}: cannot be read ({_first_line(error)})") from None
+            if stream.duration and stream.time_base:
+                promised_s = float(stream.duration * stream.time_base)
+            # Interleaved: of eight channels in a plane each, PyAV 18 reads a ninth, and crashes.
+            resampler = av.AudioResampler(format="flt", rate=rate)
+            for frame in itertools.chain(container.decode(stream), [None]):
+                blocks += [
+                    part.to_ndarray().reshape(part.samples, -1)
+                    for part in resampler.resample(frame)
+                ]
+    except (av.FFmpegError, OSError, ValueError, MemoryError):
+        if not blocks:
+            raise AudioError(f"{name}: cannot be read ({_first_line(error)})") from None
+    except _NoSound:
+        pass
     if not blocks:
         raise AudioError(f"{name}: there is no sound in it")
-    return np.concatenate(blocks, axis=1).T, rate
+    samples_SC = np.concatenate(blocks)
+    _warn_of_missing(name, len(samples_SC) / rate, promised_s)
+    return samples_SC, rate
+
+
+class _NoSound(Exception):
+    """A container without a stream of audio."""
+
+
+def _warn_of_missing(name: str, found_s: float, promised_s: float) -> None:
+    if promised_s - found_s > _MAX_MISSING_S:
+        logger.warning(
+            "%s: cut short or damaged: %.1f s could be read of the %.1f s that its header promises",
+            name,
+            found_s,
+            promised_s,
+        )
 
 
 def _first_line(error: Exception) -> str:
