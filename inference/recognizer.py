@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from modules.lengths import relative_lengths
 from text.tokenizer import EOS_ID, vocabulary
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-AudioSource = str | os.PathLike | bytes | np.ndarray | Tensor
+FileSource = str | os.PathLike | bytes | IO[bytes]
+AudioSource = FileSource | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Recognizer:
         """What is said in one recording.
 
         Args:
-            audio: a file, its bytes, or samples (S,) or (S, channels).
+            audio: a file's path, its bytes, an open binary file, or samples (S,) or (S, channels).
             sample_rate: of samples, in Hz; None means the model's.
             channel: the channel to take, counted from 0; None mixes all down.
             **search: see ``SearchOptions``.
@@ -161,22 +162,22 @@ class Recognizer:
 
     def transcribe_many(
         self,
-        paths: Iterable[str | os.PathLike],
+        paths: Iterable[FileSource],
         *,
         batch_seconds: float = 120.0,
         channel: int | None = None,
         **search: Any,
-    ) -> Iterator[tuple[str | os.PathLike, Transcript | AudioError]]:
+    ) -> Iterator[tuple[FileSource, Transcript | AudioError]]:
         """Each path with its transcript, or with what is wrong with it, in their order.
 
         Args:
-            paths: audio files.
+            paths: audio files, their bytes, or open binary files.
             batch_seconds: seconds of audio, padding included, that are encoded at once. Files of
                 like lengths go together: some batches are read ahead.
             channel: as in ``transcribe``.
             **search: see ``SearchOptions``.
         """
-        window: list[tuple[str | os.PathLike, np.ndarray | AudioError]] = []
+        window: list[tuple[FileSource, np.ndarray | AudioError]] = []
         seconds = 0.0
         for path in paths:
             try:
@@ -192,10 +193,10 @@ class Recognizer:
 
     def _transcribe_window(
         self,
-        window: Sequence[tuple[str | os.PathLike, np.ndarray | AudioError]],
+        window: Sequence[tuple[FileSource, np.ndarray | AudioError]],
         batch_seconds: float,
         search: Mapping[str, Any],
-    ) -> Iterator[tuple[str | os.PathLike, Transcript | AudioError]]:
+    ) -> Iterator[tuple[FileSource, Transcript | AudioError]]:
         results: dict[int, Transcript] = {}
         lengths = {i: len(w) for i, (_, w) in enumerate(window) if isinstance(w, np.ndarray)}
         batch: list[int] = []
