@@ -273,7 +273,11 @@ class Recognizer:
             tokens_of_items = of_items
         else:
             search = self._ctc_search(options)
-            hypotheses = search(log_probs, frames, dict(options.hotwords or {}) or None)
+            try:
+                hotwords = search.compile(options.hotwords)
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            hypotheses = search(log_probs, frames, hotwords)
             tokens_of_items = [[h.tokens for h in item] for item in hypotheses]
         return [
             (
