@@ -156,7 +156,8 @@ def _opened(source: Any) -> tuple[str, Any, int]:
                 # A named pipe cannot go back, as the readers want to.
                 content = stream.read()
                 return str(source), _InMemory(content), len(content)
-        return str(source), os.path.abspath(source), path.stat().st_size
+        # As bytes, since soundfile would encode a name that is no text.
+        return str(source), os.fsencode(path.absolute()), path.stat().st_size
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise AudioError(f"{source}: {reason}") from None
@@ -199,7 +200,7 @@ def _read_with_soundfile(file: Any, name: str, size_bytes: int) -> tuple[np.ndar
 
 def _ends_early(file: Any) -> bool:
     """Whether the last page of an Ogg stream is not marked as the last (RFC 3533, section 6)."""
-    with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as stream:
+    with open(file, "rb") if isinstance(file, bytes) else contextlib.nullcontext(file) as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - _MAX_OGG_PAGE_BYTES))
         page = stream.read().rpartition(b"OggS")[2]
     return len(page) < 2 or not page[1] & 4
@@ -219,7 +220,8 @@ def _read_with_av(file: Any, name: str, error: Exception) -> tuple[np.ndarray, i
     blocks: list[np.ndarray] = []
     promised_s = 0.0
     try:
-        with av.open(file, options={"format_whitelist": _CONTAINERS}) as container:
+        path_or_file = os.fsdecode(file) if isinstance(file, bytes) else file
+        with av.open(path_or_file, options={"format_whitelist": _CONTAINERS}) as container:
             if not container.streams.audio:
                 raise _NoSound
             stream = container.streams.audio[0]

@@ -66,6 +66,21 @@ def test_every_format_is_read_from_a_path_bytes_and_a_pipe(tmp_path, suffix, cap
     assert not caplog.records
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes on Linux alone")
+@pytest.mark.parametrize("suffix", ["wav", "mp4"])
+def test_a_name_that_is_no_text(tmp_path, suffix):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9." + suffix.encode())
+    if suffix == "wav":
+        soundfile.write(path.encode("utf-8", "surrogateescape"), WAVE, SAMPLE_RATE)
+    else:
+        pytest.importorskip("av", reason="needs pip install -e '.[media]'")
+        make_video(tmp_path / "a.mp4").rename(path)
+    assert len(load_audio(path, SAMPLE_RATE)) > 4000
+    os.truncate(path, 0)
+    with pytest.raises(AudioError, match="the file is empty"):
+        load_audio(path, SAMPLE_RATE)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_named_pipe_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
