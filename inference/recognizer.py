@@ -218,9 +218,21 @@ class Recognizer:
     def transcribe_batch(self, waveforms: Sequence[np.ndarray], **search: Any) -> list[Transcript]:
         """Transcripts of waveforms (S,) at the model's rate, encoded at once.
 
+        What is shorter than a frame of the filterbank holds no text.
+
         Args:
             **search: see ``SearchOptions``.
         """
+        frame_samples = self.model.encoder.compute_features.compute_STFT.win_length
+        spoken = [wav_S for wav_S in waveforms if len(wav_S) >= frame_samples]
+        if len(spoken) < len(waveforms):
+            found = iter(self.transcribe_batch(spoken, **search) if spoken else [])
+            return [
+                next(found)
+                if len(wav_S) >= frame_samples
+                else Transcript("", duration_s=len(wav_S) / self.sample_rate)
+                for wav_S in waveforms
+            ]
         try:
             options = SearchOptions(**search)
         except TypeError as error:
