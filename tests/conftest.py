@@ -33,6 +33,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tone_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished CTC run that has learnt nothing yet and so is not silent; read only."""
+    from tests.ctc_runs import command_line, train
+
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    assert train(command_line(tone_corpus, folder, number_of_epochs=1, lr_adam=1e-6)) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundle of ``tiny_run``; read only."""
+    from inference.bundle import write_bundle
+
+    return write_bundle(tiny_run, tmp_path_factory.mktemp("tiny_bundle") / "bundle")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what is marked ``gpu`` where there is none."""

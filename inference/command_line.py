@@ -1,0 +1,176 @@
+"""What the command lines of transcribe.py and evaluate.py have in common; without torch."""
+
+import argparse
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.errors import EXIT_SIGINT, EXIT_USER_ERROR, UserError
+
+DEFAULT_BOOST = 10.0
+"""Nats of a hotword whose line has none."""
+
+HOW_TO_GET_A_MODEL = (
+    "Train one (make demo, or python train_CTC.py hparams/CTC/an4.yaml ...) and give its "
+    "output_folder, or give a bundle's folder, or the name of a bundle on the Hugging Face hub."
+)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the recogniser and its search, under the names that the recipes have for them."""
+    add = parser.add_argument
+    add("--search", choices=("beam", "greedy"), default="beam", help="default: %(default)s")
+    add("--beam_size", type=positive(int), metavar="N", help="default: as the model's recipe")
+    add(
+        "--hotwords",
+        metavar="FILE",
+        help="phrases to prefer: one a line, if wanted with a tab and a boost in nats "
+        f"(default: {DEFAULT_BOOST:g})",
+    )
+    add("--kenlm_model_path", metavar="FILE", help="word n-gram, ARPA, plain or .gz (CTC models)")
+    add("--alpha", type=float, help="weight of the n-gram")
+    add("--beta", type=float, help="nats for each word, where there is an n-gram")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--threads", type=positive(int), metavar="N", help="of the CPU (default: as torch has it)")
+    add(
+        "--batch_seconds",
+        type=positive(float),
+        metavar="S",
+        default=120.0,
+        help="audio that is encoded at once, padding included (default: %(default)g)",
+    )
+    add("--noprogressbar", action="store_true", help="nothing on standard error but errors")
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """For argparse: a number above zero."""
+
+    def parse(text: str) -> Any:
+        number = kind(text)
+        if not (number > 0 and math.isfinite(number)):
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return number
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def check_model(model: str) -> None:
+    """Finds what can be wrong with the name of a model, before anything slow is imported.
+
+    Raises:
+        UserError: it is no folder of a model, and no name of one on the hub.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not any((folder / name).exists() for name in ("config.json", "hyperparams.yaml")):
+            raise UserError(
+                f"{model} holds no model: a bundle has a config.json, a training run a "
+                f"hyperparams.yaml. {HOW_TO_GET_A_MODEL}"
+            )
+    elif folder.exists():
+        raise UserError(f"{model} is a file; a model is a folder. {HOW_TO_GET_A_MODEL}")
+    elif not _HUB_NAME.fullmatch(model):
+        raise UserError(f"No model: there is no folder {model}. {HOW_TO_GET_A_MODEL}")
+
+
+def search_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``inference.recognizer.SearchOptions`` that were given.
+
+    Raises:
+        UserError: a file cannot be used, or an option belongs to another search.
+    """
+    if arguments.search == "greedy":
+        for name in ("beam_size", "hotwords", "kenlm_model_path"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} belongs to --search beam.")
+    ngram = arguments.kenlm_model_path
+    if ngram is not None and not Path(ngram).is_file():
+        raise UserError(f"--kenlm_model_path: there is no file {ngram}.")
+    options = {
+        "search": arguments.search,
+        "beam_size": arguments.beam_size,
+        "hotwords": None if arguments.hotwords is None else read_hotwords(arguments.hotwords),
+        "ngram": ngram,
+        "alpha": arguments.alpha,
+        "beta": arguments.beta,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def read_hotwords(path: str | os.PathLike) -> dict[str, float]:
+    """Phrases and their boosts, a line each.
+
+    Raises:
+        UserError: the file cannot be read, has no phrase, or a boost that is no number.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"hotwords {path}: cannot be read: {reason}.") from None
+    boosts = {}
+    for number, line in enumerate(lines, start=1):
+        phrase, _, boost = line.partition("\t")
+        if not line.strip():
+            continue
+        try:
+            boosts[phrase.strip()] = float(boost) if boost.strip() else DEFAULT_BOOST
+        except ValueError:
+            raise UserError(
+                f"hotwords {path}, line {number}: {boost.strip()!r} is no boost in nats, such as 8."
+            ) from None
+    if not boosts:
+        raise UserError(f"hotwords {path}: there is no phrase in it.")
+    return boosts
+
+
+def load_recognizer(arguments: argparse.Namespace) -> Any:
+    """The recogniser that was asked for; imports torch.
+
+    Raises:
+        UserError: there is none, or not on such a device.
+    """
+    from inference import Recognizer
+
+    return Recognizer.from_pretrained(
+        arguments.model,
+        device=arguments.device,
+        precision=arguments.precision,
+        threads=arguments.threads,
+    )
+
+
+def exit_status(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Runs a script's work; what the user can mend becomes one message."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return run(arguments)
+    except UserError as error:
+        return _failed(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        return _failed(
+            f"There is not enough memory ({str(error).splitlines()[0] if str(error) else 'RAM'}). "
+            f"Give less than --batch_seconds {arguments.batch_seconds:g}, or cut the longest file."
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_SIGINT
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; what is left in the buffer would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _failed(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return EXIT_USER_ERROR
