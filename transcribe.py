@@ -5,26 +5,25 @@ python transcribe.py results/demo recordings/ 'more/*.m4a' --format txt,srt --ou
 """
 
 import argparse
-import io
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import atomic_write
-from common.tables import format_duration
+from inference.audio import AudioError
 from inference.command_line import (
     add_model_options,
     check_model,
     exit_status,
     load_recognizer,
+    made_folder,
+    report_failures,
     search_options,
+    with_progress,
+    write_text,
 )
 from inference.formats import FORMATS
-from inference.sources import Source, find_sources
-
-EXIT_BAD_AUDIO = 1
+from inference.sources import find_sources
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,87 +68,45 @@ def transcribe(arguments: argparse.Namespace) -> int:
         raise UserError(f"--channel is {arguments.channel}; channels are counted from 0.")
     check_model(arguments.model)
     search = search_options(arguments)
-    output_dir = None if arguments.output_dir is None else _made(Path(arguments.output_dir))
+    folder = None if arguments.output_dir is None else made_folder(Path(arguments.output_dir))
     sources, failures = find_sources(arguments.audio)
     if sources:
         recognizer = load_recognizer(arguments)
-        failures += _transcribe_all(recognizer, sources, output_dir, arguments, search)
-    if failures:
-        print(f"\n{len(failures)} could not be transcribed:", file=sys.stderr)
-        for failure in failures:
-            print(f"  {failure}", file=sys.stderr)
-    return EXIT_BAD_AUDIO if failures else 0
-
-
-def _transcribe_all(
-    recognizer, sources: Sequence[Source], output_dir: Path | None, arguments, search: dict
-) -> list[str]:
-    """Writes each transcript as it comes; returns what is wrong with bad recordings."""
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    from inference import AudioError
-
-    failures, audio_s = [], 0.0
-    started = time.perf_counter()
-    # Where standard error is no terminal a bar would only fill it.
-    disable = True if arguments.noprogressbar else None
-    with tqdm(total=len(sources), unit="file", disable=disable) as bar, logging_redirect_tqdm():
         results = recognizer.transcribe_many(
             [source.audio for source in sources],
             batch_seconds=arguments.batch_seconds,
             channel=arguments.channel,
             **search,
         )
+        results = with_progress(results, len(sources), arguments.noprogressbar)
         for source, (_, result) in zip(sources, results, strict=True):
             if isinstance(result, AudioError):
                 failures.append(str(result))
-            else:
-                audio_s += result.duration_s
-                for name in arguments.format:
-                    text = FORMATS[name](result, source.name if name == "json" else source.title)
-                    if output_dir is not None:
-                        _write(output_dir / f"{source.stem}.{name}", text)
-                    else:
-                        mark = f"{source.name}\t" if name == "txt" and len(sources) > 1 else ""
-                        tqdm.write(mark + text, end="")
-                        sys.stdout.flush()
-            rate = audio_s / (time.perf_counter() - started)
-            bar.set_postfix_str(f"{rate:.1f} audio seconds per second", refresh=False)
-            bar.update()
-    if not arguments.noprogressbar:
-        elapsed_s = time.perf_counter() - started
-        print(
-            f"{format_duration(audio_s)} of audio in {format_duration(elapsed_s)}: "
-            f"{audio_s / elapsed_s:.1f} audio seconds per second",
-            file=sys.stderr,
-        )
-    return failures
+                continue
+            for name in arguments.format:
+                text = FORMATS[name](result, source.name if name == "json" else source.title)
+                if folder is not None:
+                    path = folder / f"{source.stem}.{name}"
+                    made_folder(path.parent)
+                    write_text(path, text)
+                elif name == "txt" and len(sources) > 1:
+                    _print(f"{source.name}\t{text}")
+                else:
+                    _print(text)
+    return report_failures(failures, "transcribed")
 
 
-def _write(path: Path, text: str) -> None:
-    _made(path.parent)
-    try:
-        with atomic_write(path) as stream:
-            stream.write(text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+def _print(text: str) -> None:
+    """To standard output at once, above a progress bar if there is one."""
+    from tqdm import tqdm
 
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}.") from None
-    return folder
+    tqdm.write(text, end="")
+    sys.stdout.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    arguments = build_parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")
-    return exit_status(transcribe, arguments)
+    return exit_status(transcribe, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,23 @@
 """What the command lines of transcribe.py and evaluate.py have in common; without torch."""
 
 import argparse
+import io
 import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import EXIT_SIGINT, EXIT_USER_ERROR, UserError
+from common.files import atomic_write
+from common.tables import format_duration
+
+EXIT_BAD_AUDIO = 1
+"""What could be done was done."""
 
 DEFAULT_BOOST = 10.0
 """Nats of a hotword whose line has none."""
@@ -148,8 +155,73 @@ def load_recognizer(arguments: argparse.Namespace) -> Any:
     )
 
 
+def with_progress(
+    results: Iterable[tuple[Any, Any]], total: int, noprogressbar: bool
+) -> Iterator[tuple[Any, Any]]:
+    """Passes on what ``Recognizer.transcribe_many`` yields, with a bar on standard error.
+
+    The speed stays there at the end, also where standard error is no terminal, and there is no bar.
+    """
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    audio_s, started = 0.0, time.perf_counter()
+    hidden = True if noprogressbar else None
+    with tqdm(total=total, unit="file", disable=hidden) as bar, logging_redirect_tqdm():
+        for source, result in results:
+            yield source, result
+            audio_s += getattr(result, "duration_s", 0.0)
+            rate = audio_s / (time.perf_counter() - started)
+            bar.set_postfix_str(f"{rate:.1f} audio seconds per second", refresh=False)
+            bar.update()
+    if not noprogressbar:
+        elapsed_s = time.perf_counter() - started
+        print(
+            f"{format_duration(audio_s)} of audio in {format_duration(elapsed_s)}: "
+            f"{audio_s / elapsed_s:.1f} audio seconds per second",
+            file=sys.stderr,
+        )
+
+
+def report_failures(failures: Sequence[str], what: str) -> int:
+    """Lists what went wrong with recordings; returns the exit status."""
+    if failures:
+        print(f"\n{len(failures)} could not be {what}:", file=sys.stderr)
+    for failure in failures:
+        print(f"  {failure}", file=sys.stderr)
+    return EXIT_BAD_AUDIO if failures else 0
+
+
+def made_folder(folder: Path) -> Path:
+    """A folder that is made if it is not there.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}.") from None
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with atomic_write(path) as stream:
+            stream.write(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+
+
 def exit_status(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     """Runs a script's work; what the user can mend becomes one message."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         return run(arguments)
@@ -162,13 +234,16 @@ def exit_status(run: Callable[[argparse.Namespace], int], arguments: argparse.Na
             f"There is not enough memory ({str(error).splitlines()[0] if str(error) else 'RAM'}). "
             f"Give less than --batch_seconds {arguments.batch_seconds:g}, or cut the longest file."
         )
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_SIGINT
     except BrokenPipeError:
         # Whoever read our output has seen enough; what is left in the buffer would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _failed(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_SIGINT
 
 
 def _failed(message: str) -> int:

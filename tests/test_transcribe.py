@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +16,9 @@ from common.errors import EXIT_SIGINT, EXIT_USER_ERROR
 from inference import Recognizer
 from inference.command_line import DEFAULT_BOOST, exit_status, read_hotwords
 from inference.formats import FORMATS
+from tests.inference.command_lines import assert_answers_without_torch
 from tests.inference.recordings import SAMPLE_RATE, cut, flac_claiming, tone, wav_bytes
 from tools.make_ngram import main as make_ngram
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -76,27 +74,7 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
         ([str(tmp_path), audio], 2, "holds no model: a bundle has a config.json"),
         ([audio, audio], 2, "is a file; a model is a folder. Train one"),
     ]
-    code = (
-        "import contextlib, io, json, sys, transcribe\n"
-        "for arguments in json.loads(sys.argv[1]):\n"
-        "    error = io.StringIO()\n"
-        "    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):\n"
-        "        try: status = transcribe.main(arguments)\n"
-        "        except SystemExit as ended: status = ended.code\n"
-        "    print(json.dumps([status, error.getvalue(), 'torch' in sys.modules]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps([arguments for arguments, _, _ in cases])],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    for (arguments, status, message), answer in zip(cases, answers, strict=True):
-        assert (answer[0], answer[2]) == (status, False), arguments
-        assert message in answer[1].replace("\n", " "), arguments
-        assert "Traceback" not in answer[1]
+    assert_answers_without_torch("transcribe", cases)
 
 
 def test_one_recording_gives_its_text(run, recognizer, recordings):

@@ -1,0 +1,228 @@
+"""Score a trained model on a corpus: error rates with intervals, hypotheses, errors, speed.
+
+python evaluate.py results/demo results/demo/corpus --split test-clean test-other
+python evaluate.py my_bundle calls.csv --data_root recordings --output_dir results/calls
+"""
+
+import argparse
+import csv
+import io
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corpora.references import ReferenceSplit, read_references
+from inference.audio import AudioError
+from inference.command_line import (
+    add_model_options,
+    check_model,
+    exit_status,
+    load_recognizer,
+    made_folder,
+    report_failures,
+    search_options,
+    with_progress,
+    write_text,
+)
+from inference.formats import FORMATS
+
+if TYPE_CHECKING:
+    from inference import Recognizer, Transcript
+    from inference.scoring.reports import SplitScore
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder of a run or a bundle, or a name on the hub")
+    add(
+        "corpus",
+        metavar="CORPUS_OR_MANIFEST",
+        help="folder in LibriSpeech's layout, or a table (ID,duration,wav,spk_id,wrd)",
+    )
+    add(
+        "--split",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="of a folder (default: all that are not for training)",
+    )
+    add("--data_root", metavar="FOLDER", help="what $data_root stands for in a manifest")
+    add(
+        "--output_dir",
+        metavar="FOLDER",
+        help="default: evaluations/<corpus> in the model's folder, where that can be written",
+    )
+    add("--ignore_case", action="store_true", help="score without regard to letter case")
+    add_model_options(parser)
+    return parser
+
+
+def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
+    """Scores the splits and writes the reports; returns the exit status.
+
+    Args:
+        command: the command line, for ``results.json``.
+    """
+    check_model(arguments.model)
+    search = search_options(arguments)
+    splits = read_references(arguments.corpus, arguments.split, arguments.data_root)
+    folder = made_folder(Path(arguments.output_dir or default_folder(arguments)))
+    recognizer = load_recognizer(arguments)
+
+    from inference.scoring.reports import results_table, run_record, update_results
+
+    record = run_record(
+        seed=0, precision=arguments.precision, device=str(recognizer.device), command=command
+    )
+    scores: dict[str, SplitScore] = {}
+    skipped: dict[str, str] = {}
+    for split in splits:
+        started = time.perf_counter()
+        transcripts, unread = recognize(recognizer, split, arguments, search)
+        decode_s = time.perf_counter() - started
+        skipped |= split.problems | unread
+        if transcripts:
+            scores[split.name] = score(
+                folder, split, transcripts, decode_s, ignore_case=arguments.ignore_case
+            )
+            update_results(
+                folder,
+                {split.name: scores[split.name]},
+                describe_model(recognizer),
+                record,
+                test_only=True,
+            )
+    write_skipped(folder / "skipped.csv", skipped)
+    if scores:
+        print(results_table(scores, intervals=True))
+    print(f"\nReports: {folder}")
+    return report_failures([f"{name}: {why}" for name, why in skipped.items()], "scored")
+
+
+def default_folder(arguments: argparse.Namespace) -> Path:
+    """``evaluations/<corpus>`` in the model's folder, or a folder here."""
+    corpus, model = Path(arguments.corpus).resolve(), Path(arguments.model)
+    # Many corpora in LibriSpeech's layout are folders of that name.
+    name = corpus.parent.name if corpus.name == "LibriSpeech" else corpus.stem
+    if model.is_dir() and os.access(model, os.W_OK):
+        return model / "evaluations" / name
+    return Path(f"evaluation_{model.resolve().name}_{name}")
+
+
+def recognize(
+    recognizer: "Recognizer",
+    split: ReferenceSplit,
+    arguments: argparse.Namespace,
+    search: Mapping[str, Any],
+) -> tuple[dict[str, "Transcript"], dict[str, str]]:
+    """Transcripts by id, and by id what is wrong with recordings that have none."""
+    results = recognizer.transcribe_many(
+        [reference.audio for reference in split.references],
+        batch_seconds=arguments.batch_seconds,
+        **search,
+    )
+    results = with_progress(results, len(split.references), arguments.noprogressbar)
+    transcripts, unread = {}, {}
+    for reference, (_, result) in zip(split.references, results, strict=True):
+        if isinstance(result, AudioError):
+            unread[reference.id] = str(result)
+        else:
+            transcripts[reference.id] = result
+    return transcripts, unread
+
+
+def score(
+    folder: Path,
+    split: ReferenceSplit,
+    transcripts: Mapping[str, "Transcript"],
+    decode_s: float,
+    ignore_case: bool,
+) -> "SplitScore":
+    """The score of a split, whose reports are written."""
+    from inference.scoring.reports import write_split_report
+
+    ids = sorted(transcripts)
+    words = {reference.id: reference.words for reference in split.references}
+    references = [words[name] for name in ids]
+    hypotheses = [transcripts[name].text for name in ids]
+    if ignore_case:
+        references = [text.casefold() for text in references]
+        hypotheses = [text.casefold() for text in hypotheses]
+    result = write_split_report(
+        folder,
+        split.name,
+        ids,
+        references,
+        hypotheses,
+        audio_s=sum(transcript.duration_s for transcript in transcripts.values()),
+        decode_s=decode_s,
+    )
+    for suffix, name in (("jsonl", "json"), ("ctm", "ctm")):
+        lines = (FORMATS[name](transcripts[key], key) for key in ids)
+        write_text(folder / f"hyp_{split.name}.{suffix}", "".join(lines))
+    if hint := case_hint(references, hypotheses, result):
+        print(f"{split.name}: {hint}", file=sys.stderr)
+    return result
+
+
+def case_hint(
+    references: Sequence[str], hypotheses: Sequence[str], result: "SplitScore"
+) -> str | None:
+    """What to say where words differ in letter case alone."""
+    words = {word for text in (*references, *hypotheses) for word in text.split()}
+    if len({word.casefold() for word in words}) == len(words):
+        return None
+    from speechbrain.utils.edit_distance import wer_details_for_batch, wer_summary
+
+    folded = [[text.casefold().split() for text in texts] for texts in (references, hypotheses)]
+    wer = wer_summary(wer_details_for_batch(range(len(references)), *folded))["WER"]
+    if not wer < result.wer:
+        return None
+    return (
+        "references and hypotheses are written in different letter case. Without regard to it the "
+        f"WER would be {wer:.2f} % instead of {result.wer:.2f} %: score again with --ignore_case."
+    )
+
+
+def describe_model(recognizer: "Recognizer") -> dict[str, Any]:
+    """What results.json says of the model, as of a training run."""
+    config, parts = recognizer.model.config, recognizer.model.parts()
+    network = config["network"]["Transformer"]
+    return {
+        "parameters": sum(
+            parameter.numel()
+            for name, part in parts.items()
+            if name != "lm"
+            for parameter in part.parameters()
+        ),
+        "encoder_module": network.get("encoder_module"),
+        "decoder_module": network.get("decoder_module"),
+        "token_type": config["tokens"]["type"],
+        "output_neurons": config["tokens"]["outputs"],
+    }
+
+
+def write_skipped(path: Path, skipped: Mapping[str, str]) -> None:
+    """The table of utterances that were not scored."""
+    stream = io.StringIO(newline="")
+    csv.writer(stream, lineterminator="\n").writerows([("id", "reason"), *skipped.items()])
+    write_text(path, stream.getvalue())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    command = sys.argv if argv is None else ["evaluate.py", *argv]
+    return exit_status(lambda arguments: evaluate(arguments, command), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
