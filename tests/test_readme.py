@@ -59,7 +59,9 @@ TRAINING = [line for line in README_COMMANDS if "train_" in line]
 
 
 def test_every_readme_command_is_known_here():
-    known = re.compile(r"make (demo|test)$|python librispeech_prepare.py |.*train_(CTC|S2S).py ")
+    known = re.compile(
+        r"make (demo|test)$|python (librispeech_prepare|transcribe).py |.*train_(CTC|S2S).py "
+    )
     assert README_COMMANDS
     assert [line for line in README_COMMANDS if not known.match(line)] == []
 
@@ -85,9 +87,10 @@ def test_the_demo_runs_at_its_smallest_size(tmp_path):
     )
     assert "test-other" in output
     assert (tmp_path / "curves.png").is_file()
+    assert f"\n$ python transcribe.py {tmp_path} {tmp_path / 'corpus'}" in output
     tail = output[output.index("To try next:") :]
-    suggested = [line.strip() for line in tail.splitlines()[1:7]]
-    assert [line.startswith("#") for line in suggested] == [True, False] * 3
+    suggested = [line.strip() for line in tail.splitlines()[1:9]]
+    assert [line.startswith("#") for line in suggested] == [True, False] * 4
     for line in suggested[1::2]:
         # Typed where make demo was typed, in a shell that knows of no environment.
         assert (REPOSITORY / line.split()[0]).is_file()

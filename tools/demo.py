@@ -51,16 +51,17 @@ def main(argv: list[str] | None = None) -> None:
     }
     parameters = json.loads((folder / "results.json").read_text())["model"]["parameters"]
     utterances = read_hypotheses(folder / "hyp_test-clean.tsv")
-    utterance_id, (reference, hypothesis) = max(utterances.items(), key=lambda u: len(u[1][0]))
+    utterance_id, (reference, _) = max(utterances.items(), key=lambda u: len(u[1][0]))
+    (audio,) = (REPOSITORY / corpus).rglob(f"{utterance_id}.*")
     print(f"\nConMamba CTC, {parameters / 1e6:.1f} M parameters, speakers it never heard:\n")
     print(results_table(splits))
     print(f"\nLearning curves:   {output / 'curves.png'}")
     print(f"Where it errs:     {output / 'errors_test-other.txt'}")
-    print(f"\nExample {utterance_id} (test-clean)")
-    print(f"  said:  {' '.join(reference)}")
-    print(f"  heard: {' '.join(hypothesis)}")
+    print(f"\nIn {audio.name} was said: {' '.join(reference)}")
+    run(["transcribe.py", str(output), str(corpus / audio.relative_to(REPOSITORY / corpus))])
     print("\nTo try next:")
     for comment, command in (
+        ("a recording of your own", f"transcribe.py {output} RECORDING"),
         ("how sure these figures are", f"-m training.compare {output}"),
         (
             "a larger ConMamba on LibriSpeech",
