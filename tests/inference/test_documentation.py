@@ -1,0 +1,26 @@
+"""What docs/inference.md shows works."""
+
+import re
+from pathlib import Path
+
+from inference.formats import FORMATS, MAX_LINE_CHARACTERS
+from transcribe import build_parser
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "inference.md").read_text(encoding="utf-8")
+
+
+def test_the_first_lines_of_python_run(tiny_bundle, tone_corpus, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    audio = next((tone_corpus / "test-clean").rglob("*.flac"))
+    code = code.replace("results/demo", str(tiny_bundle)).replace("speech.mp3", str(audio))
+    exec(code, {})
+    assert re.fullmatch(r"\S.* \[\('\w+', \d+\.\d+, \d\.\d+\).*\]\n", capsys.readouterr().out)
+
+
+def test_every_format_and_option_is_described():
+    for name in FORMATS:
+        assert f"`{name}`" in TEXT
+    options = {option for action in build_parser()._actions for option in action.option_strings}
+    for option in options - {"-h", "--help"}:
+        assert f"`{option}" in TEXT, option
+    assert f"at most {MAX_LINE_CHARACTERS} characters" in TEXT
