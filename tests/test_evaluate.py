@@ -13,6 +13,8 @@ from inference.scoring.reports import read_hypotheses, read_results
 from tests.inference.command_lines import assert_answers_without_torch
 from training.compare import compare
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def run(capsys):

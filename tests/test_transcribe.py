@@ -20,6 +20,8 @@ from tests.inference.command_lines import assert_answers_without_torch
 from tests.inference.recordings import SAMPLE_RATE, cut, flac_claiming, tone, wav_bytes
 from tools.make_ngram import main as make_ngram
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def recognizer(tiny_bundle):
