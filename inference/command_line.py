@@ -26,6 +26,8 @@ HOW_TO_GET_A_MODEL = (
     "Train one (make demo, or python train_CTC.py hparams/CTC/an4.yaml ...) and give its "
     "output_folder, or give a bundle's folder, or the name of a bundle on the Hugging Face hub."
 )
+# In the words of CUDA, MPS and the CPU's allocator.
+_FULL_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -228,7 +230,7 @@ def exit_status(run: Callable[[argparse.Namespace], int], arguments: argparse.Na
     except UserError as error:
         return _failed(str(error))
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not _FULL_MEMORY.search(str(error)):
             raise
         return _failed(
             f"There is not enough memory ({str(error).splitlines()[0] if str(error) else 'RAM'}). "

@@ -309,4 +309,6 @@ def test_interruptions_and_full_memory_have_a_message_and_a_status(capsys):
         assert exit_status(raising(error), arguments) == EXIT_USER_ERROR
     assert capsys.readouterr().err.count("less than --batch_seconds 120") == 2
     with pytest.raises(RuntimeError, match="another"):
-        exit_status(raising(RuntimeError("another")), arguments)
+        exit_status(raising(RuntimeError("another memory format")), arguments)
+    assert exit_status(raising(OSError(28, "No space left on device")), arguments) == 2
+    assert capsys.readouterr().err == "error: No space left on device\n"
