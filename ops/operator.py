@@ -91,7 +91,9 @@ def _has_gradient(argument: object) -> bool:
 
 
 def _wants_gradient(arguments: tuple) -> bool:
-    # An exported program has no gradient, and what is kept for one would tie it to a length.
-    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+    # An exported program has no gradient, and what is kept for one would tie it to a length. While
+    # torch 2.11 compiles, it calls that exporting, too.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if exporting or not torch.is_grad_enabled():
         return False
     return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
