@@ -2,110 +2,94 @@
 
     python -m inference.bundle results/CTC/an4/3402 my_model --precision fp16
 
-writes ``config.json``, ``model.safetensors``, ``tokenizer.model``, ``README.md`` and
-``checksums.json``.
+writes ``config.json``, ``model.safetensors``, ``tokenizer.model``, ``README.md``,
+``checksums.json``; of a search with a language model also ``lm.safetensors``; and for SpeechBrain's
+loaders ``hyperparams.yaml``, which is never read here.
 """
 
 import argparse
 import contextlib
+import functools
 import json
+import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sentencepiece as spm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import EXIT_USER_ERROR, UserError
 from common.files import atomic_write, file_digest
-from inference.classes import UnknownClassError, build
+from decoding.pretrained_lm import LM_FILE, pretrained_file
+from inference.config import PARTS, check_config, read_json
+from inference.model import Model, check_weights, make_model
 from inference.model_card import model_card
-from inference.run_config import FORMAT, read_run_config
-from modules.speech_encoder import SpeechEncoder
+from inference.run_config import read_run_config
+from inference.speechbrain_yaml import speechbrain_yaml
+from inference.weights import NORMALIZER, PRECISIONS, pack, unpack
+from text.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+LM_WEIGHTS_FILE = "lm.safetensors"
 TOKENIZER_FILE = "tokenizer.model"
 CARD_FILE = "README.md"
 CHECKSUMS_FILE = "checksums.json"
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
-STORED_PRECISIONS = (*PRECISIONS, "int8")
+SPEECHBRAIN_FILE = "hyperparams.yaml"
+FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    LM_WEIGHTS_FILE,
+    TOKENIZER_FILE,
+    CARD_FILE,
+    CHECKSUMS_FILE,
+    SPEECHBRAIN_FILE,
+)
+"""All files that a bundle may have."""
 
-# Of the modules in the YAML's ``model``.
-_MODEL_ORDER = ("CNN", "Transformer", "seq_lin", "ctc_lin")
-_SCALE_SUFFIX = "#scale"
-_NORMALIZER = "normalize."
+RUN_BUNDLE = "bundle"
+"""Where a run keeps its own bundle."""
+
+RUN_FILES = (
+    "hyperparams.yaml",
+    "save/averaged/model.ckpt",
+    "save/averaged/normalizer.ckpt",
+    "save/tokenizer.model",
+)
+"""What the bundle of a run is made from, beside its language model."""
+
 _HOW_TO_GET_ONE = (
     "Train one (make demo, or train_CTC.py), and give its output_folder, or the folder that "
     "python -m inference.bundle RUN FOLDER writes."
 )
 
 
-@dataclass
-class Model:
-    """A recogniser in parts, in evaluation mode.
-
-    Attributes:
-        config: what ``config.json`` holds.
-        encoder: waveforms to encoder output.
-        ctc_lin: encoder output to logits of the CTC branch.
-        seq_lin: decoder output to logits; None of a CTC model.
-        tokenizer: of the text.
-    """
+@dataclass(frozen=True)
+class _RunModel:
+    """The model of a run: its configuration, weights by part, and tokenizer file."""
 
     config: dict[str, Any]
-    encoder: SpeechEncoder
-    ctc_lin: nn.Module
-    seq_lin: nn.Module | None
-    tokenizer: spm.SentencePieceProcessor
-
-    @property
-    def kind(self) -> str:
-        """ctc or s2s."""
-        return self.config["kind"]
-
-    def parts(self) -> dict[str, nn.Module]:
-        """The modules that have weights, by their names in a bundle."""
-        found = {
-            "CNN": self.encoder.CNN,
-            "Transformer": self.encoder.Transformer,
-            "ctc_lin": self.ctc_lin,
-            "seq_lin": self.seq_lin,
-        }
-        return {name: module for name, module in found.items() if module is not None}
+    tensors: dict[str, Tensor]
+    lm_tensors: dict[str, Tensor] | None
+    tokenizer_file: Path
 
 
-def build_model(config: Mapping[str, Any], tokenizer: spm.SentencePieceProcessor) -> Model:
-    """A model with arbitrary weights.
-
-    Raises:
-        UserError: the configuration describes none.
-    """
-    try:
-        features = {key: build(node, {}) for key, node in config["features"].items()}
-        network = {key: build(node, {}) for key, node in config["network"].items()}
-        encoder = SpeechEncoder(
-            features["compute_features"],
-            features["normalize"],
-            network["CNN"],
-            network["Transformer"],
-        )
-        model = Model(dict(config), encoder, network["ctc_lin"], network.get("seq_lin"), tokenizer)
-    except (UnknownClassError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{CONFIG_FILE} describes no model of ours: {error}") from None
-    for part in [encoder, *model.parts().values()]:
-        part.eval().requires_grad_(False)
-    return model
-
-
-def write_bundle(run: str | Path, folder: str | Path, precision: str = "fp32") -> Path:
+def write_bundle(
+    run: str | Path,
+    folder: str | Path,
+    precision: str = "fp32",
+    language: str | None = None,
+    licence: str | None = None,
+) -> Path:
     """Writes the bundle of a training run; the folder appears whole or not at all.
 
     Args:
@@ -113,6 +97,8 @@ def write_bundle(run: str | Path, folder: str | Path, precision: str = "fp32") -
         folder: of the bundle; an earlier bundle there is replaced, another folder is not.
         precision: how weights are stored: fp32, fp16, or int8 with a scale per row. They are
             float32 again when loaded.
+        language: of the speech, as a code such as "en".
+        licence: of the weights, as a code such as "cc-by-4.0".
 
     Returns:
         the folder.
@@ -120,60 +106,47 @@ def write_bundle(run: str | Path, folder: str | Path, precision: str = "fp32") -
     Raises:
         UserError: the run has no averaged weights, holds classes that a bundle cannot, or the
             folder is something else.
+        OSError: the folder cannot be written.
     """
-    run, folder = Path(run), Path(folder)
-    if precision not in STORED_PRECISIONS:
-        raise UserError(f"precision is {precision!r}; known are {', '.join(STORED_PRECISIONS)}.")
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+    folder = Path(folder)
+    if precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}; known are {', '.join(PRECISIONS)}.")
+    if folder.exists() and not _is_free(folder):
         raise UserError(f"{folder} exists and is no bundle: give another folder.")
-    averaged = run / "save" / "averaged"
-    files = (run / "hyperparams.yaml", averaged / "model.ckpt", averaged / "normalizer.ckpt")
-    missing = [str(path) for path in files if not path.is_file()]
-    if missing:
-        raise UserError(
-            f"{run} is not the folder of an evaluated run: {', '.join(missing)} is missing. "
-            + _HOW_TO_GET_ONE
-        )
-    config = read_run_config(run / "hyperparams.yaml")
-    config["stored_precision"] = precision
-    order = [
-        name for name in ("CNN", "Transformer", "seq_lin", "ctc_lin") if name in config["network"]
-    ]
-    state = torch.load(averaged / "model.ckpt", map_location="cpu", weights_only=True)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        index, _, rest = name.partition(".")
-        tensors[f"{order[int(index)]}.{rest}"] = tensor
-    statistics = torch.load(averaged / "normalizer.ckpt", map_location="cpu", weights_only=True)
-    for name in ("glob_mean", "glob_std"):
-        tensors[_NORMALIZER + name] = statistics[name].float().reshape(-1)
-    tokenizer = spm.SentencePieceProcessor(model_file=str(run / "save" / "tokenizer.model"))
-    # Proves that what is written is a model before anything is.
-    load_weights(build_model(config, tokenizer), tensors)
-
+    model = _read_run(Path(run))
+    config = {
+        **model.config,
+        "stored_precision": precision,
+        "language": language,
+        "licence": licence,
+    }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        new = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent)))
-        new.chmod(0o755)
-        save_file(pack(tensors, precision), new / WEIGHTS_FILE)
-        shutil.copyfile(run / "save" / "tokenizer.model", new / TOKENIZER_FILE)
-        with atomic_write(new / CONFIG_FILE) as stream:
-            json.dump(config, stream, indent=1)
-            stream.write("\n")
-        with atomic_write(new / CARD_FILE) as stream:
-            stream.write(model_card(config, run))
+    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        save_file(pack(model.tensors, precision), new / WEIGHTS_FILE)
+        if model.lm_tensors is not None:
+            save_file(pack(model.lm_tensors, precision), new / LM_WEIGHTS_FILE)
+        shutil.copyfile(model.tokenizer_file, new / TOKENIZER_FILE)
+        _write_json(new / CONFIG_FILE, config)
+        with atomic_write(new / SPEECHBRAIN_FILE) as stream:
+            stream.write(speechbrain_yaml(config))
         checksums = {path.name: file_digest(path) for path in sorted(new.iterdir())}
-        with atomic_write(new / CHECKSUMS_FILE) as stream:
-            json.dump(checksums, stream, indent=1)
-            stream.write("\n")
+        _write_json(new / CHECKSUMS_FILE, checksums)
+        with atomic_write(new / CARD_FILE) as stream:
+            stream.write(model_card(config, checksums))
         if folder.exists():
-            shutil.rmtree(folder)
-        shutil.copytree(new, folder)
+            folder.rename(Path(scratch) / "old")
+        new.rename(folder)
     return folder
 
 
-def read_bundle(folder: str | Path) -> Model:
+def read_bundle(folder: str | Path, link_targets: Path | None = None) -> Model:
     """The model of a bundle, float32 on the CPU.
+
+    Args:
+        folder: of the bundle. Its files must lie in it.
+        link_targets: the folder into which they may be links, nevertheless.
 
     Raises:
         UserError: a file is missing, was changed, or belongs to a newer version.
@@ -181,99 +154,153 @@ def read_bundle(folder: str | Path) -> Model:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"No model: {folder} does not exist or is no folder. {_HOW_TO_GET_ONE}")
-    if not (folder / CONFIG_FILE).is_file() or not (folder / CHECKSUMS_FILE).is_file():
+    if not (folder / CONFIG_FILE).exists():
         raise UserError(f"{folder} is no bundle: it has no {CONFIG_FILE}. {_HOW_TO_GET_ONE}")
-    checksums = _read_json(folder / CHECKSUMS_FILE)
-    for name in (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE):
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{folder}: {name} is missing. Copy the bundle again.")
-        if file_digest(path) != checksums.get(name):
-            raise UserError(
-                f"{folder}: {name} is not the file that was written ({CHECKSUMS_FILE}). Copy the "
-                "bundle again."
-            )
-    config = _read_json(folder / CONFIG_FILE)
-    version = config.get("format")
-    if not isinstance(version, int) or version > FORMAT:
-        raise UserError(
-            f"{folder} has format {version!r}; this version reads formats up to {FORMAT}. Update "
-            "Mamba-ASR."
-        )
+    checked = functools.partial(_checked_file, folder, link_targets)
+    checksums = read_json(checked(CHECKSUMS_FILE))
+    config = read_json(checked(CONFIG_FILE, checksums))
+    with _located(folder):
+        check_config(config)
+    lm_file = checked(LM_WEIGHTS_FILE, checksums) if "lm" in config else None
+    weights_file = checked(WEIGHTS_FILE, checksums)
+    tokenizer = load_tokenizer(checked(TOKENIZER_FILE, checksums), config["tokens"]["outputs"])
     try:
-        tokenizer = spm.SentencePieceProcessor(model_file=str(folder / TOKENIZER_FILE))
-        tensors = unpack(load_file(folder / WEIGHTS_FILE))
+        tensors = unpack(load_file(weights_file))
+        lm_tensors = None if lm_file is None else unpack(load_file(lm_file))
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"{folder} cannot be read: {error}") from None
-    model = build_model(config, tokenizer)
-    load_weights(model, tensors)
-    return model
+        raise UserError(f"{folder}: its weights cannot be read: {error}") from None
+    with _located(folder):
+        return make_model(config, tokenizer, tensors, lm_tensors)
 
 
-def load_weights(model: Model, tensors: Mapping[str, Tensor]) -> None:
-    """Puts the tensors of a bundle in their places.
+def read_run(run: str | Path) -> Model:
+    """The model of a training run's output folder, float32 on the CPU.
+
+    It is that of the run's bundle, if that is one of the run's present weights and settings.
 
     Raises:
-        UserError: some are missing, left over, or of another shape.
+        UserError: the run has no model to evaluate, or one that cannot be bundled.
     """
-    rest = dict(tensors)
-    normalize = model.encoder.normalize
-    try:
-        normalize.glob_mean = rest.pop(_NORMALIZER + "glob_mean")
-        normalize.glob_std = rest.pop(_NORMALIZER + "glob_std")
-        normalize.count = 1
-        for part, module in model.parts().items():
-            own = {name: rest.pop(f"{part}.{name}") for name in module.state_dict()}
-            module.load_state_dict(own)
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from None
-    if rest:
+    run = Path(run)
+    bundle = run / RUN_BUNDLE
+    if bundle.is_dir():
+        if _is_current(bundle, run):
+            return read_bundle(bundle)
+        reason = "another model than the run's present one is in its bundle"
+    else:
+        reason = "it has no bundle"
+    model = _read_run(run)
+    logger.warning("%s: %s; its files are bundled on the fly, executing none.", run, reason)
+    tokenizer = load_tokenizer(model.tokenizer_file, model.config["tokens"]["outputs"])
+    with _located(run):
+        return make_model(model.config, tokenizer, model.tensors, model.lm_tensors)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether the folder claims to be a bundle, rather than a run."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def _read_run(run: Path) -> _RunModel:
+    missing = [name for name in RUN_FILES if not (run / name).is_file()]
+    if missing:
         raise UserError(
-            f"{WEIGHTS_FILE} does not fit {CONFIG_FILE}: {next(iter(rest))} has no place."
+            f"{run} is not the folder of an evaluated run: {', '.join(missing)} is missing. "
+            + _HOW_TO_GET_ONE
         )
-
-
-def pack(tensors: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
-    """Tensors as they are stored; with int8 every matrix has a scale per row beside it."""
-    stored: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        floating = tensor.is_floating_point() and not name.startswith(_NORMALIZER)
-        if not floating:
-            stored[name] = tensor.contiguous()
-        elif precision != "int8":
-            stored[name] = tensor.to(PRECISIONS[precision]).contiguous()
-        elif tensor.dim() < 2:
-            stored[name] = tensor.float().contiguous()
-        else:
-            rows = tensor.float().flatten(1)
-            scale_R1 = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            stored[name] = (rows / scale_R1).round().to(torch.int8).reshape(tensor.shape)
-            stored[name + _SCALE_SUFFIX] = scale_R1[:, 0].contiguous()
-    return stored
-
-
-def unpack(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``pack``, in float32."""
+    found = read_run_config(run)
+    config = found.config
+    config["made_from"] = {name: file_digest(run / name) for name in RUN_FILES}
+    averaged = run / "save" / "averaged"
     tensors = {}
-    for name, tensor in stored.items():
-        if name.endswith(_SCALE_SUFFIX):
-            continue
-        scale_R = stored.get(name + _SCALE_SUFFIX)
-        if scale_R is not None:
-            shape = (-1,) + (1,) * (tensor.dim() - 1)
-            tensor = tensor.float() * scale_R.reshape(shape)
-        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
-    return tensors
+    for name, tensor in _load_state(averaged / "model.ckpt").items():
+        # The recipe's ``model`` is a list of its parts.
+        index, _, rest = name.partition(".")
+        order = PARTS[config["kind"]]
+        if not index.isdecimal() or int(index) >= len(order):
+            raise UserError(f"{averaged / 'model.ckpt'} has {name}, which no recipe's model has.")
+        tensors[f"{order[int(index)]}.{rest}"] = tensor
+    for name, value in _load_state(averaged / "normalizer.ckpt").items():
+        tensors[NORMALIZER + name] = torch.as_tensor(value)
+    lm_tensors = None
+    if found.lm_source is not None:
+        lm_file = pretrained_file(found.lm_source, LM_FILE, run / "save" / "pretrained")
+        if not lm_file.is_file():
+            raise UserError(
+                f"{run} is a run whose search has a language model, but {lm_file} is missing."
+            )
+        lm_tensors = _load_state(lm_file)
+    with _located(run):
+        check_config(config)
+        config["parameters"] = check_weights(config, tensors, lm_tensors)
+    return _RunModel(config, tensors, lm_tensors, run / "save" / "tokenizer.model")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _located(folder: Path) -> Iterator[None]:
+    """Says of which folder an error is."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Copy the bundle again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no mapping. Copy the bundle again.")
-    return content
+        yield
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no weights.")
+    return state
+
+
+def _is_current(bundle: Path, run: Path) -> bool:
+    """Whether the bundle was made from the files that the run has now, as far as it has them."""
+    if not is_bundle(bundle):
+        return False
+    made_from = read_json(bundle / CONFIG_FILE).get("made_from")
+    if not isinstance(made_from, Mapping):
+        return False
+    return all(
+        made_from.get(name) == file_digest(run / name)
+        for name in RUN_FILES
+        if (run / name).is_file()
+    )
+
+
+def _checked_file(
+    folder: Path, link_targets: Path | None, name: str, checksums: Mapping[str, Any] | None = None
+) -> Path:
+    """A file of the bundle that is what was written.
+
+    Raises:
+        UserError: it is not.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"{folder}: {name} is missing. Copy the bundle again.")
+    if path.is_symlink() and (
+        link_targets is None or not path.resolve().is_relative_to(link_targets.resolve())
+    ):
+        raise UserError(f"{folder}: {name} is a link. A bundle's files lie in its folder.")
+    if checksums is not None and file_digest(path) != checksums.get(name):
+        raise UserError(
+            f"{folder}: {name} is not the file that was written ({CHECKSUMS_FILE}). Copy the "
+            "bundle again."
+        )
+    return path
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a bundle may take the place of what is there."""
+    return folder.is_dir() and (is_bundle(folder) or not any(folder.iterdir()))
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_write(path) as stream:
+        json.dump(content, stream, indent=1)
+        stream.write("\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,18 +313,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", help="where the bundle goes")
     parser.add_argument(
         "--precision",
-        choices=STORED_PRECISIONS,
+        choices=PRECISIONS,
         default="fp32",
         help="how weights are stored; loaded, they are float32 (default: fp32)",
     )
+    parser.add_argument("--language", help="of the speech, for the model card: en, ml, ...")
+    parser.add_argument("--licence", help="of the weights, for the model card: cc-by-4.0, ...")
+    parser.add_argument(
+        "--push", metavar="NAME", help="upload the bundle to the Hugging Face hub as NAME"
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="if that repository is new, let nobody else see it"
+    )
     arguments = parser.parse_args(argv)
     try:
-        folder = write_bundle(arguments.run, arguments.folder, arguments.precision)
-    except UserError as error:
+        folder = write_bundle(
+            arguments.run,
+            arguments.folder,
+            arguments.precision,
+            arguments.language,
+            arguments.licence,
+        )
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        print(f"{folder}: {size / 2**20:.1f} MiB")
+        if arguments.push:
+            from inference.hub import push
+
+            print(push(folder, arguments.push, arguments.private))
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{folder}: {size / 2**20:.1f} MiB")
     return 0
 
 

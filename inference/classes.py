@@ -1,4 +1,4 @@
-"""The classes that a bundle may name. Nothing else is ever built from one."""
+"""The classes that a bundle may name. Nothing else is ever built from one; none opens a file."""
 
 import functools
 import importlib
@@ -19,16 +19,22 @@ CLASSES: Mapping[str, str] = {
     "SiLU": "torch.nn.SiLU",
     "Identity": "torch.nn.Identity",
     "Swish": "speechbrain.nnet.activations.Swish",
-    "CTCBeamSearcher": "speechbrain.decoders.ctc.CTCBeamSearcher",
+    "TransformerLM": "modules.lm.TransformerLM",
+    "MambaLM": "modules.lm.MambaLM",
     "CachedBeamSearcher": "decoding.beam_search.CachedBeamSearcher",
     "ScorerBuilder": "decoding.scorers.ScorerBuilder",
     "CTCScorer": "decoding.ctc_prefix_scorer.CTCScorer",
+    "LMScorer": "decoding.lm_scorers.LMScorer",
     "CoverageScorer": "speechbrain.decoders.scorer.CoverageScorer",
     "LengthScorer": "speechbrain.decoders.scorer.LengthScorer",
 }
 """Where each class is, under the name that a bundle's ``config.json`` has for it."""
 
-NAMES = {path: name for name, path in CLASSES.items()}
+NAMES: Mapping[str, str] = {
+    **{path: name for name, path in CLASSES.items()},
+    # Ours is a subclass of it with the same arguments and weights.
+    "speechbrain.lobes.models.transformer.TransformerLM.TransformerLM": "TransformerLM",
+}
 """The same, the other way round."""
 
 

@@ -1,87 +1,147 @@
 """The README.md of a bundle."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import ruamel.yaml
 
 from common.tables import format_number, markdown_table
 
-_USE = """```python
+_USE = """\
+From the repository of Mamba-ASR:
+
+```python
 from inference import Recognizer
 
 asr = Recognizer.from_bundle("path/of/this/folder")
 print(asr.transcribe("speech.wav").text)
 ```
 
-or `python transcribe.py path/of/this/folder speech.wav`."""
+or `python transcribe.py path/of/this/folder speech.wav`. Both load data alone and execute nothing
+of this folder. SpeechBrain's `{interface}.from_hparams(source="path/of/this/folder")` gives the
+same text there; it executes `hyperparams.yaml`."""
 
 
-def model_card(config: Mapping[str, Any], run: str | Path) -> str:
+def model_card(config: Mapping[str, Any], checksums: Mapping[str, str]) -> str:
     """What the model is, what it was trained on, how well it did and how to use it.
 
     Args:
         config: of the bundle.
-        run: output folder of the training run; what it does not have is left out.
+        checksums: SHA-256 of its files by their names.
     """
-    run = Path(run)
-    results, recipe = _results(run), _recipe(run)
-    network, features = config["network"]["Transformer"], config["features"]["compute_features"]
-    branches = {"ctc": "CTC", "s2s": "joint CTC/attention"}[config["kind"]]
-    about = [
-        ("kind", f"{branches}, encoder {network['encoder_module']}"),
-        ("parameters", _grouped(results.get("model", {}).get("parameters"))),
-        ("audio", f"{features.get('sample_rate', 16000)} Hz, one channel"),
-        ("tokens", f"{config['tokens']['type']}, {config['tokens']['outputs']} outputs"),
-        ("trained on", ", ".join(recipe.get("train_splits", [])) or "unknown"),
-        ("checkpoints chosen on", ", ".join(recipe.get("dev_splits", [])) or "unknown"),
-        ("weights stored as", config.get("stored_precision", "fp32")),
-        ("seed", recipe.get("seed", "unknown")),
-        ("commit", results.get("run", {}).get("commit") or "unknown"),
-        ("command", f"`{results.get('run', {}).get('command', 'unknown')}`"),
-    ]
+    network, training, run = config["network"]["Transformer"], config["training"], config["run"]
+    encoder = network.get("encoder_module", "transformer")
+    kind = {"ctc": "CTC", "s2s": "joint CTC/attention"}[config["kind"]]
     blocks = [
-        f"# {network['encoder_module']} {config['kind']} recogniser",
-        "A bundle of Mamba-ASR. It holds data alone; loading it executes nothing.",
-        markdown_table(("", ""), about, text_columns=2),
+        _front_matter(config),
+        f"# {encoder} {kind} speech recogniser",
+        "A bundle of Mamba-ASR: a trained model as a folder of data.",
+        _table(_about(config, encoder, kind)),
         "## Use",
-        _USE,
-    ]
-    if results.get("splits"):
-        rows = [
-            (split, f"{score['wer']:.2f}", f"{score['cer']:.2f}", score["words"])
-            for split, score in results["splits"].items()
-        ]
-        blocks += [
-            "## Results",
-            markdown_table(("split", "WER %", "CER %", "words"), rows),
-            "As the training run's own evaluation gave them.",
-        ]
-    blocks += [
+        _USE.format(interface="EncoderASR" if config["kind"] == "ctc" else "EncoderDecoderASR"),
+        *_results(config),
+        "## Training",
+        _table(
+            [
+                ("trained on", _names(training["train_splits"])),
+                ("checkpoints chosen on", _names(training["dev_splits"])),
+                *training["settings"].items(),
+                ("seed", training["seed"]),
+                ("precision", run.get("precision")),
+                ("commit", run.get("commit")),
+                ("versions", _pairs(run.get("versions"))),
+            ]
+        ),
+        *([f"By `{run['command']}`."] if "command" in run else []),
+        "## Files",
+        markdown_table(
+            ("file", "SHA-256"),
+            [(name, f"`{digest}`") for name, digest in checksums.items()],
+            text_columns=2,
+        ),
         "## Licence",
-        "Of the weights: whoever trained them decides, within the licence of the speech they were "
-        "trained on. Mamba-ASR itself is under the MIT licence.",
+        _licence(config["licence"]),
     ]
     return "\n\n".join(blocks) + "\n"
 
 
-def _grouped(count: Any) -> str:
-    return f"{count:,}" if isinstance(count, int) else format_number(None, 0)
+def _front_matter(config: Mapping[str, Any]) -> str:
+    """What the hub reads of a card."""
+    lines = ["---", "library_name: mamba-asr", "pipeline_tag: automatic-speech-recognition"]
+    if config["language"]:
+        lines.append(f"language: {config['language']}")
+    if config["licence"]:
+        lines.append(f"license: {config['licence']}")
+    return "\n".join([*lines, "---"])
 
 
-def _results(run: Path) -> dict[str, Any]:
-    try:
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return results if isinstance(results, dict) else {}
+def _about(config: Mapping[str, Any], encoder: str, kind: str) -> list[tuple[str, Any]]:
+    network, features = config["network"]["Transformer"], config["features"]["compute_features"]
+    layers = f"{network.get('num_encoder_layers')} layers, width {network.get('d_model')}"
+    decoder = None
+    if config["kind"] == "s2s":
+        module = network.get("decoder_module", "transformer")
+        decoder = f"{module}, {network.get('num_decoder_layers')} layers"
+    lm = config["lm"]["class"] if "lm" in config else None
+    return [
+        ("kind", kind),
+        ("language", config["language"] or "not stated"),
+        ("encoder", f"{encoder}, {layers}"),
+        ("decoder", decoder),
+        ("language model in the search", lm),
+        ("parameters", f"{config['parameters']:,}"),
+        ("audio", f"{features.get('sample_rate', 16000)} Hz, one channel"),
+        ("tokens", f"{config['tokens']['type']}, {config['tokens']['outputs']} outputs"),
+        ("weights stored as", config["stored_precision"]),
+    ]
 
 
-def _recipe(run: Path) -> dict[str, Any]:
-    try:
-        recipe = ruamel.yaml.YAML().load((run / "hyperparams.yaml").read_text(encoding="utf-8"))
-    except (OSError, ruamel.yaml.YAMLError):
-        return {}
-    return dict(recipe)
+def _results(config: Mapping[str, Any]) -> list[str]:
+    if not config["results"]:
+        return []
+    tuned_on = config["training"]["dev_splits"]
+    rows = [
+        (
+            split,
+            "yes" if split in tuned_on else "no",
+            format_number(score["wer"], 2),
+            format_number(score["cer"], 2),
+            score["words"],
+        )
+        for split, score in config["results"].items()
+    ]
+    precision = config["stored_precision"]
+    rounded = "" if precision == "fp32" else f", before its weights were stored as {precision}"
+    header = ("split", "checkpoints chosen on it", "WER %", "CER %", "words")
+    blocks = [
+        "## Results",
+        markdown_table(header, rows, text_columns=2),
+        f"As the training run's own evaluation gave them{rounded}.",
+    ]
+    if config["left_out"]:
+        blocks.append(
+            f"The run's search also has a {' and a '.join(config['left_out'])}, which the bundle "
+            "does not hold: without it results are others than these."
+        )
+    for split, command in config["evaluations"].items():
+        blocks.append(f"{split} was scored by `{command}`.")
+    return blocks
+
+
+def _licence(licence: str | None) -> str:
+    weights = licence or (
+        "not stated: whoever trained them decides, within the licence of the speech that they were "
+        "trained on"
+    )
+    return f"Of the weights: {weights}. Of Mamba-ASR, which runs them: MIT."
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    known = [(name, value) for name, value in rows if value not in (None, "")]
+    return markdown_table(("", ""), known, text_columns=2)
+
+
+def _names(splits: list[str]) -> str:
+    return ", ".join(splits) or "unknown"
+
+
+def _pairs(versions: Mapping[str, str] | None) -> str:
+    return ", ".join(f"{name} {version}" for name, version in (versions or {}).items())

@@ -13,6 +13,7 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process, is_distr
 
 from common.errors import UserError
 from common.files import atomic_write
+from inference.bundle import RUN_BUNDLE, write_bundle
 from inference.scoring.reports import SplitScore, run_record, update_results, write_split_report
 from modules.weights import load_model_weights
 from training.brains.asr_brain import ASRBrain
@@ -130,6 +131,15 @@ def evaluate_splits(
             for stats_logger in brain.loggers:
                 stats_logger.log_stats({"split": split}, test_stats=stats)
     return scores
+
+
+def leave_bundle(output_folder: str | Path) -> None:
+    """Write the run's bundle, in place of an earlier one; what prevents it is a warning."""
+    run = Path(output_folder)
+    try:
+        write_bundle(run, run / RUN_BUNDLE)
+    except (UserError, OSError) as error:
+        logger.warning("The run has no bundle of its model: %s", error)
 
 
 def describe_model(brain: ASRBrain) -> dict:

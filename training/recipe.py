@@ -39,7 +39,7 @@ from training.data.recordings import (
     unalignable,
     with_characters,
 )
-from training.evaluation import evaluate_splits
+from training.evaluation import evaluate_splits, leave_bundle
 from training.launch.start import make_output_folder, start_run
 from training.reporting.loggers import make_loggers
 from training.splicing.splice import Splicing
@@ -236,6 +236,7 @@ def run_recipe(
     command = [Path(sys.argv[0]).name, *argv]
     scores = evaluate_splits(brain, loaders.tests, command, test_only)
     if if_main_process():
+        leave_bundle(hparams["output_folder"])
         print(f"\n{results_table(scores)}\n\nReports: {hparams['output_folder']}")
         logger.info("Command: %s", shlex.join(command))
     return brain
