@@ -1,5 +1,6 @@
 """Tokens with their frames as words with times and confidences."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,35 +38,26 @@ def words_of(
 
     Args:
         words: of the text.
-        placed: its tokens in order; a piece that begins with "▁" begins a word.
+        placed: its tokens in order; "▁" in a piece ends a word.
         frame_s: seconds from one frame to the next.
         duration_s: of the audio.
 
     Returns:
         one word for each of ``words``, and the tokens that have a place.
     """
-    groups: list[list[Placed]] = []
-    for token in placed:
-        if token.piece.startswith(WORD_MARK) or not groups:
-            groups.append([])
-        if token.piece != WORD_MARK:
-            groups[-1].append(token)
-    groups = [group for group in groups if group]
-    if len(groups) != len(words):
-        # A tokenizer that does not mark words: none of them can be told from its tokens.
-        groups = [[] for _ in words]
 
     def seconds(frame: int) -> float:
         return min(round(frame * frame_s, 3), duration_s)
 
     found: list[Word | None] = []
-    for text, group in zip(words, groups, strict=True):
-        first, last = (group[0].start_frame, group[-1].end_frame) if group else (None, None)
-        if first is None or last is None:
+    for text, group in zip(words, _tokens_of_words(words, placed), strict=True):
+        starts = [token.start_frame for token in group if token.start_frame is not None]
+        ends = [token.end_frame for token in group if token.end_frame is not None]
+        if not starts or not ends:
             found.append(None)
             continue
         confidence = math.exp(sum(token.log_prob for token in group) / len(group))
-        found.append(Word(text, seconds(first), seconds(last), min(1.0, confidence)))
+        found.append(Word(text, seconds(starts[0]), seconds(ends[-1]), min(1.0, confidence)))
     tokens = tuple(
         Token(
             token.piece,
@@ -77,6 +69,20 @@ def words_of(
         if token.start_frame is not None and token.end_frame is not None
     )
     return tuple(_fill_gaps(words, found, duration_s)), tokens
+
+
+def _tokens_of_words(words: Sequence[str], placed: Sequence[Placed]) -> list[list[Placed]]:
+    """The tokens that spell each word; a piece may end one and begin the next."""
+    groups: list[list[Placed]] = [[]]
+    for token in placed:
+        for character in token.piece.replace(WORD_MARK, " "):
+            if character.isspace():
+                groups.append([])
+            elif not groups[-1] or groups[-1][-1] is not token:
+                groups[-1].append(token)
+    groups = [group for group in groups if group]
+    # Else pieces spell their text in a way of their own: no word can be told from its tokens.
+    return groups if len(groups) == len(words) else [[] for _ in words]
 
 
 def _fill_gaps(texts: Sequence[str], words: Sequence[Word | None], duration_s: float) -> list[Word]:
@@ -96,8 +102,10 @@ def _fill_gaps(texts: Sequence[str], words: Sequence[Word | None], duration_s: f
         following = words[stop] if stop < len(words) else None
         end_s = max(start_s, duration_s if following is None else following.start_s)
         step_s = (end_s - start_s) / (stop - position)
-        for i, text in enumerate(texts[position:stop]):
-            begin_s = start_s + i * step_s
-            filled.append(Word(text, begin_s, begin_s + step_s, 0.0, is_placed=False))
+        starts_s = [min(start_s + i * step_s, end_s) for i in range(stop - position)]
+        for text, (begin_s, stop_s) in zip(
+            texts[position:stop], itertools.pairwise([*starts_s, end_s]), strict=True
+        ):
+            filled.append(Word(text, begin_s, stop_s, 0.0, is_placed=False))
         position = stop
     return filled
