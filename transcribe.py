@@ -49,6 +49,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--output_dir", metavar="FOLDER", help="a file for each input and format goes there")
     add("--channel", type=int, metavar="N", help="from 0 (default: all mixed down)")
+    add(
+        "--max_segment_s",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="longer recordings are cut in their pauses into segments of so many seconds "
+        "(default: 30)",
+    )
+    add(
+        "--whole",
+        action="store_true",
+        help="encode a recording of any length as one instead (Mamba and ConMamba encoders)",
+    )
     add_model_options(parser)
     return parser
 
@@ -76,6 +89,8 @@ def transcribe(arguments: argparse.Namespace) -> int:
             [source.audio for source in sources],
             batch_seconds=arguments.batch_seconds,
             channel=arguments.channel,
+            max_segment_s=arguments.max_segment_s,
+            whole=arguments.whole,
             **search,
         )
         results = with_progress(results, len(sources), arguments.noprogressbar)

@@ -18,12 +18,16 @@ _PAUSE_S = 0.3
 _PAUSE_DB = 12.0
 # How far around a moment its background is looked for.
 _BACKGROUND_S = 30.0
-# A piece is at least this part of the longest.
-_SHORTEST = 0.5
+# A pause in which a piece may end early, and how long the piece must be for that.
+_LONG_PAUSE_S = 0.5
+_SHORTEST_S = 5.0
 # Where there is no pause both pieces go so far beyond the cut.
 _OVERLAP_S = 3.0
 # One word in two pieces has its middle at times that differ by less.
 _SAME_WORD_S = 0.5
+
+MIN_SEGMENT_S = 4 * _OVERLAP_S
+"""The longest piece must be at least so long: two overlaps, and room for a cut between them."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class Piece:
 def cut_at_pauses(wav_S: np.ndarray, sample_rate: int, max_s: float = 30.0) -> list[Piece]:
     """Pieces of at most ``max_s`` seconds, cut where it is quiet.
 
-    A piece ends in the quietest third of a second of its second half. If that is not as quiet as a
-    pause, the next piece begins before the cut and this one ends behind it.
+    A piece that is five seconds long ends in the next pause of half a second. If there is none, it
+    ends in the quietest third of a second of its second half; and if that is no pause either, the
+    next piece begins before the cut and this one ends behind it.
 
     Args:
         wav_S: the recording.
@@ -54,8 +59,8 @@ def cut_at_pauses(wav_S: np.ndarray, sample_rate: int, max_s: float = 30.0) -> l
     Raises:
         ValueError: ``max_s`` leaves no room for the overlap.
     """
-    if max_s < 4 * _OVERLAP_S:
-        raise ValueError(f"max_s is {max_s}; pieces must be at least {4 * _OVERLAP_S:g} s long.")
+    if max_s < MIN_SEGMENT_S:
+        raise ValueError(f"max_s is {max_s}; pieces must be at least {MIN_SEGMENT_S:g} s long.")
     longest, overlap = round(max_s * sample_rate), round(_OVERLAP_S * sample_rate)
     if len(wav_S) <= longest:
         return [Piece(0, len(wav_S), len(wav_S))]
@@ -65,17 +70,31 @@ def cut_at_pauses(wav_S: np.ndarray, sample_rate: int, max_s: float = 30.0) -> l
     background_T = minimum_filter1d(
         uniform_filter1d(level_T, round(_PAUSE_S / _FRAME_S)), round(_BACKGROUND_S / _FRAME_S)
     )
+    is_long_pause_T = (
+        maximum_filter1d(level_T, round(_LONG_PAUSE_S / _FRAME_S)) <= background_T + _PAUSE_DB
+    )
     pieces, start = [], 0
     while len(wav_S) - start > longest:
-        low = (start + round(_SHORTEST * longest)) // step
         high = (start + longest - overlap) // step
-        quietest = low + int(loudest_T[low:high].argmin())
-        cut = min(quietest * step, len(wav_S))
-        is_pause = loudest_T[quietest] <= background_T[quietest] + _PAUSE_DB
+        early = (start + round(_SHORTEST_S * sample_rate)) // step
+        if is_long_pause_T[early:high].any():
+            cut_frame = early + _middle_of_first_run(is_long_pause_T[early:high])
+        else:
+            half = (start + longest // 2) // step
+            cut_frame = half + int(loudest_T[half:high].argmin())
+        cut = min(cut_frame * step, len(wav_S))
+        is_pause = loudest_T[cut_frame] <= background_T[cut_frame] + _PAUSE_DB
         reach = 0 if is_pause else overlap
         pieces.append(Piece(start, min(cut + reach, len(wav_S)), cut))
         start = cut - reach
     return [*pieces, Piece(start, len(wav_S), len(wav_S))]
+
+
+def _middle_of_first_run(is_true: np.ndarray) -> int:
+    first = int(is_true.argmax())
+    rest = is_true[first:]
+    length = len(rest) if rest.all() else int((~rest).argmax())
+    return first + length // 2
 
 
 def join(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from common.errors import UserError
 from inference.audio import AudioError, as_waveform, load_audio
 from inference.bundle import is_bundle, read_bundle, read_run
+from inference.long_audio import MIN_SEGMENT_S, cut_at_pauses, join
 from inference.model import Model
 from inference.search import Found, SearchOptions, TextSearch, options_of
 from inference.transcript import Segment, Transcript
@@ -19,6 +21,8 @@ from inference.words import words_of
 
 __all__ = ["PRECISIONS", "AudioSource", "Recognizer", "SearchOptions"]
 
+MAX_SEGMENT_S = 30.0
+BATCH_SECONDS = 120.0
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FileSource = str | os.PathLike | bytes | IO[bytes]
 AudioSource = FileSource | np.ndarray | Tensor
@@ -103,22 +107,31 @@ class Recognizer:
         sample_rate: int | None = None,
         *,
         channel: int | None = None,
+        max_segment_s: float = MAX_SEGMENT_S,
+        whole: bool = False,
+        batch_seconds: float = BATCH_SECONDS,
         **search: Any,
     ) -> Transcript:
-        """What is said in one recording.
+        """What is said in one recording of any length.
 
         Args:
             audio: a file's path, its bytes, an open binary file, or samples (S,) or (S, channels).
             sample_rate: of samples, in Hz; None means the model's.
             channel: the channel to take, counted from 0; None mixes all down.
+            max_segment_s: a longer recording is cut in its pauses into segments of at most so many
+                seconds, which are recognised like recordings of their own and joined.
+            whole: encode the recording as one instead, every frame in sight of all others, in
+                bounded memory; the text is that of the CTC branch. Mamba and ConMamba encoders.
+            batch_seconds: seconds of audio that are encoded at once.
             **search: see ``SearchOptions``.
 
         Raises:
             AudioError: the audio cannot be read or used.
-            UserError: a search option that cannot be.
+            UserError: an option that cannot be.
         """
         wav_S = self.load(audio, sample_rate, channel)
-        return self.transcribe_batch([wav_S], **search)[0]
+        how = _How(max_segment_s, whole, batch_seconds, options_of(search))
+        return self._transcribe_all({0: wav_S}, how)[0]
 
     def load(
         self, audio: AudioSource, sample_rate: int | None = None, channel: int | None = None
@@ -134,8 +147,10 @@ class Recognizer:
         self,
         paths: Iterable[FileSource],
         *,
-        batch_seconds: float = 120.0,
+        batch_seconds: float = BATCH_SECONDS,
         channel: int | None = None,
+        max_segment_s: float = MAX_SEGMENT_S,
+        whole: bool = False,
         **search: Any,
     ) -> Iterator[tuple[FileSource, Transcript | AudioError]]:
         """Each path with its transcript, or with what is wrong with it, in their order.
@@ -145,8 +160,10 @@ class Recognizer:
             batch_seconds: seconds of audio, padding included, that are encoded at once. Files of
                 like lengths go together: some batches are read ahead.
             channel: as in ``transcribe``.
+            max_segment_s, whole: as in ``transcribe``.
             **search: see ``SearchOptions``.
         """
+        how = _How(max_segment_s, whole, batch_seconds, options_of(search))
         window: list[tuple[FileSource, np.ndarray | AudioError]] = []
         seconds = 0.0
         for path in paths:
@@ -157,33 +174,76 @@ class Recognizer:
                 loaded = error
             window.append((path, loaded))
             if seconds >= _WINDOW_BATCHES * batch_seconds:
-                yield from self._transcribe_window(window, batch_seconds, search)
+                yield from self._transcribe_window(window, how)
                 window, seconds = [], 0.0
-        yield from self._transcribe_window(window, batch_seconds, search)
+        yield from self._transcribe_window(window, how)
 
     def _transcribe_window(
-        self,
-        window: Sequence[tuple[FileSource, np.ndarray | AudioError]],
-        batch_seconds: float,
-        search: Mapping[str, Any],
+        self, window: Sequence[tuple[FileSource, np.ndarray | AudioError]], how: "_How"
     ) -> Iterator[tuple[FileSource, Transcript | AudioError]]:
-        results: dict[int, Transcript] = {}
-        lengths = {i: len(w) for i, (_, w) in enumerate(window) if isinstance(w, np.ndarray)}
-        batch: list[int] = []
-        for i in sorted(lengths, key=lambda i: -lengths[i]):
-            longest_s = lengths[(batch or [i])[0]] / self.sample_rate
-            if batch and (len(batch) + 1) * longest_s > batch_seconds:
-                results |= self._numbered(batch, window, search)
-                batch = []
-            batch.append(i)
-        results |= self._numbered(batch, window, search)
+        waveforms = {i: w for i, (_, w) in enumerate(window) if isinstance(w, np.ndarray)}
+        results = self._transcribe_all(waveforms, how)
         for i, (path, loaded) in enumerate(window):
             yield path, results[i] if isinstance(loaded, np.ndarray) else loaded
 
-    def _numbered(self, batch: list[int], window: Sequence, search: Mapping[str, Any]) -> dict:
-        waveforms = [window[i][1] for i in batch]
-        transcripts = self.transcribe_batch(waveforms, **search) if batch else []
+    def _transcribe_all(
+        self, waveforms: Mapping[int, np.ndarray], how: "_How"
+    ) -> dict[int, Transcript]:
+        """Transcripts of waveforms, those of like lengths encoded together."""
+        if how.whole:
+            return {i: self._transcribe_whole(wav_S, how) for i, wav_S in waveforms.items()}
+        rate = self.sample_rate
+        pieces = {
+            i: cut_at_pauses(wav_S, rate, how.max_segment_s) for i, wav_S in waveforms.items()
+        }
+        parts = {
+            (i, n): waveforms[i][piece.start : piece.stop]
+            for i, of_one in pieces.items()
+            for n, piece in enumerate(of_one)
+        }
+        found: dict[tuple[int, int], Transcript] = {}
+        batch: list[tuple[int, int]] = []
+        for part in sorted(parts, key=lambda part: -len(parts[part])):
+            longest_s = len(parts[(batch or [part])[0]]) / rate
+            if batch and (len(batch) + 1) * longest_s > how.batch_seconds:
+                found |= self._transcribe_parts(batch, parts, how)
+                batch = []
+            batch.append(part)
+        found |= self._transcribe_parts(batch, parts, how)
+        return {
+            i: join(of_one, [found[i, n] for n in range(len(of_one))], rate)
+            if len(of_one) > 1
+            else found[i, 0]
+            for i, of_one in pieces.items()
+        }
+
+    def _transcribe_parts(
+        self,
+        batch: list[tuple[int, int]],
+        parts: Mapping[tuple[int, int], np.ndarray],
+        how: "_How",
+    ) -> dict[tuple[int, int], Transcript]:
+        transcripts = self._transcribe_batch([parts[part] for part in batch], how.options)
         return dict(zip(batch, transcripts, strict=True))
+
+    @torch.inference_mode()
+    def _transcribe_whole(self, wav_S: np.ndarray, how: "_How") -> Transcript:
+        duration_s = len(wav_S) / self.sample_rate
+        if len(wav_S) < self.model.min_samples:
+            return self._transcript(Found([[]], []), duration_s)
+        with self._autocast():
+            try:
+                encoder_out_TD = self.model.encoder.forward_in_pieces(
+                    torch.from_numpy(wav_S).to(self.device)
+                )
+            except ValueError as error:
+                raise UserError(f"whole: {error}") from None
+            pieces = encoder_out_TD.split(_WHOLE_PIECE_FRAMES)
+            log_probs = (
+                self.model.ctc_lin(piece_TD[None])[0].float().log_softmax(-1) for piece_TD in pieces
+            )
+            found = self._search.in_pieces(log_probs, how.options)
+        return self._transcript(found, duration_s)
 
     def transcribe_batch(self, waveforms: Sequence[np.ndarray], **search: Any) -> list[Transcript]:
         """Transcripts of waveforms (S,) at the model's rate, encoded at once.
@@ -193,7 +253,11 @@ class Recognizer:
         Args:
             **search: see ``SearchOptions``.
         """
-        options = options_of(search)
+        return self._transcribe_batch(waveforms, options_of(search))
+
+    def _transcribe_batch(
+        self, waveforms: Sequence[np.ndarray], options: SearchOptions
+    ) -> list[Transcript]:
         shortest = self.model.min_samples
         spoken = [wav_S for wav_S in waveforms if len(wav_S) >= shortest]
         found = iter(self._search(*self.encode(spoken), options) if spoken else [])
@@ -213,13 +277,16 @@ class Recognizer:
         for row_S, wav_S in zip(wav_BS, waveforms, strict=True):
             row_S[: len(wav_S)] = torch.from_numpy(wav_S)
         num_samples_B = torch.tensor(lengths, device=self.device)
-        dtype = PRECISIONS[self.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with self._autocast():
             encoder_out_BTD, num_frames_B = self.model.encoder(
                 wav_BS.to(self.device), num_samples_B
             )
             logits_BTV = self.model.ctc_lin(encoder_out_BTD)
         return encoder_out_BTD.float(), logits_BTV.float().log_softmax(-1), num_frames_B
+
+    def _autocast(self) -> torch.autocast:
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def _transcript(self, found: Found, duration_s: float) -> Transcript:
         # Different tokens may spell the same text.
@@ -229,7 +296,24 @@ class Recognizer:
         return Transcript(texts[0], words, tokens, segments, duration_s, tuple(texts[1:]))
 
 
+@dataclass(frozen=True)
+class _How:
+    """How recordings are gone through; see ``Recognizer.transcribe``."""
+
+    max_segment_s: float
+    whole: bool
+    batch_seconds: float
+    options: SearchOptions
+
+    def __post_init__(self) -> None:
+        if self.max_segment_s < MIN_SEGMENT_S:
+            raise UserError(
+                f"max_segment_s is {self.max_segment_s:g}; it must be at least {MIN_SEGMENT_S:g}."
+            )
+
+
 _WINDOW_BATCHES = 4
+_WHOLE_PIECE_FRAMES = 4096
 
 
 def _device(name: str | None) -> torch.device:

@@ -2,17 +2,24 @@
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import UserError
 from decoding.ctc_alignment import align_tokens
-from decoding.ctc_beam_search import CTCBeamSearch, CTCToken, HotwordTree, ctc_greedy
+from decoding.ctc_beam_search import (
+    CTCBeamSearch,
+    CTCToken,
+    HotwordTree,
+    ctc_greedy,
+    greedy_path,
+)
 from decoding.ctc_beam_search.hotwords import spelled
 from decoding.ctc_beam_search.hypothesis import Vocabulary
 from decoding.hotword_scorer import HotwordScorer
@@ -110,15 +117,30 @@ class TextSearch:
             return self._greedy(log_probs_BTV, num_frames_B)
         if self.model.kind == "s2s":
             return self._joint(encoder_out_BTD, log_probs_BTV, num_frames_B, options)
-        search = self._ctc_search(options)
-        try:
-            hotwords = search.compile(options.hotwords)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        search, hotwords = self._ctc_search(options)
         # An output layer may have more places than there are tokens.
         log_probs = log_probs_BTV[..., : len(self.vocabulary)].cpu().numpy()
         found = search(log_probs, num_frames_B.cpu().numpy(), hotwords)
         return [self._found([hypothesis.tokens for hypothesis in item]) for item in found]
+
+    def in_pieces(self, log_probs: Iterable[Tensor], options: SearchOptions) -> Found:
+        """The text of one recording that comes piece by piece: that of the CTC branch.
+
+        Args:
+            log_probs: log probabilities (T, V) of the CTC branch for each piece, float32.
+            options: of the search.
+        """
+        arrays = (piece_TV[:, : len(self.vocabulary)].cpu().numpy() for piece_TV in log_probs)
+        if options.search == "greedy":
+            best = [(piece_TV.argmax(1), piece_TV.max(1)) for piece_TV in arrays]
+            ids_T, log_probs_T = (np.concatenate(parts) for parts in zip(*best, strict=True))
+            return self._found([greedy_path(ids_T, log_probs_T, self.blank)])
+        # Beams that differ early would never meet: without this a state grows with each of them.
+        search, hotwords = self._ctc_search(options, prune_history=True)
+        state = search.start(1, hotwords)
+        for piece_TV in arrays:
+            state = search.advance(state, piece_TV[None])
+        return self._found([hypothesis.tokens for hypothesis in search.finish(state)[0]])
 
     def text(self, tokens: Sequence[int]) -> str:
         """What tokens spell."""
@@ -144,8 +166,13 @@ class TextSearch:
         ]
         return Found(texts, placed)
 
-    def _ctc_search(self, options: SearchOptions) -> CTCBeamSearch:
-        """The search of these options; some are kept, since an n-gram takes a while to read."""
+    def _ctc_search(
+        self, options: SearchOptions, **overrides: Any
+    ) -> tuple[CTCBeamSearch, HotwordTree | None]:
+        """The search of these options, and its hotwords.
+
+        Some searches are kept, since an n-gram takes a while to read.
+        """
         settings = {k: v for k, v in self.model.config["search"].items() if k in CTC_SETTINGS}
         chosen = {
             "beam_size": options.beam_size,
@@ -154,7 +181,7 @@ class TextSearch:
             "beta": options.beta,
         }
         settings |= {key: value for key, value in chosen.items() if value is not None}
-        settings["topk"] = 1 + options.alternatives
+        settings |= {"topk": 1 + options.alternatives, **overrides}
         key = tuple(sorted(settings.items()))
         with self._lock:
             if key not in self._ctc_searches:
@@ -165,7 +192,11 @@ class TextSearch:
                 while len(self._ctc_searches) >= _KEPT_SEARCHES:
                     del self._ctc_searches[next(iter(self._ctc_searches))]
                 self._ctc_searches[key] = search
-            return self._ctc_searches[key]
+            search = self._ctc_searches[key]
+        try:
+            return search, search.compile(options.hotwords)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     def _joint(
         self,

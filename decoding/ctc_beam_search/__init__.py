@@ -3,7 +3,13 @@
 from decoding.ctc_beam_search.hotwords import HotwordTree
 from decoding.ctc_beam_search.hypothesis import CTCHypothesis, CTCToken, CTCWord
 from decoding.ctc_beam_search.ngram import Ngram
-from decoding.ctc_beam_search.search import CTCBeamSearch, CTCSearchState, ctc_greedy, read_ngram
+from decoding.ctc_beam_search.search import (
+    CTCBeamSearch,
+    CTCSearchState,
+    ctc_greedy,
+    greedy_path,
+    read_ngram,
+)
 
 __all__ = [
     "CTCBeamSearch",
@@ -14,5 +20,6 @@ __all__ = [
     "HotwordTree",
     "Ngram",
     "ctc_greedy",
+    "greedy_path",
     "read_ngram",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -302,12 +301,15 @@ def _tell(reason: str) -> None:
 def ctc_greedy(log_probs_TV: np.ndarray, blank: int = 0) -> list[CTCToken]:
     """The tokens of the most probable alignment of one utterance, with their frames."""
     log_probs_TV = np.asarray(log_probs_TV)
-    best_T = log_probs_TV.argmax(1)
-    changes = np.flatnonzero(np.diff(best_T, prepend=-1, append=-1)).tolist()
+    return greedy_path(log_probs_TV.argmax(1), log_probs_TV.max(1, initial=-np.inf), blank)
+
+
+def greedy_path(ids_T: np.ndarray, log_probs_T: np.ndarray, blank: int = 0) -> list[CTCToken]:
+    """The tokens of an alignment: the best token of each frame, and its log probability."""
+    starts = np.flatnonzero(np.diff(ids_T, prepend=-1))
+    ends = np.append(starts, len(ids_T))[1:]
     return [
-        CTCToken(
-            int(best_T[start]), start, end, float(log_probs_TV[start:end, best_T[start]].max())
-        )
-        for start, end in itertools.pairwise(changes)
-        if best_T[start] != blank
+        CTCToken(int(ids_T[start]), start, end, float(log_probs_T[start:end].max()))
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+        if ids_T[start] != blank
     ]
