@@ -29,7 +29,7 @@ from common.errors import EXIT_USER_ERROR, UserError
 from common.files import atomic_write, file_digest
 from decoding.pretrained_lm import LM_FILE, pretrained_file
 from inference.config import PARTS, check_config, read_json
-from inference.model import Model, check_weights, make_model
+from inference.model import STATISTICS, Model, check_weights, make_model
 from inference.model_card import model_card
 from inference.run_config import read_run_config
 from inference.speechbrain_yaml import speechbrain_yaml
@@ -220,8 +220,9 @@ def _read_run(run: Path) -> _RunModel:
         if not index.isdecimal() or int(index) >= len(order):
             raise UserError(f"{averaged / 'model.ckpt'} has {name}, which no recipe's model has.")
         tensors[f"{order[int(index)]}.{rest}"] = tensor
-    for name, value in _load_state(averaged / "normalizer.ckpt").items():
-        tensors[NORMALIZER + name] = torch.as_tensor(value)
+    statistics = _load_state(averaged / "normalizer.ckpt")
+    for name in statistics.keys() & STATISTICS:
+        tensors[NORMALIZER + name] = torch.as_tensor(statistics[name])
     lm_tensors = None
     if found.lm_source is not None:
         lm_file = pretrained_file(found.lm_source, LM_FILE, run / "save" / "pretrained")

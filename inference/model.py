@@ -14,7 +14,8 @@ from inference.config import FEATURES, NETWORK
 from inference.weights import NORMALIZER
 from modules.speech_encoder import SpeechEncoder
 
-_STATISTICS = ("count", "glob_mean", "glob_std")
+STATISTICS = ("count", "glob_mean", "glob_std")
+"""Of a normaliser."""
 
 
 @dataclass
@@ -146,7 +147,7 @@ def check_weights(
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
-    statistics = {NORMALIZER + name: None for name in _STATISTICS}
+    statistics = {NORMALIZER + name: None for name in STATISTICS}
     _check_shapes(tensors, {**shapes, **statistics})
     lm_shapes = {} if lm is None else {k: tensor.shape for k, tensor in lm.state_dict().items()}
     _check_shapes(lm_tensors or {}, lm_shapes)
@@ -183,7 +184,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size
 
 
 def _load_statistics(normalize: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    count, mean, std = (tensors[NORMALIZER + name] for name in _STATISTICS)
+    count, mean, std = (tensors[NORMALIZER + name] for name in STATISTICS)
     if normalize.norm_type == "global" and not mean.numel():
         raise UserError("the normaliser has no statistics.")
     normalize._load_statistics_dict({"count": int(count), "glob_mean": mean, "glob_std": std})
