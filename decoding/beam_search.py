@@ -11,11 +11,10 @@ from speechbrain.utils.data_utils import undo_padding
 from torch import Tensor, nn
 
 from decoding import scorers
+from decoding.memory import SearchMemory
 from modules.lengths import absolute_lengths, padding_mask
 from modules.mamba_decoder import MambaDecoder
-from modules.step_linear import step_linear
-from modules.TransformerASR import DecoderState
-from ops.packed_linear import packed_weights
+from modules.packed_linear import with_packed_linears
 
 
 class CachedBeamSearcher(S2STransformerBeamSearcher):
@@ -59,7 +58,6 @@ class CachedBeamSearcher(S2STransformerBeamSearcher):
         return self.scorer is None or scorers.can_select_items(self.scorer)
 
     @torch.no_grad()
-    @packed_weights()
     def forward(self, enc_states: Tensor, wav_len: Tensor) -> tuple[Any, Tensor, Tensor, Tensor]:
         """Searches the best tokens of each item.
 
@@ -141,27 +139,30 @@ class CachedBeamSearcher(S2STransformerBeamSearcher):
         return best, lengths[:, 0], scores[:, 0], log_probs[:, 0]
 
     def forward_step(
-        self, inp_tokens: Tensor, memory: DecoderState, enc_states: None, enc_lens: None
-    ) -> tuple[Tensor, DecoderState, Tensor | None]:
+        self, inp_tokens: Tensor, memory: SearchMemory, enc_states: None, enc_lens: None
+    ) -> tuple[Tensor, SearchMemory, Tensor | None]:
         """Log-probabilities of the next token; the state holds all that is needed of the audio."""
-        decoded_ND, memory = self.model.decode_step(inp_tokens, memory)
-        log_probs_NV = self.softmax(step_linear(self.fc, decoded_ND).float() / self.temperature)
-        attention_NT = memory.layers.attention_BT if self._needs_attention else None
-        return log_probs_NV, memory, attention_NT
+        model, fc = memory.networks
+        decoded_ND, state = model.decode_step(inp_tokens, memory.state)
+        log_probs_NV = self.softmax(fc(decoded_ND).float() / self.temperature)
+        attention_NT = state.layers.attention_BT if self._needs_attention else None
+        return log_probs_NV, SearchMemory(memory.networks, state), attention_NT
 
-    def permute_mem(self, memory: DecoderState, index: Tensor) -> DecoderState:
+    def permute_mem(self, memory: SearchMemory, index: Tensor) -> SearchMemory:
         """The states of the hypotheses that the search goes on with."""
         return memory.select(index)
 
     def _update_reset_memory(
         self, enc_states: Tensor, enc_lens: Tensor
-    ) -> tuple[DecoderState | None, dict[str, Any] | None]:
-        state = scorer_memory = None
+    ) -> tuple[SearchMemory | None, dict[str, Any] | None]:
+        memory = scorer_memory = None
         if self.attn_weight > 0:
             state = self.model.init_decoder_state(enc_states, enc_lens).repeat(self.beam_size)
+            networks = with_packed_linears(self.model), with_packed_linears(self.fc)
+            memory = SearchMemory(networks, state)
         if self.scorer is not None:
             scorer_memory = self.scorer.reset_scorer_mem(enc_states, enc_lens)
-        return state, scorer_memory
+        return memory, scorer_memory
 
     def _set_eos_minus_inf_step(
         self, log_probs: Tensor, step: int, min_decode_steps: Tensor

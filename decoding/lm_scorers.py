@@ -14,7 +14,9 @@ from speechbrain.lobes.models.transformer.TransformerLM import (
 )
 from torch import Tensor, nn
 
+from decoding.memory import SearchMemory
 from modules import lm as language_models
+from modules.packed_linear import with_packed_linears
 
 
 class LMState(Protocol):
@@ -43,8 +45,8 @@ class LMScorer(SpeechBrainTransformerLMScorer):
             self._initial_state = partial(language_models.transformer_lm_state, language_model)
             self._step = partial(language_models.transformer_lm_step, language_model)
         else:
-            self._initial_state = language_model.initial_state
-            self._step = language_model.step
+            self._initial_state = self._memory
+            self._step = self._stepped
 
     @torch.no_grad()
     def score(
@@ -64,6 +66,15 @@ class LMScorer(SpeechBrainTransformerLMScorer):
     def permute_mem(self, memory: LMState, index: Tensor) -> LMState:
         """The states of the hypotheses that the search goes on with."""
         return memory.select(index)
+
+    def _memory(self, batch_size: int) -> SearchMemory:
+        network = with_packed_linears(self.lm)
+        return SearchMemory((network,), network.initial_state(batch_size))
+
+    @staticmethod
+    def _stepped(tokens_N: Tensor, memory: SearchMemory) -> tuple[Tensor, SearchMemory]:
+        logits_NV, state = memory.networks[0].step(tokens_N, memory.state)
+        return logits_NV, SearchMemory(memory.networks, state)
 
 
 class KenLMScorer(SpeechBrainKenLMScorer):

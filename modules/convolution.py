@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from modules.dropout import activate_and_drop
 from modules.plain_layers import is_plain, runs_its_class
-from modules.step_linear import step_linear
 
 
 class FeedForward(PositionalwiseFeedForward):
@@ -29,7 +28,7 @@ class FeedForward(PositionalwiseFeedForward):
     def step(self, x_BD: Tensor) -> Tensor:
         """Applies the layer to one frame of each item, without dropout."""
         inner, activation, _, outer = self.ffn
-        return step_linear(outer, activation(step_linear(inner, x_BD)))
+        return outer(activation(inner(x_BD)))
 
 
 def feed_forward_module(

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from modules.kv_cache import KeyValueCache
 from modules.mamba import Mamba, MambaState
 from modules.mamba_config import mixer_options
+from modules.packed_linear import TiedEmbedding
 from modules.transformer_steps import feed_forward_step, self_attention_step
-from ops.packed_linear import packed_linear
 
 PAD_INDEX = 0
 
@@ -177,7 +177,7 @@ class MambaLM(nn.Module):
         mamba_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab, d_model)
+        self.embedding = TiedEmbedding(vocab, d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
@@ -206,4 +206,4 @@ class MambaLM(nn.Module):
         return self._logits(x_ND), MambaLMState(tuple(states))
 
     def _logits(self, x: Tensor) -> Tensor:
-        return packed_linear(self.norm(x), self.embedding.weight)
+        return self.embedding.logits(self.norm(x))

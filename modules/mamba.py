@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from modules.mamba_modules import DirectionModules, mamba_inner_of_modules
-from modules.step_linear import step_linear
 from ops.mamba_inner import Direction, mamba_inner_fn, mamba_inner_step
 
 
@@ -361,9 +360,9 @@ class Mamba(nn.Module):
             return y[:, 0], state
         self._check_state(state, x_BD.shape[0])
         y_BE, conv_state, ssm_state = mamba_inner_step(
-            step_linear(self.in_proj, x_BD), _weights(direction), state.conv, state.ssm
+            self.in_proj(x_BD), _weights(direction), state.conv, state.ssm
         )
-        return step_linear(self.out_proj, y_BE), MambaState(conv_state, ssm_state)
+        return self.out_proj(y_BE), MambaState(conv_state, ssm_state)
 
 
 def _weights(direction: DirectionModules) -> Direction:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv1d, nn.Conv2d)
+from modules.packed_linear import PackedLinear
+
+PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear, PackedLinear, nn.Conv1d, nn.Conv2d)
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -30,20 +30,27 @@ class _Call(ctypes.Structure):
     ]
 
 
-def supports(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
-    """Whether a call is float32 in the memory of the CPU, of few rows, and dense."""
-    return (
-        x_MK.dim() == weight_NK.dim() == 2
-        and 0 < x_MK.shape[0] <= MAX_ROWS
-        and x_MK.shape[1] == weight_NK.shape[1] > 0
-        and (bias_N is None or bias_N.shape == weight_NK.shape[:1])
-        and are_float32_on_cpu(x_MK, weight_NK, bias_N)
-        and all(t is None or t.is_contiguous() for t in (x_MK, weight_NK, bias_N))
+def fits(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
+    """Whether `packed_linear` can take the place of torch's: compiled, in float32, few dense rows.
+
+    Without gradients, outside autocast, and not where a compiler would see it.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or not x_MK.dim() == weight_NK.dim() == 2
+        or not 0 < x_MK.shape[0] <= MAX_ROWS
+        or not x_MK.shape[1] == weight_NK.shape[1] > 0
+        or (bias_N is not None and bias_N.shape != weight_NK.shape[:1])
+        or not are_float32_on_cpu(x_MK, weight_NK, bias_N)
+        or not all(t is None or t.is_contiguous() for t in (x_MK, weight_NK, bias_N))
+        or prepare() is not None
     )
 
 
 def pack(weight_NK: Tensor) -> Tensor:
-    """The weights in the order of `linear`: blocks of outputs, in a block input by input."""
+    """The weights in the order of `packed_linear`: blocks of outputs, in each input by input."""
     library = _kernel.load()
     outputs, inputs = weight_NK.shape
     packed = weight_NK.new_empty(library.packed_outputs(ctypes.c_int64(outputs)) * inputs)
@@ -59,8 +66,8 @@ def pack(weight_NK: Tensor) -> Tensor:
     return packed
 
 
-def linear(x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, outputs: int) -> Tensor:
-    """The product with the ``outputs`` rows of weights that `pack` arranged."""
+def packed_linear(x_MK: Tensor, packed: Tensor, bias_N: Tensor | None, outputs: int) -> Tensor:
+    """``torch.nn.functional.linear`` with the ``outputs`` rows of weights that `pack` arranged."""
     rows, inputs = x_MK.shape
     y_MN = x_MK.new_empty(rows, outputs)
     call = _Call(

@@ -10,6 +10,7 @@ from decoding.ctc_prefix_scorer import CTCScorer
 from decoding.lm_scorers import LMScorer
 from decoding.scorers import ScorerBuilder
 from modules.lm import TransformerLM
+from ops import packed_linear
 from ops.packed_linear import cpu as packed_cpu
 
 from .networks import BLANK, BOS, EOS, VOCABULARY, memory, output_layer, recogniser
@@ -263,9 +264,11 @@ class TestScorerBuilder:
 @pytest.mark.skipif(packed_cpu.prepare() is not None, reason="no C++ compiler")
 def test_a_search_packs_the_weights_of_its_steps_once(monkeypatch):
     packed, products = [], []
-    pack, linear = packed_cpu.pack, packed_cpu.linear
-    monkeypatch.setattr(packed_cpu, "pack", lambda w: packed.append(id(w)) or pack(w))
-    monkeypatch.setattr(packed_cpu, "linear", lambda *call: products.append(1) or linear(*call))
+    pack, linear = packed_linear.pack, packed_linear.packed_linear
+    monkeypatch.setattr(packed_linear, "pack", lambda w: packed.append(id(w)) or pack(w))
+    monkeypatch.setattr(
+        packed_linear, "packed_linear", lambda *call: products.append(1) or linear(*call)
+    )
     searcher, _ = searchers("mamba", eos_bias=-20.0)
     search_all(searcher)
     # Two mixers with two projections each and the feed-forward's two, in every layer; the output.

@@ -14,8 +14,7 @@ from modules.convolution import ConvolutionModule, FeedForward
 from modules.lengths import relative_lengths
 from modules.lm import MambaLM, TransformerLM
 from modules.mamba import Mamba
-from modules.step_linear import step_linear
-from ops.packed_linear import packed_weights
+from modules.packed_linear import with_packed_linears
 from tests.modules.networks import padded_batch, small_network
 from tests.modules.replaced import (
     WAYS_TO_DOUBLE,
@@ -106,7 +105,8 @@ def test_a_mixer_with_adapters_equals_one_with_merged_weights(
 def test_steps_with_adapters_equal_steps_with_merged_weights(parts, gradients):
     adapted, plain = pair(mixer(), parts)
     state, plain_state = adapted.initial_state(3), plain.initial_state(3)
-    with torch.set_grad_enabled(gradients), packed_weights():
+    adapted = with_packed_linears(adapted)
+    with torch.set_grad_enabled(gradients):
         for _ in range(6):
             x_BD = torch.randn(3, WIDTH)
             y_BD, state = adapted.step(x_BD, state)
@@ -260,8 +260,7 @@ def test_whatever_changes_an_output_layer_takes_effect_in_a_search(part, way):
     replace(holder, name, WAYS_TO_DOUBLE[way])
     replace(plain, name, doubled)
     x_BD = torch.randn(3, WIDTH)
-    with packed_weights():
-        assert_same(step_linear(holder["layer"], x_BD), plain["layer"](x_BD))
+    assert_same(with_packed_linears(holder["layer"])(x_BD), plain["layer"](x_BD))
 
 
 def with_lora(network: nn.Module) -> tuple[AdaptedModel, nn.Module]:
@@ -327,10 +326,10 @@ def test_a_decoder_with_adapters_equals_one_with_merged_weights(decoder):
     wanted = plain(src, tokens, relative_lengths(lengths_B, 9))[1]
     assert_same(adapted(src, tokens, relative_lengths(lengths_B, 9))[1], wanted)
     state, outputs = adapted.init_decoder_state(plain.encode(src, lengths_B / 9), lengths_B), []
-    with packed_weights():
-        for tokens_B in tokens.unbind(1):
-            out_BD, state = adapted.decode_step(tokens_B, state)
-            outputs.append(out_BD)
+    adapted = with_packed_linears(adapted)
+    for tokens_B in tokens.unbind(1):
+        out_BD, state = adapted.decode_step(tokens_B, state)
+        outputs.append(out_BD)
     assert_same(torch.stack(outputs, 1), wanted)
 
 
@@ -415,8 +414,8 @@ def test_language_models_with_adapters_equal_those_with_merged_weights():
         adapted, plain = with_lora(lm.eval())
         tokens_BU = torch.randint(1, 11, (2, 6))
         state, logits = adapted.initial_state(2), []
-        with packed_weights():
-            for tokens_B in tokens_BU.unbind(1):
-                logits_BV, state = adapted.step(tokens_B, state)
-                logits.append(logits_BV)
+        adapted = with_packed_linears(adapted)
+        for tokens_B in tokens_BU.unbind(1):
+            logits_BV, state = adapted.step(tokens_B, state)
+            logits.append(logits_BV)
         assert_same(torch.stack(logits, 1), plain(tokens_BU))

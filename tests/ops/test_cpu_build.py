@@ -215,7 +215,7 @@ def test_narrower_vectors_give_the_same_numbers(monkeypatch, flags):
     wanted = causal_conv1d_fn(x, weight, activation="silu", backend="reference")
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     rows, weight, bias = torch.randn(23, 35), torch.randn(45, 35), torch.randn(45)
-    found = packed_cpu.linear(rows, packed_cpu.pack(weight), bias, 45)
+    found = packed_cpu.packed_linear(rows, packed_cpu.pack(weight), bias, 45)
     wanted = torch.nn.functional.linear(rows, weight, bias)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
