@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ops.activation_dropout.dispatch import BACKENDS as ACTIVATION_BACKENDS
 from ops.backends import OVERRIDE, Backends, obstacle
 from ops.causal_conv1d.arguments import ConvArguments
 from ops.causal_conv1d.dispatch import BACKENDS as CONV_BACKENDS
@@ -47,11 +46,6 @@ def small_conv(device: torch.device) -> ConvArguments:
     x = torch.randn(2, 4, 8, device=device, requires_grad=True)
     weight = torch.randn(4, 4, device=device)
     return ConvArguments(x, weight, None, "silu", None, False, None, None)
-
-
-def small_activation(device: torch.device) -> tuple[torch.Tensor, str, float]:
-    """An ordinary call in float32, with a gradient to compute."""
-    return torch.randn(2, 4, 8, device=device, requires_grad=True), "gelu", 0.1
 
 
 def attempt(compute: Callable, arguments: tuple) -> str | None:
@@ -116,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     operations = (
         (SCAN_BACKENDS, "scan", small_scan),
         (CONV_BACKENDS, "conv", small_conv),
-        (ACTIVATION_BACKENDS, "apply", small_activation),
     )
     healthy = True
     for operation in operations:
