@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from ops.packed_linear import cpu, fits, pack, packed_linear
 
 needs_compiler = pytest.mark.skipif(cpu.prepare() is not None, reason="no C++ compiler")
-TOLERANCE = 2e-6
+TOLERANCE = 5e-7
+"""Of an error as a part of the sum of all magnitudes: terms may cancel."""
 
 
 def inputs(rows, width, outputs, bias=True, seed=0):
@@ -22,7 +23,8 @@ def inputs(rows, width, outputs, bias=True, seed=0):
 
 def relative_error(y, x_MK, weight_NK, bias_N):
     exact = F.linear(*(None if t is None else t.double() for t in (x_MK, weight_NK, bias_N)))
-    return float((y - exact).norm() / exact.norm())
+    magnitudes = F.linear(*(None if t is None else t.abs() for t in (x_MK, weight_NK, bias_N)))
+    return float(((y - exact).abs() / magnitudes).max())
 
 
 def product(x_MK, weight_NK, bias_N):
