@@ -7,8 +7,6 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ops.large_pages import ask_for_large_pages
-
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -50,8 +48,8 @@ def empty_like(x: Tensor) -> Tensor:
     """
     *outer, channels, frames = x.shape
     if x.stride(-2) == 1 and channels > 1:
-        return ask_for_large_pages(x.new_empty(*outer, frames, channels)).transpose(-1, -2)
-    return ask_for_large_pages(x.new_empty(x.shape))
+        return x.new_empty(*outer, frames, channels).transpose(-1, -2)
+    return x.new_empty(x.shape)
 
 
 def are_float32_on_cpu(*tensors: Tensor | None) -> bool:
