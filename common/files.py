@@ -31,8 +31,8 @@ def atomic_write(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[I
     # Not tempfile: its files may be read by nobody else, whatever the umask says.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        text = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
-        with open(descriptor, mode, **text) as stream:
+        encoding, newline = ("utf-8", "") if mode == "w" else (None, None)
+        with open(descriptor, mode, encoding=encoding, newline=newline) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,16 @@ class LMState(Protocol):
         """The state of some hypotheses, in the order of ``rows_N``."""
 
 
+class StepwiseLM(Protocol):
+    """A language model that takes one token of each hypothesis at a time."""
+
+    def initial_state(self, batch_size: int) -> LMState:
+        """What is remembered before the first token."""
+
+    def step(self, tokens_N: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+        """Logits (N, V) of the next token, and the new state."""
+
+
 class LMScorer(SpeechBrainTransformerLMScorer):
     """SpeechBrain's LM scorer over a state instead of over the prefix; its key is ``lm``.
 
@@ -40,6 +51,8 @@ class LMScorer(SpeechBrainTransformerLMScorer):
 
     def __init__(self, language_model: nn.Module, temperature: float = 1.0) -> None:
         super().__init__(language_model, temperature)
+        self._initial_state: Callable[[int], LMState]
+        self._step: Callable[[Tensor, Any], tuple[Tensor, LMState]]
         if isinstance(language_model, SpeechBrainTransformerLM):
             language_models.check_cacheable(language_model)
             self._initial_state = partial(language_models.transformer_lm_state, language_model)
@@ -98,13 +111,12 @@ class KenLMScorer(SpeechBrainKenLMScorer):
         self, inp_tokens: Tensor, memory: tuple | None, candidates: Tensor | None, attn: Tensor
     ) -> tuple[Tensor, tuple]:
         """See the parent, which is slow to walk through tensors and fast through arrays."""
-        if candidates is not None:
-            candidates = candidates.cpu().numpy()
+        array = None if candidates is None else candidates.cpu().numpy()
         if memory is None:
             start = self.kenlm.State()
             self.lm.BeginSentenceWrite(start)
             memory = np.array([start] * len(inp_tokens)), np.ones(len(inp_tokens))
-        return super().score(inp_tokens, memory, candidates, attn)
+        return super().score(inp_tokens, memory, array, attn)
 
     def select_items(self, memory: tuple, items_I: Tensor, rows_N: Tensor) -> tuple:
         """Goes on with some items of the batch, whose hypotheses are the rows ``rows_N``."""

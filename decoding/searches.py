@@ -28,7 +28,7 @@ def prepare_joint_search(
     Raises:
         UserError: a language model or an n-gram is missing or does not fit.
     """
-    scorer = getattr(search, "scorer", None)
+    scorer: Any = getattr(search, "scorer", None)
     if hasattr(scorer, "prepare"):
         scorer.prepare(tokenizer, num_tokens, Path(folder))
 

@@ -178,8 +178,8 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _decoded(word: bytes) -> str:
-    word = word.decode()
-    return UNKNOWN if word == UNKNOWN.upper() else word
+    text = word.decode()
+    return UNKNOWN if text == UNKNOWN.upper() else text
 
 
 def _shown(line: bytes) -> str:

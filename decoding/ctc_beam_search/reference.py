@@ -90,7 +90,7 @@ class ReferenceSearch:
     ) -> None:
         self.settings, self.vocabulary, self.ngram = settings, vocabulary, ngram
 
-    def run(self, jobs: Iterable[Job], wanted: Wanted) -> list[Row] | list[list[Found]]:
+    def run(self, jobs: Iterable[Job], wanted: Wanted) -> list[Row | list[Found]]:
         """Rows after their next frames, or their hypotheses."""
         return [_Utterance(self, job.hotwords).run(job, wanted) for job in jobs]
 
