@@ -2,13 +2,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test test-all lint format bench clean
 
 help:
 	@echo "make demo    train a small ConMamba on a synthetic corpus and score it (15 minutes on 2 cores)"
-	@echo "make test    run the test-suite"
+	@echo "make test    run the test-suite (under 10 minutes on 2 cores)     make test-all  slow tests too"
 	@echo "make venv    create $(VENV) with everything the other commands need"
-	@echo "make lint    ruff: lint and format check     make format    ruff: rewrite"
+	@echo "make lint    ruff and mypy: lint, format check, types             make format    ruff: rewrite"
 	@echo "make bench   speed of the scan, the encoders and decoding; reports in benchmarks/reports"
 
 venv: $(VENV)/.installed
@@ -26,11 +26,15 @@ demo: venv
 	$(BIN)/python -m tools.demo
 
 test: venv
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: venv
 	$(BIN)/python -m pytest
 
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: venv
 	$(BIN)/ruff check --fix .

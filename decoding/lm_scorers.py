@@ -81,7 +81,7 @@ class LMScorer(SpeechBrainTransformerLMScorer):
         return memory.select(index)
 
     def _memory(self, batch_size: int) -> SearchMemory:
-        network = with_packed_linears(self.lm)
+        network: Any = with_packed_linears(self.lm)
         return SearchMemory((network,), network.initial_state(batch_size))
 
     @staticmethod

@@ -6,14 +6,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchMemory:
     """A state with one row per hypothesis, and the networks of this search that move it on."""
 
-    networks: tuple[nn.Module, ...]
+    networks: tuple[Any, ...]
     state: Any
 
     def select(self, rows: torch.Tensor) -> SearchMemory:

@@ -105,7 +105,7 @@ class BranchformerEncoderLayer(SpeechBrainBranchformerEncoderLayer):
             raise ValueError(
                 "A Branchformer has no RoPEMHA; take regularMHA, RelPosMHAXL or hypermixing."
             )
-        branch_options = {
+        branch_options: dict[str, Any] = {
             "kernel_size": kernel_size,
             "activation": activation,
             "dropout": dropout,

@@ -118,6 +118,10 @@ class TransformerASR(SpeechBrainTransformerASR):
             does not take.
     """
 
+    # Of many classes, SpeechBrain's among them.
+    encoder: Any
+    decoder: Any
+
     def __init__(
         self,
         tgt_vocab: int,
@@ -492,7 +496,7 @@ class TransformerASR(SpeechBrainTransformerASR):
             x_BTD = x_BTD + self._absolute(self.positional_encoding, num_before, x_BTD)
         return x_BTD, None
 
-    def _absolute(self, table: nn.Module, start: int, x: Tensor) -> Tensor:
+    def _absolute(self, table: Any, start: int, x: Tensor) -> Tensor:
         end = start + x.shape[1]
         if end > self.max_length:
             raise ValueError(

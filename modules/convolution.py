@@ -144,7 +144,7 @@ class ConvolutionModule(SpeechBrainConvolutionModule):
 
     def _depthwise(self, x_BTD: Tensor, padding: int = 0) -> Tensor:
         """The depthwise convolution behind ``padding`` zeros, at most its own, at both ends."""
-        if is_plain(self.conv):
+        if is_plain(self.conv) and isinstance(self.conv, nn.Conv1d):
             (dilation,) = self.conv.dilation
             return depthwise(x_BTD, self.conv.weight, self.conv.bias, padding, dilation)
         y_BTD = self.conv(x_BTD.transpose(1, 2)).transpose(1, 2)

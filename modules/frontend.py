@@ -49,6 +49,8 @@ class Conv2d(SpeechBrainConv2d):
     Frequency is reflected either way. An item too short for a reflection repeats its outer frame.
     """
 
+    conv: nn.Conv2d
+
     def __init__(self, *args, input_shape=None, padding: str = "same", **kwargs):
         super().__init__(*args, input_shape=input_shape, padding=padding, **kwargs)
         (kernel_F, kernel_T), (stride_F, stride_T) = self.kernel_size, self.stride
@@ -118,7 +120,7 @@ class Conv2d(SpeechBrainConv2d):
             self.conv.bias,
             stride=self.stride[::-1],
             dilation=self.dilation[::-1],
-            groups=self.conv.groups,
+            groups=int(self.conv.groups),
         )
         return y_BCTF.permute(0, 2, 3, 1)
 

@@ -56,7 +56,8 @@ class KeyValueCache:
         """Values of the positions so far; a view of a cache fresh from :meth:`append`."""
         return self._positions(self._values_NHUD)
 
-    def _positions(self, storage_NHUD: Tensor) -> Tensor:
+    def _positions(self, storage_NHUD: Tensor | None) -> Tensor:
+        assert storage_NHUD is not None, "nothing has been appended"
         past_NHUD = storage_NHUD[:, :, : self.length]
         return past_NHUD if self._rows_N is None else past_NHUD[self._rows_N]
 

@@ -86,7 +86,8 @@ class LayerStack(nn.Module):
         self.causal = causal
         self.layerdrop_prob = layerdrop_prob
         self.gradient_checkpointing = gradient_checkpointing
-        self.layers = nn.ModuleList(
+        # Any: a list of torch's tells nothing of what its layers can do.
+        self.layers: Any = nn.ModuleList(
             self.layer_class(d_model=d_model, causal=causal, **layer_options)
             for _ in range(num_layers)
         )

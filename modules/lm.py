@@ -180,7 +180,7 @@ class MambaLM(nn.Module):
         self.embedding = TiedEmbedding(vocab, d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             MambaLMLayer(d_model, dropout, mamba_config) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(d_model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -103,13 +104,16 @@ class Mamba(nn.Module):
     Papers: arXiv:2312.00752; arXiv:2401.09417 (two directions); arXiv:2206.11893 (S4D-real).
     """
 
+    # Set by its name, as everything is that a direction has of its own.
+    D: nn.Parameter
+
     def __init__(
         self,
         d_model: int,
         d_state: int = 16,
         d_conv: int = 4,
         expand: float = 2,
-        dt_rank: int | str = "auto",
+        dt_rank: int | Literal["auto"] = "auto",
         bidirectional: bool = False,
         *,
         dt_min: float = 0.001,
@@ -132,7 +136,7 @@ class Mamba(nn.Module):
         self.bidirectional = bidirectional
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         self.backend = backend
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
         for suffix in self._suffixes():
@@ -157,7 +161,9 @@ class Mamba(nn.Module):
             setattr(self, f"dt_proj{suffix}", nn.Linear(self.dt_rank, self.d_inner, **factory))
             A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **factory))
             D = nn.Parameter(torch.empty(self.d_inner, **factory))
-            A_log._no_weight_decay = D._no_weight_decay = True
+            for parameter in (A_log, D):
+                # A name of mamba_ssm's, which optimisers ask for.
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
             setattr(self, f"A{suffix}_log", A_log)
             setattr(self, f"D{suffix}", D)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
@@ -254,7 +260,7 @@ class Mamba(nn.Module):
         if state is not None:
             self._check_state(state, x_BTD.shape[0])
         directions = [self._modules_of(suffix) for suffix in self._suffixes()]
-        options = {
+        options: dict[str, Any] = {
             "lengths": lengths,
             "conv_state": None if state is None else state.conv,
             "ssm_state": None if state is None else state.ssm,
@@ -271,7 +277,11 @@ class Mamba(nn.Module):
                 xz_BTF, *directions, d_conv=self.d_conv, **options
             )
         y_BTD = self.out_proj(y_BTE)
-        return (y_BTD, MambaState(conv_state, ssm_state)) if return_state else y_BTD
+        if not return_state:
+            return y_BTD
+        assert conv_state is not None
+        assert ssm_state is not None
+        return y_BTD, MambaState(conv_state, ssm_state)
 
     @torch.no_grad()
     def forward_in_pieces(
@@ -306,7 +316,11 @@ class Mamba(nn.Module):
         self, xz_BTF: Tensor, direction: DirectionModules, state: MambaState | None
     ) -> tuple[Tensor, MambaState]:
         conv_state, ssm_state = (None, None) if state is None else (state.conv, state.ssm)
-        options = {"conv_state": conv_state, "ssm_state": ssm_state, "backend": self.backend}
+        options: dict[str, Any] = {
+            "conv_state": conv_state,
+            "ssm_state": ssm_state,
+            "backend": self.backend,
+        }
         if direction.are_plain():
             y_BTE, conv_state, ssm_state = mamba_inner_fn(
                 xz_BTF, _weights(direction), return_state=True, **options
@@ -315,6 +329,8 @@ class Mamba(nn.Module):
             y_BTE, conv_state, ssm_state = mamba_inner_of_modules(
                 xz_BTF, direction, d_conv=self.d_conv, lengths=None, chunk_size=None, **options
             )
+        assert conv_state is not None
+        assert ssm_state is not None
         return y_BTE, MambaState(conv_state, ssm_state)
 
     def _modules_of(self, suffix: str) -> DirectionModules:
@@ -367,7 +383,8 @@ class Mamba(nn.Module):
 
 def _weights(direction: DirectionModules) -> Direction:
     """What plain submodules compute with, for code that reads it."""
-    conv1d, x_proj, dt_proj, A_log, D = direction
+    parts: tuple[Any, ...] = direction
+    conv1d, x_proj, dt_proj, A_log, D = parts
     return Direction(
         conv_weight=conv1d.weight.squeeze(1),
         conv_bias=conv1d.bias,

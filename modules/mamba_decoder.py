@@ -147,7 +147,7 @@ class MambaDecoder(nn.Module):
 
     def __init__(self, num_layers: int, d_model: int, **layer_options: Any):
         super().__init__()
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             self.layer_class(d_model=d_model, **layer_options) for _ in range(num_layers)
         )
         self.norm = LayerNorm(d_model, eps=1e-6)

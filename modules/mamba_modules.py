@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,8 @@ def mamba_inner_of_modules(
         Others as in ``mamba_inner_fn``.
     """
     x_BET, z_BET = xz_BTF.transpose(1, 2).chunk(2, dim=1)
-    lengths = normalise_lengths(lengths, *x_BET.shape[::2], x_BET.device)
+    batch, _, time = x_BET.shape
+    lengths = normalise_lengths(lengths, batch, time, x_BET.device)
     u_BET, last_conv = _convolved(forward.conv1d, x_BET, d_conv, lengths, conv_state, backend)
     y_BET, last_ssm = _scanned(
         forward, u_BET, z_BET, lengths=lengths, initial_state=ssm_state, backend=backend
@@ -121,7 +122,7 @@ def _convolved_backwards(
     return u_REK.unflatten(0, (batch, num_chunks)).transpose(1, 2).flatten(2)[..., :time]
 
 
-def _plain_conv(conv1d: nn.Module, x_BET: Tensor, backend: str, **options):
+def _plain_conv(conv1d: nn.Linear | nn.Conv1d, x_BET: Tensor, backend: str, **options) -> Any:
     backend = backend if backend in CONV_BACKENDS.names else "auto"
     weight_EW = conv1d.weight.squeeze(1)
     return causal_conv1d_fn(x_BET, weight_EW, conv1d.bias, "silu", backend=backend, **options)
@@ -152,7 +153,7 @@ def _scanned(
     else:
         delta_BTE, bias = dt_proj(dt), None
     exact = torch.promote_types(direction.A_log.dtype, torch.float32)
-    return selective_scan_fn(
+    outputs = selective_scan_fn(
         u_BET,
         delta_BTE.transpose(1, 2),
         -torch.exp(direction.A_log.to(exact)),
@@ -165,3 +166,4 @@ def _scanned(
         return_last_state=True,
         **options,
     )
+    return cast(tuple[Tensor, Tensor], outputs)

@@ -17,6 +17,7 @@ class TiedEmbedding(nn.Embedding):
 
 
 class _Packed(nn.Module):
+    weight: Tensor
     packed: Tensor | None
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,7 +54,8 @@ def with_packed_linears(module: nn.Module) -> nn.Module:
     twin.__dict__ = dict(vars(module))
     # A weight of a special kind (int8, fp8) brings a product of its own.
     if type(module) in _PACKED and type(module.weight) is nn.Parameter:
-        twin.__class__, twin.packed = _PACKED[type(module)], None
+        twin.__class__ = _PACKED[type(module)]
+        twin.__dict__["packed"] = None
     twin._modules = {
         name: None if child is None else with_packed_linears(child)
         for name, child in module._modules.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -11,7 +13,7 @@ from modules.packed_linear import PackedLinear
 PLAIN = (nn.Linear, NonDynamicallyQuantizableLinear, PackedLinear, nn.Conv1d, nn.Conv2d)
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
     """Whether ``layer`` is a linear layer or a convolution of torch's, as torch makes it.
 
     Everything else has to be called: what stands around or in the place of such a layer (an

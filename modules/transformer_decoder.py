@@ -73,6 +73,7 @@ class TransformerDecoderState:
         """
         if self.weights_GBT is not None:
             return self.weights_GBT.flatten(0, 1)
+        assert self.query_GHBK is not None, "not fresh from a step"
         scores_GHBT = self.query_GHBK @ self.cross.keys[-1].transpose(-2, -1)
         scores_GHBT = scores_GHBT / self.query_GHBK.shape[-1] ** 0.5
         if self.cross.visible_G11T is not None:

@@ -7,6 +7,7 @@ then stand, as a single head, in the place of keys and values. Letters as in ``m
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch.nn.functional as F
 from speechbrain.nnet.attention import MultiheadAttention
@@ -17,7 +18,7 @@ from modules.plain_layers import is_plain, runs_its_class
 
 
 def residual(
-    layer: nn.Module, x_ND: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]
+    layer: Any, x_ND: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """``x`` and what ``branch`` makes of it, in a layer that normalises before or after."""
     if layer.normalize_before:
@@ -25,13 +26,13 @@ def residual(
     return norm(x_ND + branch(x_ND))
 
 
-def feed_forward_step(layer: nn.Module, x_ND: Tensor, norm: nn.Module) -> Tensor:
+def feed_forward_step(layer: Any, x_ND: Tensor, norm: nn.Module) -> Tensor:
     """The feed-forward part of ``layer`` with its residual."""
     return residual(layer, x_ND, norm, lambda x: layer.pos_ffn(x[:, None])[:, 0])
 
 
 def self_attention_step(
-    layer: nn.Module,
+    layer: Any,
     attention: nn.Module,
     x_ND: Tensor,
     cache: KeyValueCache,
@@ -66,7 +67,7 @@ def self_attention_step(
     return residual(layer, x_ND, layer.norm1, attend), cache
 
 
-def is_plain_attention(attention: nn.Module) -> bool:
+def is_plain_attention(attention: nn.Module) -> TypeGuard[MultiheadAttention]:
     """Whether the weights of ``attention`` say all that it computes; see ``is_plain``."""
     return (
         type(attention) is MultiheadAttention

@@ -126,7 +126,7 @@ def obstacle(module: ModuleType) -> str | None:
 
 # Known while a graph is traced, which has no place for a compiler's work. This is all that
 # torch.compiler.assume_constant_result does, after it has imported torch._dynamo for a second.
-obstacle._dynamo_marked_constant = True
+vars(obstacle)["_dynamo_marked_constant"] = True
 
 
 @functools.cache

@@ -24,7 +24,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module, or nothing
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,9 @@ class Kernel:
 @functools.cache
 def parallel_for_address() -> int:
     """Address of torch's C function ``torch_parallel_for``, which gives kernels torch's threads."""
-    return ctypes.cast(_parallel_for(), ctypes.c_void_p).value
+    address = ctypes.cast(_parallel_for(), ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 def cache_folder() -> Path:
@@ -183,21 +185,22 @@ def _command() -> list[str]:
 def _no_compiler() -> str | None:
     if fcntl is None:
         return "the kernels need GCC or Clang; on Windows use WSL"
-    if _compiler() is None:
+    if not _compiler():
         wanted = os.environ.get("CXX")
         searched = f"CXX={wanted} was not found" if wanted else "no c++, g++ or clang++ on the PATH"
         return f"{searched}; install a C++ compiler (Debian: apt install g++, macOS: xcode-select)"
     return None
 
 
-def _compiler() -> tuple[str, ...] | None:
+def _compiler() -> tuple[str, ...]:
+    """The command of the compiler, nothing if there is none."""
     if wanted := shlex.split(os.environ.get("CXX", "")):
         path = shutil.which(wanted[0])
-        return (path, *wanted[1:]) if path else None
+        return (path, *wanted[1:]) if path else ()
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return (path,)
-    return None
+    return ()
 
 
 def _key(source: Path, header: Path, command: list[str], torch_version: str) -> str:

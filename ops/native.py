@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+@overload
+def float32(x: Tensor) -> Tensor: ...
+@overload
+def float32(x: None) -> None: ...
 def float32(x: Tensor | None) -> Tensor | None:
     """A parameter or state as the kernels want it: float32, contiguous."""
     return None if x is None else x.detach().to(torch.float32).contiguous()

@@ -33,13 +33,13 @@ def register(
     """
 
     @torch.library.custom_op(name, mutates_args=(), schema=f"({parameters}, bool save) -> Tensor[]")
-    def operator(*arguments):
-        *arguments, save = arguments
+    def operator(*arguments_and_save):
+        *arguments, save = arguments_and_save
         return list(forward(arguments, save))
 
     @operator.register_fake
-    def _(*arguments):
-        *arguments, save = arguments
+    def _(*arguments_and_save):
+        *arguments, save = arguments_and_save
         return list(fake_forward(arguments, save))
 
     @torch.library.custom_op(

@@ -76,12 +76,17 @@ def conv_backward(
     call.dweight, call.dbias, call.dinitial_state = map(address, (dweight, dbias, dinitial))
     functions.causal_conv1d_backward(ctypes.byref(call))
     del kept
+    grad_bias = grad_initial = None
     # Added up over the batch in one order, whichever thread wrote which part.
+    if bias is not None and dbias is not None:
+        grad_bias = dbias.sum(0)[: call.dim].to(bias.dtype).contiguous()
+    if initial_state is not None and dinitial is not None:
+        grad_initial = new_gradient(initial_state).copy_(dinitial)
     return (
         dx,
         dweight.sum(0)[:, : call.dim].T.to(weight.dtype).contiguous(),
-        None if dbias is None else dbias.sum(0)[: call.dim].to(bias.dtype).contiguous(),
-        None if dinitial is None else new_gradient(initial_state).copy_(dinitial),
+        grad_bias,
+        grad_initial,
     )
 
 

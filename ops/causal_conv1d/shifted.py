@@ -164,11 +164,11 @@ class _Timeline:
         state = extended.gather(1, self._last_positions(extended))
         if self.reset_every is None:
             return state
-        return select(self._in_last_block(), state)
+        return select(self._in_last_block(self.reset_every), state)
 
     def add_last_state(self, grad_extended: Tensor, grad_state: Tensor) -> None:
         if self.reset_every is not None:
-            grad_state = select(self._in_last_block(), grad_state)
+            grad_state = select(self._in_last_block(self.reset_every), grad_state)
         grad_extended.scatter_add_(1, self._last_positions(grad_extended), grad_state)
 
     def _initial_positions(self, extended: Tensor) -> Tensor:
@@ -188,14 +188,14 @@ class _Timeline:
     def _index(slots: Tensor, extended: Tensor) -> Tensor:
         return slots.unsqueeze(-1).expand(extended.shape[0], -1, extended.shape[2])
 
-    def _in_last_block(self) -> Tensor:
+    def _in_last_block(self, reset_every: int) -> Tensor:
         """Which of the last ``width - 1`` inputs the last block scanned holds."""
         slots = torch.arange(self.width - 1, device=self.device)[None]
-        one_block = self.lengths <= self.reset_every
+        one_block = self.lengths <= reset_every
         if self.reverse:
-            inside = slots.flip(-1) < self.reset_every
+            inside = slots.flip(-1) < reset_every
         else:
             frames = self.lengths - (self.width - 1) + slots
-            start = (self.lengths - 1) // self.reset_every * self.reset_every
+            start = (self.lengths - 1) // reset_every * reset_every
             inside = frames >= start
         return (one_block | inside).unsqueeze(-1)

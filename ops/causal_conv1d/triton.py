@@ -78,12 +78,14 @@ def conv_backward(
             Sequence(grad_x, *grad_x.stride()), parts, grad_initial, lengths, x.shape[2],
             x.shape[1], reset_every or x.shape[2], **_constants(weight, activation, reverse),
         )  # fmt: skip
+    if initial_state is not None and grad_initial is not None:
+        grad_initial = new_gradient(initial_state).copy_(grad_initial)
     # Added up apart: outputs of an operator must not share memory.
     return (
         grad_x,
         parts[:, :, :width].sum((0, 1)).t().to(weight.dtype, memory_format=torch.contiguous_format),
         None if bias is None else parts[:, :, width].sum((0, 1)).to(bias.dtype),
-        None if grad_initial is None else new_gradient(initial_state).copy_(grad_initial),
+        grad_initial,
     )
 
 

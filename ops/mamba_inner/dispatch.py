@@ -59,7 +59,7 @@ def mamba_inner_fn(
     directions = (forward,) if backward is None else (forward, backward)
     arguments = InnerArguments(xz_BTF, directions, lengths, conv_state, ssm_state, chunk_size)
     conv_backend = backend if backend in CONV_BACKENDS.names else "auto"
-    modules = ()
+    modules: tuple[ModuleType, ...] = ()
     # A compiler sees the parts and decides by itself what to keep.
     if xz_BTF.numel() and not torch.compiler.is_compiling():
         arguments = arguments._replace(
@@ -68,10 +68,10 @@ def mamba_inner_fn(
         )
         modules = _choose(arguments, backend, conv_backend)
     if modules and hasattr(modules[0], "backward") and hasattr(modules[1], "conv_backward"):
-        y_BTE, *states = fused.mamba_inner(arguments, *modules)
+        outputs = fused.mamba_inner(arguments, *modules)
     else:
-        y_BTE, *states = composed.mamba_inner(arguments, backend, conv_backend)
-    return (y_BTE, *states) if return_state else (y_BTE, None, None)
+        outputs = composed.mamba_inner(arguments, backend, conv_backend)
+    return outputs if return_state else (outputs[0], None, None)
 
 
 def _choose(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class _MambaInner(torch.autograd.Function):
         return None, None, None, None, grad_xz_BTF, None, *grad_states, *grad_parameters
 
 
-def _arguments(tensors: Sequence[Tensor | None], chunk_size: int | None) -> InnerArguments:
+def _arguments(tensors: Sequence[Any], chunk_size: int | None) -> InnerArguments:
     xz_BTF, lengths, conv_state, ssm_state, *parameters = tensors
     directions = tuple(
         Direction(*parameters[start : start + _PARAMETERS])

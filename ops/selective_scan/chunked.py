@@ -48,12 +48,14 @@ def forward(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor],
         y, and of each way the last state and what `backward` wants: the state at the start of
         every segment, nothing unless ``save``.
     """
-    y, last_states, saved = None, [], []
+    y: Tensor | None = None
+    last_states, saved = [], []
     for way in arguments.ways:
         way_y, last_state, segment_starts = _forward_way(_Call(arguments, way), save)
         y = way_y if y is None else y.lerp_(way_y, 0.5)
         last_states.append(last_state)
         saved.append(segment_starts)
+    assert y is not None
     return y, last_states, saved
 
 
@@ -72,7 +74,8 @@ def backward(
         call = _Call(arguments, way)
         way_grads, way_grad_z = _backward_way(call, grad_y, grad_last_state, segment_starts)
         found.append(way_grads)
-        grad_z = way_grad_z if grad_z is None else grad_z.add_(way_grad_z)
+        if way_grad_z is not None:
+            grad_z = way_grad_z if grad_z is None else grad_z.add_(way_grad_z)
     return found, grad_z
 
 
@@ -359,6 +362,7 @@ class _Gradients:
         states = block.states(start)
         out_grad = call.read(grad_y, lo, hi)
         if call.z is not None:
+            assert self.z is not None
             z = call.read(call.z, lo, hi)
             gate = torch.sigmoid(z)
             slope = gate * (1 + z * (1 - gate))

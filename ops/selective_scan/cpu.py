@@ -174,16 +174,14 @@ class _Targets:
             self._per_channel("dA", way.A),
             self._projection("dB", way.B),
             self._projection("dC", way.C),
-            self._per_channel("dD", way.D),
-            self._per_channel("ddelta_bias", way.delta_bias),
+            None if way.D is None else self._per_channel("dD", way.D),
+            None if way.delta_bias is None else self._per_channel("ddelta_bias", way.delta_bias),
             None
             if way.initial_state is None
             else _new_gradient(way.initial_state).copy_(self.by_item["dinitial_state"]),
         )
 
-    def _per_channel(self, name: str, like: Tensor | None) -> Tensor | None:
-        if like is None:
-            return None
+    def _per_channel(self, name: str, like: Tensor) -> Tensor:
         group_dim = like.shape[0] // self.groups
         total = self.by_item[name].sum(0).unflatten(-1, (self.groups, -1))[..., :group_dim]
         total = total.flatten(-2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 import triton
@@ -160,6 +160,10 @@ def _pair(items) -> tuple:
     return first, second[0] if second else first
 
 
+@overload
+def _sequence(x: Tensor) -> Sequence: ...
+@overload
+def _sequence(x: None) -> None: ...
 def _sequence(x: Tensor | None) -> Sequence | None:
     return None if x is None else Sequence(x, *x.stride())
 
@@ -288,8 +292,8 @@ class _GradientParts:
             parts = self.projections.unflatten(2, (call.groups, -1))
             # One by one: outputs of an operator must not share memory.
             projections = [part.sum(2) for part in parts]
-        grad_B = _sum_parameter(self.B, way.B) if way.B.dim() == 2 else projections[0]
-        grad_C = _sum_parameter(self.C, way.C) if way.C.dim() == 2 else projections[-1]
+        grad_B = projections[0] if self.B is None else _sum_parameter(self.B, way.B)
+        grad_C = projections[-1] if self.C is None else _sum_parameter(self.C, way.C)
         return WayGradients(
             self.u,
             self.delta,
