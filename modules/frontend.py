@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,6 @@ class Conv2d(SpeechBrainConv2d):
     at the item's last valid frame; ``"causal"`` puts zeros before frame 0 and nothing behind.
     Frequency is reflected either way. An item too short for a reflection repeats its outer frame.
     """
-
-    conv: nn.Conv2d
 
     def __init__(self, *args, input_shape=None, padding: str = "same", **kwargs):
         super().__init__(*args, input_shape=input_shape, padding=padding, **kwargs)
@@ -114,13 +113,14 @@ class Conv2d(SpeechBrainConv2d):
         x_BCTF = x_BTFC.permute(0, 3, 1, 2)
         if not is_plain(self.conv):
             return self.conv(x_BCTF.transpose(2, 3)).permute(0, 3, 2, 1)
+        conv = cast(nn.Conv2d, self.conv)
         y_BCTF = F.conv2d(
             x_BCTF,
-            self.conv.weight.transpose(2, 3),
-            self.conv.bias,
+            conv.weight.transpose(2, 3),
+            conv.bias,
             stride=self.stride[::-1],
             dilation=self.dilation[::-1],
-            groups=int(self.conv.groups),
+            groups=conv.groups,
         )
         return y_BCTF.permute(0, 2, 3, 1)
 
