@@ -17,7 +17,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar off --quiet -e '.[dev,demo,wandb,tensorboard]'
+	$(BIN)/python -m pip install --progress-bar off --quiet -e '.[dev,demo,media,wandb,tensorboard]'
 	@# kenlm is compiled on installation: where no compiler is at hand everything but the n-gram works.
 	-@$(BIN)/python -m pip install --progress-bar off --quiet -e '.[ngram]' 2>/dev/null || echo "kenlm was not installed (no compiler?): n-gram decoding stays off"
 	@touch $@
