@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 import yaml
 
@@ -112,6 +113,14 @@ def start(arguments: Sequence[str], before: str = "") -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+
+
+def large_ones_slow(names: Sequence[str]) -> list:
+    """Names of YAML files as parameters: a large model takes as long as the others together."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if name.endswith("_large") else [])
+        for name in names
+    ]
 
 
 def metrics(output_folder: Path) -> list[dict]:

@@ -10,7 +10,7 @@ import pytest
 import ruamel.yaml
 
 from modules.Transformer import ENCODERS
-from tests.ctc_runs import REPOSITORY, TINY, command_line, metrics, train
+from tests.ctc_runs import REPOSITORY, TINY, command_line, large_ones_slow, metrics, train
 from training.brains.optimization import count_parameters
 from training.launch.command_line import load_hparams
 
@@ -60,7 +60,7 @@ KEYS = [
 """Names that users override and other parts call; the same in every file."""
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", large_ones_slow(FILES))
 def test_every_file_trains_two_steps_and_is_evaluated(name, tone_corpus, tmp_path):
     folder = tmp_path / "run"
     short = {

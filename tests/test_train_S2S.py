@@ -15,6 +15,7 @@ import train_S2S
 from common.errors import UserError
 from corpora.manifest import read_manifest
 from decoding.pretrained_lm import LM_FILE, TOKENIZER_FILE
+from tests.ctc_runs import large_ones_slow
 from text.tokenizer import train_tokenizer
 from training.brains.optimization import count_parameters
 from training.launch.command_line import load_hparams
@@ -51,7 +52,7 @@ def arguments(name: str, corpus: Path, folder: Path, *more: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", large_ones_slow(FILES))
 def test_every_file_trains_two_steps(name, tone_corpus, tmp_path):
     train_S2S.main(
         arguments(name, tone_corpus, tmp_path, "--optimizer_step_limit", "2", "--test_splits", "[]")
