@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ruamel.yaml
+import torch
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.scalarbool import ScalarBoolean
@@ -203,6 +204,13 @@ def _check_kind(key: str, written: object, given: object) -> None:
         raise UserError(f"--{key} is {given!r}; it must be {wanted}, as in the file: {written}.")
 
 
+def _leave_process_group() -> None:
+    """All processes of a run end together: one that ends alone can tear down what others use."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Run a script's main function; end the process with the documented status.
 
@@ -211,6 +219,7 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
+        _leave_process_group()
     except UserError as error:
         # From a loader's worker it arrives below that process's traceback.
         print(f"error: {str(error).split('UserError: ')[-1].strip()}", file=sys.stderr)
