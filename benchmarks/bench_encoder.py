@@ -40,6 +40,7 @@ from modules.features import Fbank
 from modules.frontend import ConvolutionFrontEnd
 from modules.speech_encoder import SpeechEncoder
 from modules.TransformerASR import TransformerASR
+from training.launch.allocator import keep_freed_memory
 
 SAMPLE_RATE = 16000
 FRAMES_PER_S = 25
@@ -377,6 +378,8 @@ def main() -> None:
         # A GPU's driver reserves more than that.
         limit_memory(args.max_memory_gib)
     if args.profile:
+        # As the recipes do.
+        keep_freed_memory()
         profile(args)
         return
     if args.check:

@@ -10,6 +10,7 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from speechbrain.utils.run_opts import RunOptions
 
 from common.files import atomic_write
+from training.launch.allocator import keep_freed_memory
 from training.launch.command_line import CommandLine, load_hparams, parse_command_line, run_options
 from training.launch.devices import check_device, check_precision
 
@@ -34,6 +35,8 @@ def start_run(argv: Sequence[str], description: str) -> tuple[CommandLine, dict,
     check_device(options.device)
     check_precision(options.device, options.precision)
     check_precision(options.device, options.eval_precision)
+    if options.device == "cpu":
+        keep_freed_memory()
     ddp_init_group(options)
     return line, hparams, options
 
