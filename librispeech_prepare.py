@@ -13,7 +13,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from common.record import PreparationRecord
 from corpora import download, lexicon
 from corpora.audio import AUDIO_SUFFIXES, AudioFileError, check_audio
 from corpora.librispeech import (
+    HELD_OUT_SUFFIX,
     OFFICIAL_NUM_UTTERANCES,
     SAMPLE_RATE,
     Problem,
@@ -33,6 +34,7 @@ from corpora.librispeech import (
     Utterance,
     find_data_root,
     find_splits,
+    hold_out,
     list_split,
     unread_suffixes,
 )
@@ -83,6 +85,7 @@ def prepare_librispeech(
     create_lexicon: bool = False,
     skip_prep: bool = False,
     *,
+    held_out_speakers: Sequence[str] = (),
     skip_bad: bool = False,
     verify: bool = False,
     num_workers: int | None = None,
@@ -107,6 +110,8 @@ def prepare_librispeech(
         merge_name: file name of the merged manifest.
         create_lexicon: also write ``lexicon.csv`` and its parts ``lexicon_{tr,dev,test}.csv``.
         skip_prep: do nothing at all.
+        held_out_speakers: speakers of the training splits that these leave out. Validated or
+            tested on they are as the split ``<training split>-held-out``.
         skip_bad: leave unusable utterances out instead of failing.
         verify: decode every file whole, which also finds audio cut short, instead of reading
             headers only.
@@ -118,8 +123,8 @@ def prepare_librispeech(
 
     Raises:
         PreparationError: audio or transcripts are missing, empty, unreadable or wrongly sampled.
-        ValueError: no LibriSpeech in ``data_folder``, a split is missing, or options contradict
-            each other. No manifest is left for a split that could not be prepared.
+        ValueError: no LibriSpeech in ``data_folder``, a split or a held-out speaker is missing, or
+            options contradict each other. No manifest is left for a split that could not be prepared.
     """
     if skip_prep:
         return
@@ -129,15 +134,20 @@ def prepare_librispeech(
         num_workers = min(16, 4 * (os.cpu_count() or 1))
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}; at least one thread must read")
-    data_root = find_data_root(data_folder, list(limits))
-    _require_splits(data_root, limits)
+    parted = _parted(limits, tr_splits) if held_out_speakers else set()
+    folders = list(dict.fromkeys(_folder_of(split, parted) for split in limits))
+    data_root = find_data_root(data_folder, folders)
+    _require_splits(data_root, folders)
 
     save_folder = Path(save_folder)
     save_folder.mkdir(parents=True, exist_ok=True)
     record = PreparationRecord(save_folder, RECORD_NAME)
     with ThreadPoolExecutor(num_workers) as pool:
+        listings = {folder: list_split(data_root, folder, pool.map) for folder in folders}
+        if held_out_speakers:
+            _hold_out(listings, parted, set(map(str, held_out_speakers)))
         plans = [
-            _plan(record, list_split(data_root, split, pool.map), limit, skip_bad, verify)
+            _plan(record, listings[split], limit, skip_bad, verify)
             for split, limit in limits.items()
         ]
         stale = [plan for plan in plans if not plan.is_current]
@@ -240,6 +250,41 @@ def _merge_options(
     return merge_lst, merge_name
 
 
+def _parted(splits: Iterable[str], tr_splits: Sequence[str]) -> set[str]:
+    """Folders whose held-out speakers are kept apart."""
+    train = [tr_splits] if isinstance(tr_splits, str) else tr_splits
+    named = [split.removesuffix(HELD_OUT_SUFFIX) for split in splits if _is_held_out(split)]
+    return {*train, *named}
+
+
+def _is_held_out(split: str) -> bool:
+    return split.endswith(HELD_OUT_SUFFIX) and split != HELD_OUT_SUFFIX
+
+
+def _folder_of(split: str, parted: Collection[str]) -> str:
+    whole = split.removesuffix(HELD_OUT_SUFFIX)
+    return whole if whole in parted else split
+
+
+def _hold_out(
+    listings: dict[str, SplitListing], parted: Collection[str], speakers: Collection[str]
+) -> None:
+    """Put the two parts of every parted folder in its place."""
+    missing = set(speakers)
+    for folder in sorted(parted):
+        found = {utterance.path.split("/")[1] for utterance in listings[folder].utterances}
+        missing -= found
+        if found and found <= speakers:
+            raise ValueError(f"held_out_speakers names every speaker of {folder}: name fewer")
+        for part in hold_out(listings[folder], speakers):
+            listings[part.split] = part
+    if missing:
+        raise ValueError(
+            f"held_out_speakers names {', '.join(sorted(missing))}, no speaker of"
+            f" {', '.join(sorted(parted))}: name speakers that it has, or give an empty list"
+        )
+
+
 def _require_splits(data_root: Path, splits: Iterable[str]) -> None:
     missing = [split for split in splits if not (data_root / split).is_dir()]
     if missing:
@@ -325,6 +370,8 @@ def _require_rows(plan: _Plan, data_root: Path) -> None:
     if plan.rows:
         return
     split = plan.listing.split
+    if _is_held_out(split) and not plan.problems and not (data_root / split).is_dir():
+        raise ValueError(f"{split} is empty: none of held_out_speakers is in that training split")
     if plan.problems:
         raise ValueError(
             f"{data_root / split}: all {len(plan.problems)} utterances are unusable, the first"
@@ -443,6 +490,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--merge_lst", nargs="+", default=[], metavar="SPLIT", help="splits to merge into one")
     add("--merge_name", metavar="NAME.csv", help="file name of the merged manifest")
     add("--create_lexicon", action="store_true", help="also write lexicon.csv and its parts")
+    add(
+        "--held_out_speakers",
+        nargs="+",
+        default=[],
+        metavar="SPEAKER",
+        help=f"of the training splits: kept apart as <split>{HELD_OUT_SUFFIX}, to validate on",
+    )
     add("--skip_prep", action="store_true", help="do nothing")
     add("--skip_bad", action="store_true", help="leave unusable utterances out, do not fail")
     add("--verify", action="store_true", help="decode every file whole: also finds cut audio")

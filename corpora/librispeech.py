@@ -9,7 +9,7 @@ Any corpus in this layout is read, whatever its splits are called.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,9 @@ OFFICIAL_NUM_UTTERANCES = {
 }
 
 TRANSCRIPT_SUFFIX = ".trans.txt"
+
+HELD_OUT_SUFFIX = "-held-out"
+"""``<split>-held-out`` is the part of ``<split>`` that training leaves to validation."""
 
 # SpeechBrain's load_data_csv replaces these in every column and fails where it knows no value.
 _VARIABLE = re.compile(r"\$[\w.]+")
@@ -62,17 +65,19 @@ class SplitListing:
         problems: those with one of the two, or with a transcript that cannot be used.
         fingerprint: digest over names, sizes and times of the audio files and the contents of the
             transcripts; relative to the data root, so a moved corpus keeps it.
+        num_held_out: how many more its folders hold, of held-out speakers.
     """
 
     split: str
     utterances: list[Utterance] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     fingerprint: str = ""
+    num_held_out: int = 0
 
     @property
     def num_found(self) -> int:
-        """Utterances that exist in some form, usable or not."""
-        return len(self.utterances) + len(self.problems)
+        """Utterances that exist in the split's folders in some form, usable, held out or not."""
+        return len(self.utterances) + len(self.problems) + self.num_held_out
 
 
 def find_data_root(data_folder: str | Path, splits: Sequence[str] = ()) -> Path:
@@ -153,6 +158,31 @@ def list_split(
         digest.update(repr(problem).encode())
     listing.fingerprint = digest.hexdigest()
     return listing
+
+
+def hold_out(
+    listing: SplitListing, speakers: Collection[str]
+) -> tuple[SplitListing, SplitListing]:
+    """A split without these speakers, and these alone as the split ``<split>-held-out``.
+
+    Problems that belong to no speaker stay with the first.
+    """
+
+    def part(name: str, held_out: bool) -> SplitListing:
+        def belongs(path: str) -> bool:
+            return (path.split("/")[1] in speakers) == held_out
+
+        fingerprint = f"{listing.fingerprint} {held_out} {sorted(speakers)}"
+        return SplitListing(
+            name,
+            [utterance for utterance in listing.utterances if belongs(utterance.path)],
+            [problem for problem in listing.problems if belongs(problem.path)],
+            hashlib.sha256(fingerprint.encode()).hexdigest(),
+        )
+
+    rest, held_out = part(listing.split, False), part(listing.split + HELD_OUT_SUFFIX, True)
+    rest.num_held_out = held_out.num_found
+    return rest, held_out
 
 
 def unread_suffixes(data_root: str | Path, split: str) -> list[str]:

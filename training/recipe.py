@@ -78,6 +78,7 @@ def prepare_manifests(hparams: dict, test_only: bool) -> None:
             merge_lst=train,
             merge_name=TRAIN_MANIFEST if train else None,
             skip_prep=hparams["skip_prep"],
+            held_out_speakers=hparams["held_out_speakers"],
             skip_bad=hparams["skip_bad"],
         )
     except ValueError as error:

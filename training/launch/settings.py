@@ -13,7 +13,7 @@ class Setting:
     """What a key may hold.
 
     Attributes:
-        kind: integer, number, switch, name, names (one or a list of them) or mapping.
+        kind: integer, number, switch, name, names (one or a list of them), speakers or mapping.
         low, high: limits of a number, themselves allowed.
         above, below: limits of a number, themselves not allowed.
         choices: the only values there are.
@@ -81,6 +81,9 @@ _KINDS = {
     "names": lambda value: (
         _is_name(value) or (isinstance(value, list) and all(map(_is_name, value)))
     ),
+    "speakers": lambda value: (
+        isinstance(value, list) and all(isinstance(v, int) or _is_name(v) for v in value)
+    ),
     "mapping": lambda value: isinstance(value, Mapping),
 }
 _IN_WORDS = {
@@ -89,6 +92,7 @@ _IN_WORDS = {
     "switch": "True or False",
     "name": "a name",
     "names": "a list of names",
+    "speakers": "a list of speakers such as '[103, 1034]'",
     "mapping": "a mapping such as '{d_state: 16}'",
 }
 
@@ -157,6 +161,7 @@ SETTINGS: dict[str, Setting] = {
     "use_wandb": _SWITCH,
     "use_tensorboard": _SWITCH,
     # Keys of special recipes.
+    "held_out_speakers": Setting("speakers", default=[]),
     "consistency_weight": Setting("number", low=0, default=0.0),
     "flat_start_epochs": Setting("integer", low=0, default=0),
     "augment_from_epoch": Setting("integer", low=0, default=1),
