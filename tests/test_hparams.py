@@ -65,6 +65,8 @@ def test_every_file_trains_two_steps_and_is_evaluated(name, tone_corpus, tmp_pat
     folder = tmp_path / "run"
     short = {
         "train_splits": "[train-clean-100]",
+        "dev_splits": "[dev-clean]",
+        "held_out_speakers": "[]",
         "test_splits": "[test-other]",
         "token_type": "char",
         "output_neurons": 31,

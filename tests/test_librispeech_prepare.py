@@ -115,6 +115,78 @@ def test_a_moved_corpus_keeps_its_moved_manifests(data, save, tmp_path):
     assert stamps(save) == before
 
 
+@pytest.fixture
+def three_speakers(data):
+    for speaker in ("7", "8"):
+        chapter = data / "train-clean-100" / speaker / "1"
+        chapter.mkdir(parents=True)
+        for number in range(2):
+            source = audio_of(data, number, "train-clean-100")
+            shutil.copy(source, chapter / f"{speaker}-1-{number:04d}.flac")
+        (chapter / f"{speaker}-1.trans.txt").write_text(f"{speaker}-1-0000 A\n{speaker}-1-0001 B\n")
+    return data
+
+
+HELD_OUT = "train-clean-100-held-out"
+
+
+def speakers_of(save, split):
+    return {row.spk_id for row in read_manifest(save / f"{split}.csv")}
+
+
+def test_held_out_speakers_are_a_split_of_their_own(three_speakers, save):
+    options = {"held_out_speakers": [8], "merge_lst": ["train-clean-100"], "merge_name": "t.csv"}
+    prepare(three_speakers, save, dev_splits=[HELD_OUT], te_splits=["dev-clean"], **options)
+    assert speakers_of(save, "train-clean-100") == speakers_of(save, "t") == {"101", "7"}
+    assert speakers_of(save, HELD_OUT) == {"8"}
+    assert len(read_manifest(save / f"{HELD_OUT}.csv")) == 2
+    before = stamps(save)
+    prepare(three_speakers, save, dev_splits=[HELD_OUT], te_splits=["dev-clean"], **options)
+    assert stamps(save) == before
+    # Others to hold out are other manifests; scored alone, the split needs no training split.
+    prepare(three_speakers, save, tr_splits=[], dev_splits=[HELD_OUT], held_out_speakers=["7"])
+    assert speakers_of(save, HELD_OUT) == {"7"}
+    prepare(three_speakers, save, held_out_speakers=["7"])
+    assert speakers_of(save, "train-clean-100") == {"101", "8"}
+    prepare(three_speakers, save)
+    assert speakers_of(save, "train-clean-100") == {"101", "7", "8"}
+
+
+def test_utterances_of_held_out_speakers_count_in_the_size_of_a_split(
+    three_speakers, save, monkeypatch, caplog
+):
+    monkeypatch.setitem(librispeech_prepare.OFFICIAL_NUM_UTTERANCES, "train-clean-100", 9)
+    prepare(three_speakers, save, held_out_speakers=[7])
+    assert "LibriSpeech's has 9" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("speakers", "message"),
+    [
+        (["8", "102"], r"held_out_speakers names 102, no speaker of train-clean-100"),
+        ([7, 8, 101], r"held_out_speakers names every speaker of train-clean-100"),
+    ],
+)
+def test_held_out_speakers_that_cannot_be(three_speakers, save, speakers, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(three_speakers, save, dev_splits=[HELD_OUT], held_out_speakers=speakers)
+    assert manifests(save) == []
+
+
+def test_a_held_out_split_needs_held_out_speakers(three_speakers, save):
+    with pytest.raises(ValueError, match=rf"missing in .*: {HELD_OUT}.* --held_out_speakers"):
+        prepare(three_speakers, save, dev_splits=[HELD_OUT])
+    shutil.copytree(three_speakers / "dev-clean", three_speakers / "own")
+    with pytest.raises(ValueError, match="own-held-out is empty"):
+        prepare(
+            three_speakers,
+            save,
+            tr_splits=["train-clean-100", "own"],
+            dev_splits=["own-held-out"],
+            held_out_speakers=[7],
+        )
+
+
 def replace_audio(data, save):
     soundfile.write(audio_of(data), np.full(777, 0.1), 16000)
 

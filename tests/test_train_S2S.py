@@ -39,6 +39,8 @@ def arguments(name: str, corpus: Path, folder: Path, *more: str) -> list[str]:
         *("--data_folder", str(corpus)),
         *("--output_folder", str(folder)),
         *("--train_splits", "[train-clean-100]"),
+        *("--dev_splits", "[dev-clean]"),
+        *("--held_out_speakers", "[]"),
         *("--max_batch_length_train", "3"),
         *("--grad_accumulation_factor", "1"),
         *("--num_workers", "0"),
