@@ -289,7 +289,9 @@ def _require_splits(data_root: Path, splits: Iterable[str]) -> None:
     missing = [split for split in splits if not (data_root / split).is_dir()]
     if missing:
         found = find_splits(data_root)
-        hint = "Official splits can be fetched with python librispeech_prepare.py --download SPLIT..."
+        hint = (
+            "Official splits can be fetched with python librispeech_prepare.py --download SPLIT..."
+        )
         hint += " --data_folder FOLDER"
         if any(map(_is_held_out, missing)):
             hint = "A part that is held out needs --held_out_speakers"

@@ -160,9 +160,7 @@ def list_split(
     return listing
 
 
-def hold_out(
-    listing: SplitListing, speakers: Collection[str]
-) -> tuple[SplitListing, SplitListing]:
+def hold_out(listing: SplitListing, speakers: Collection[str]) -> tuple[SplitListing, SplitListing]:
     """A split without these speakers, and these alone as the split ``<split>-held-out``.
 
     Problems that belong to no speaker stay with the first.
