@@ -124,7 +124,8 @@ def prepare_librispeech(
     Raises:
         PreparationError: audio or transcripts are missing, empty, unreadable or wrongly sampled.
         ValueError: no LibriSpeech in ``data_folder``, a split or a held-out speaker is missing, or
-            options contradict each other. No manifest is left for a split that could not be prepared.
+            options contradict each other. No manifest is left for a split that could not be
+            prepared.
     """
     if skip_prep:
         return
@@ -290,9 +291,9 @@ def _require_splits(data_root: Path, splits: Iterable[str]) -> None:
     if missing:
         found = find_splits(data_root)
         hint = (
-            "Official splits can be fetched with python librispeech_prepare.py --download SPLIT..."
+            "Official splits can be fetched with"
+            " python librispeech_prepare.py --download SPLIT... --data_folder FOLDER"
         )
-        hint += " --data_folder FOLDER"
         if any(map(_is_held_out, missing)):
             hint = "A part that is held out needs --held_out_speakers"
         raise ValueError(
