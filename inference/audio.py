@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,7 +28,9 @@ _CONTAINERS = (
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,webm,mov,mp4,m4a,3gp,mp3,mpeg,"
     "mpegts,ogg,rm,tta,w64,wav,wv"
 )
-_BLOCK_VALUES = 1 << 22
+_BLOCK_VALUES = 1 << 20
+# What blocks are multiplied by meanwhile: sums of float32's greatest numbers stay numbers.
+_HEADROOM = 2.0**-40
 _MAX_OGG_PAGE_BYTES = 65_307
 # A decoder may keep a little to itself at the end of a whole file.
 _MAX_MISSING_S = 0.1
@@ -61,11 +64,14 @@ def load_audio(
     name, file, size_bytes = _opened(source)
     if size_bytes == 0:
         raise AudioError(f"{name}: the file is empty")
+
+    def waveform(rate: int, channels: int) -> _Waveform:
+        return _Waveform(name, rate, channels, sample_rate, channel)
+
     try:
-        samples_SC, rate = _read_with_soundfile(file, name, size_bytes)
+        return _read_with_soundfile(file, name, size_bytes, waveform)
     except (soundfile.SoundFileError, OSError, MemoryError) as error:
-        samples_SC, rate = _read_with_av(file, name, error)
-    return as_waveform(samples_SC, rate, sample_rate, name, channel)
+        return _read_with_av(file, name, error, waveform)
 
 
 def as_waveform(
@@ -88,43 +94,83 @@ def as_waveform(
         AudioError: see ``load_audio``; or samples that are not finite.
     """
     samples = np.asarray(samples)
-    if samples.ndim not in (1, 2) or samples.dtype.kind not in "iuf":
+    if samples.ndim not in (1, 2) or 0 in samples.shape[1:] or samples.dtype.kind not in "iuf":
         raise AudioError(
             f"{name}: samples are {samples.dtype} of shape {samples.shape}; wanted numbers of "
             "shape (S,) or (S, channels)"
         )
-    if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
-        raise AudioError(
-            f"{name}: a sampling rate of {rate} Hz is impossible; it is between {MIN_SAMPLE_RATE} "
-            f"and {MAX_SAMPLE_RATE} Hz"
-        )
     samples_SC = samples[:, None] if samples.ndim == 1 else samples
     channels = samples_SC.shape[1]
-    if channel is not None:
-        if not 0 <= channel < channels:
+    waveform = _Waveform(name, rate, channels, sample_rate, channel)
+    step = max(1, _BLOCK_VALUES // max(1, channels))
+    for start in range(0, len(samples_SC), step):
+        waveform.add(samples_SC[start : start + step])
+    return waveform.finish()
+
+
+class _Waveform:
+    """Samples of any rate and channel count, block by block, as those that a model takes.
+
+    What is kept is the result: two hours of stereo would take gigabytes.
+
+    Args:
+        name: of the audio, for messages.
+        rate: of the blocks, in Hz.
+        channels: of the blocks.
+        sample_rate: wanted, in Hz.
+        channel: as in ``load_audio``.
+
+    Raises:
+        AudioError: see ``as_waveform``.
+    """
+
+    def __init__(
+        self, name: str, rate: int, channels: int, sample_rate: int, channel: int | None
+    ) -> None:
+        if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+            raise AudioError(
+                f"{name}: a sampling rate of {rate} Hz is impossible; it is between "
+                f"{MIN_SAMPLE_RATE} and {MAX_SAMPLE_RATE} Hz"
+            )
+        if channel is not None and not 0 <= channel < channels:
             raise AudioError(f"{name}: there is no channel {channel}; it has {channels}, from 0")
-        samples_SC = samples_SC[:, channel : channel + 1]
-    if samples.dtype.kind in "iu":
-        info = np.iinfo(samples.dtype)
-        samples_SC = (samples_SC.astype(np.float64) - (info.max + info.min + 1) // 2) / (
-            (info.max - info.min + 1) // 2
-        )
-    peak = np.abs(samples_SC).max(initial=0.0)
-    if not np.isfinite(peak):
-        raise AudioError(f"{name}: some samples are not finite numbers")
-    if peak > 1:
+        self.name = name
+        self.rate = rate
+        self._channels = slice(None) if channel is None else slice(channel, channel + 1)
+        self._blocks: list[np.ndarray] = []
+        self._peak = 1.0
+        self._resampler: Any = None
+        if rate != sample_rate:
+            import soxr
+
+            self._resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
+
+    def add(self, block_SC: np.ndarray) -> None:
+        """Takes the samples that follow."""
+        block_SC = block_SC[:, self._channels]
+        if block_SC.dtype.kind in "iu":
+            info = np.iinfo(block_SC.dtype)
+            zero, full_scale = (info.max + info.min + 1) // 2, (info.max - info.min + 1) // 2
+            block_SC = (block_SC.astype(np.float64) - zero) / full_scale
+        peak = np.abs(block_SC).max(initial=0.0)
+        if not peak <= np.finfo(np.float32).max:
+            raise AudioError(f"{self.name}: some samples are not finite numbers")
+        self._peak = max(self._peak, float(peak))
+        self._append((block_SC.astype(np.float32) * np.float32(_HEADROOM)).mean(1))
+
+    def finish(self) -> np.ndarray:
+        """All samples (S,), float32; full scale is 1."""
+        self._append(np.zeros(0, np.float32), last=True)
+        wav_S = np.concatenate(self._blocks)
+        self._blocks = []
         # A float file may go beyond full scale: quieter is the same speech, clipped is not.
-        samples_SC = samples_SC / peak
-    return resample(samples_SC.astype(np.float32).mean(1), rate, sample_rate)
+        wav_S *= np.float32(1 / _HEADROOM / self._peak)
+        return wav_S
 
-
-def resample(wav_S: np.ndarray, rate: int, sample_rate: int) -> np.ndarray:
-    """A waveform at another sampling rate (soxr, high quality), float32."""
-    if rate != sample_rate and len(wav_S):
-        import soxr
-
-        wav_S = soxr.resample(wav_S, rate, sample_rate)
-    return np.ascontiguousarray(wav_S, dtype=np.float32)
+    def _append(self, wav_S: np.ndarray, last: bool = False) -> None:
+        self._blocks.append(
+            wav_S if self._resampler is None else self._resampler.resample_chunk(wav_S, last)
+        )
 
 
 class _InMemory(io.BytesIO):
@@ -163,29 +209,32 @@ def _opened(source: Any) -> tuple[str, Any, int]:
         raise AudioError(f"{source}: {reason}") from None
 
 
-def _read_with_soundfile(file: Any, name: str, size_bytes: int) -> tuple[np.ndarray, int]:
+def _read_with_soundfile(
+    file: Any, name: str, size_bytes: int, waveform: Callable[[int, int], "_Waveform"]
+) -> np.ndarray:
     with soundfile.SoundFile(file) as audio:
         promised = audio.frames if audio.frames < _KNOWN_FRAMES else 0
         for held_bytes_text, read_bytes_text in _CUT_CHUNK.findall(audio.extra_info):
             held_bytes, read_bytes = int(held_bytes_text), int(read_bytes_text)
             if read_bytes and held_bytes < _PLACEHOLDER_BYTES:
                 promised = max(promised, audio.frames * held_bytes // read_bytes)
-        blocks, error = [], None
+        found = waveform(audio.samplerate, audio.channels)
+        count, error = 0, None
         while error is None:
             block = np.full(
                 (max(1, _BLOCK_VALUES // audio.channels), audio.channels), np.nan, np.float32
             )
             try:
-                count = len(audio.read(out=block))
+                in_block = len(audio.read(out=block))
             except soundfile.SoundFileError as read_error:
                 # The decoder does not say how far it came in this block.
                 error = read_error
-                count = int((~np.isnan(block[:, 0])).sum())
-            if not count:
+                in_block = int((~np.isnan(block[:, 0])).sum())
+            if not in_block:
                 break
-            blocks.append(block[:count])
+            found.add(block[:in_block])
+            count += in_block
         rate, kind = audio.samplerate, audio.format
-    count = sum(map(len, blocks))
     if not count and error is not None:
         raise error
     if not count and kind.startswith("WAV") and size_bytes > 4096:
@@ -195,7 +244,7 @@ def _read_with_soundfile(file: Any, name: str, size_bytes: int) -> tuple[np.ndar
             "%s: cut short: %.1f s could be read, and what follows is missing", name, count / rate
         )
     _warn_of_missing(name, count / rate, promised / rate)
-    return np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32), rate
+    return found.finish()
 
 
 def _ends_early(file: Any) -> bool:
@@ -206,7 +255,9 @@ def _ends_early(file: Any) -> bool:
     return len(page) < 2 or not page[1] & 4
 
 
-def _read_with_av(file: Any, name: str, error: Exception) -> tuple[np.ndarray, int]:
+def _read_with_av(
+    file: Any, name: str, error: Exception, waveform: Callable[[int, int], "_Waveform"]
+) -> np.ndarray:
     """What soundfile does not read, read by ffmpeg's libraries where PyAV is installed."""
     try:
         import av
@@ -217,8 +268,8 @@ def _read_with_av(file: Any, name: str, error: Exception) -> tuple[np.ndarray, i
         ) from None
     if hasattr(file, "seek"):
         file.seek(0)
-    blocks: list[np.ndarray] = []
-    promised_s = 0.0
+    found: _Waveform | None = None
+    count, promised_s = 0, 0.0
     try:
         path_or_file = os.fsdecode(file) if isinstance(file, bytes) else file
         with av.open(path_or_file, options={"format_whitelist": _CONTAINERS}) as container:
@@ -233,20 +284,22 @@ def _read_with_av(file: Any, name: str, error: Exception) -> tuple[np.ndarray, i
             # Interleaved: of eight channels in a plane each, PyAV 18 reads a ninth, and crashes.
             resampler = av.AudioResampler(format="flt", rate=rate)
             for frame in itertools.chain(container.decode(stream), [None]):
-                blocks += [
-                    part.to_ndarray().reshape(part.samples, -1)
-                    for part in resampler.resample(frame)
-                ]
+                for part in resampler.resample(frame):
+                    block_SC = part.to_ndarray().reshape(part.samples, -1)
+                    found = found or waveform(rate, block_SC.shape[1])
+                    found.add(block_SC)
+                    count += len(block_SC)
+    except AudioError:
+        raise
     except (av.FFmpegError, OSError, ValueError, MemoryError):
-        if not blocks:
+        if found is None:
             raise AudioError(f"{name}: cannot be read ({_first_line(error)})") from None
     except _NoSound:
         pass
-    if not blocks:
+    if found is None:
         raise AudioError(f"{name}: there is no sound in it")
-    samples_SC = np.concatenate(blocks)
-    _warn_of_missing(name, len(samples_SC) / rate, promised_s)
-    return samples_SC, rate
+    _warn_of_missing(name, count / found.rate, promised_s)
+    return found.finish()
 
 
 class _NoSound(Exception):

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 import soundfile
+import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,6 +101,26 @@ def test_blocks_do_not_show(tmp_path, monkeypatch, suffix):
     np.testing.assert_allclose(load_audio(path, SAMPLE_RATE), whole, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("rate", [8000, 44100])
+def test_blocks_of_another_rate_are_resampled_as_one(tmp_path, monkeypatch, rate):
+    stereo_SC = np.stack([tone(3.0, rate), 0.5 * tone(3.0, rate)], axis=1)
+    soundfile.write(tmp_path / "a.wav", stereo_SC, rate, subtype="FLOAT")
+    whole = soxr.resample(stereo_SC.mean(1), rate, SAMPLE_RATE)
+    monkeypatch.setattr(audio, "_BLOCK_VALUES", 2_002)
+    np.testing.assert_allclose(load_audio(tmp_path / "a.wav", SAMPLE_RATE), whole, atol=1e-6)
+    np.testing.assert_allclose(as_waveform(stereo_SC, rate, SAMPLE_RATE), whole, atol=1e-6)
+
+
+def test_of_a_long_file_what_is_kept_is_the_result(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.tile(tone(1.0, 44100)[:, None], (240, 2)), 44100)
+    tracemalloc.start()
+    wav_S = load_audio(tmp_path / "a.wav", SAMPLE_RATE)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # The result in blocks and in one, and some blocks; decoded, the file has 85 MB.
+    assert peak_bytes < 2 * wav_S.nbytes + 24e6
+
+
 @pytest.mark.parametrize("rate", [100, 8000, 11025, 44100, 48000, 192_000, 655_350])
 def test_any_rate_is_resampled(tmp_path, rate):
     soundfile.write(tmp_path / "a.wav", tone(1.0, rate), rate)
@@ -155,7 +177,14 @@ def test_samples_that_are_no_numbers_are_refused(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "samples", [np.zeros((2, 2, 2)), np.zeros(3, dtype=bool), np.array(["a"]), np.float32(1)]
+    "samples",
+    [
+        np.zeros((2, 2, 2)),
+        np.zeros((2, 0)),
+        np.zeros(3, dtype=bool),
+        np.array(["a"]),
+        np.float32(1),
+    ],
 )
 def test_arrays_that_are_no_samples_are_refused(samples):
     with pytest.raises(AudioError, match="wanted numbers of shape"):
