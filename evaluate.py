@@ -6,6 +6,7 @@ python evaluate.py my_bundle calls.csv --data_root recordings --output_dir resul
 
 import argparse
 import csv
+import functools
 import io
 import os
 import sys
@@ -124,12 +125,13 @@ def recognize(
     search: Mapping[str, Any],
 ) -> tuple[dict[str, "Transcript"], dict[str, str]]:
     """Transcripts by id, and by id what is wrong with recordings that have none."""
-    results = recognizer.transcribe_many(
+    transcribe_all = functools.partial(
+        recognizer.transcribe_many,
         [reference.audio for reference in split.references],
         batch_seconds=arguments.batch_seconds,
         **search,
     )
-    results = with_progress(results, len(split.references), arguments.noprogressbar)
+    results = with_progress(transcribe_all, len(split.references), arguments.noprogressbar)
     transcripts, unread = {}, {}
     for reference, (_, result) in zip(split.references, results, strict=True):
         if isinstance(result, AudioError):

@@ -5,6 +5,7 @@ python transcribe.py results/demo recordings/ 'more/*.m4a' --format txt,srt --ou
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +86,8 @@ def transcribe(arguments: argparse.Namespace) -> int:
     sources, failures = find_sources(arguments.audio)
     if sources:
         recognizer = load_recognizer(arguments)
-        results = recognizer.transcribe_many(
+        transcribe_all = functools.partial(
+            recognizer.transcribe_many,
             [source.audio for source in sources],
             batch_seconds=arguments.batch_seconds,
             channel=arguments.channel,
@@ -93,7 +95,7 @@ def transcribe(arguments: argparse.Namespace) -> int:
             whole=arguments.whole,
             **search,
         )
-        results = with_progress(results, len(sources), arguments.noprogressbar)
+        results = with_progress(transcribe_all, len(sources), arguments.noprogressbar)
         for source, (_, result) in zip(sources, results, strict=True):
             if isinstance(result, AudioError):
                 failures.append(str(result))

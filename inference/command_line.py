@@ -158,24 +158,36 @@ def load_recognizer(arguments: argparse.Namespace) -> Any:
 
 
 def with_progress(
-    results: Iterable[tuple[Any, Any]], total: int, noprogressbar: bool
+    transcribe: Callable[..., Iterable[tuple[Any, Any]]], total: int, noprogressbar: bool
 ) -> Iterator[tuple[Any, Any]]:
     """Passes on what ``Recognizer.transcribe_many`` yields, with a bar on standard error.
 
     The speed stays there at the end, also where standard error is no terminal, and there is no bar.
+
+    Args:
+        transcribe: is called with ``progress``, as ``transcribe_many`` has it.
+        total: recordings.
+        noprogressbar: nothing on standard error.
     """
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    audio_s, started = 0.0, time.perf_counter()
+    files, audio_s, started = 0, 0.0, time.perf_counter()
     hidden = True if noprogressbar else None
-    with tqdm(total=total, unit="file", disable=hidden) as bar, logging_redirect_tqdm():
-        for source, result in results:
+    layout = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+    def progress(recordings: float, newly_s: float) -> None:
+        nonlocal audio_s
+        audio_s += newly_s
+        rate = audio_s / (time.perf_counter() - started)
+        told = f"{files} of {total} files, {rate:.1f} audio seconds per second"
+        bar.set_postfix_str(told, refresh=False)
+        bar.update(recordings)
+
+    with tqdm(total=total, bar_format=layout, disable=hidden) as bar, logging_redirect_tqdm():
+        for source, result in transcribe(progress=progress):
+            files += 1
             yield source, result
-            audio_s += getattr(result, "duration_s", 0.0)
-            rate = audio_s / (time.perf_counter() - started)
-            bar.set_postfix_str(f"{rate:.1f} audio seconds per second", refresh=False)
-            bar.update()
     if not noprogressbar:
         elapsed_s = time.perf_counter() - started
         print(

@@ -1,7 +1,7 @@
 """A trained model as an object: audio in, transcripts out, the same in any batch."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,12 @@ BATCH_SECONDS = 120.0
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FileSource = str | os.PathLike | bytes | IO[bytes]
 AudioSource = FileSource | np.ndarray | Tensor
+Progress = Callable[[float, float], None]
+"""Told the recordings and the seconds of audio that are newly done: shares of a long recording."""
+
+
+def _untold(recordings: float, audio_s: float) -> None:
+    """For who does not ask."""
 
 
 class Recognizer:
@@ -110,6 +116,7 @@ class Recognizer:
         max_segment_s: float = MAX_SEGMENT_S,
         whole: bool = False,
         batch_seconds: float = BATCH_SECONDS,
+        progress: Progress = _untold,
         **search: Any,
     ) -> Transcript:
         """What is said in one recording of any length.
@@ -123,6 +130,7 @@ class Recognizer:
             whole: encode the recording as one instead, every frame in sight of all others, in
                 bounded memory; the text is that of the CTC branch. Mamba and ConMamba encoders.
             batch_seconds: seconds of audio that are encoded at once.
+            progress: is told each share of the recording that is done, and its seconds.
             **search: see ``SearchOptions``.
 
         Raises:
@@ -130,7 +138,7 @@ class Recognizer:
             UserError: an option that cannot be.
         """
         wav_S = self.load(audio, sample_rate, channel)
-        how = _How(max_segment_s, whole, batch_seconds, options_of(search))
+        how = _How(max_segment_s, whole, batch_seconds, options_of(search), progress)
         return self._transcribe_all({0: wav_S}, how)[0]
 
     def load(
@@ -151,6 +159,7 @@ class Recognizer:
         channel: int | None = None,
         max_segment_s: float = MAX_SEGMENT_S,
         whole: bool = False,
+        progress: Progress = _untold,
         **search: Any,
     ) -> Iterator[tuple[FileSource, Transcript | AudioError]]:
         """Each path with its transcript, or with what is wrong with it, in their order.
@@ -161,9 +170,10 @@ class Recognizer:
                 like lengths go together: some batches are read ahead.
             channel: as in ``transcribe``.
             max_segment_s, whole: as in ``transcribe``.
+            progress: is told how many recordings are newly done, and how many seconds of audio.
             **search: see ``SearchOptions``.
         """
-        how = _How(max_segment_s, whole, batch_seconds, options_of(search))
+        how = _How(max_segment_s, whole, batch_seconds, options_of(search), progress)
         window: list[tuple[FileSource, np.ndarray | AudioError]] = []
         seconds = 0.0
         for path in paths:
@@ -172,6 +182,7 @@ class Recognizer:
                 seconds += len(loaded) / self.sample_rate
             except AudioError as error:
                 loaded = error
+                progress(1.0, 0.0)
             window.append((path, loaded))
             if seconds >= _WINDOW_BATCHES * batch_seconds:
                 yield from self._transcribe_window(window, how)
@@ -201,15 +212,23 @@ class Recognizer:
             for i, of_one in pieces.items()
             for n, piece in enumerate(of_one)
         }
+        part_samples = {i: sum(p.stop - p.start for p in of_one) for i, of_one in pieces.items()}
         found: dict[tuple[int, int], Transcript] = {}
         batch: list[tuple[int, int]] = []
+
+        def transcribe() -> None:
+            found.update(self._transcribe_parts(batch, parts, how))
+            for i, n in batch:
+                share = len(parts[i, n]) / part_samples[i] if part_samples[i] else 1.0
+                how.progress(share, share * len(waveforms[i]) / rate)
+            batch.clear()
+
         for part in sorted(parts, key=lambda part: -len(parts[part])):
             longest_s = len(parts[(batch or [part])[0]]) / rate
             if batch and (len(batch) + 1) * longest_s > how.batch_seconds:
-                found |= self._transcribe_parts(batch, parts, how)
-                batch = []
+                transcribe()
             batch.append(part)
-        found |= self._transcribe_parts(batch, parts, how)
+        transcribe()
         return {
             i: join(of_one, [found[i, n] for n in range(len(of_one))], rate)
             if len(of_one) > 1
@@ -230,11 +249,13 @@ class Recognizer:
     def _transcribe_whole(self, wav_S: np.ndarray, how: "_How") -> Transcript:
         duration_s = len(wav_S) / self.sample_rate
         if len(wav_S) < self.model.min_samples:
+            how.progress(1.0, duration_s)
             return self._transcript(Found([[]], []), duration_s)
         with self._autocast():
             try:
                 encoder_out_TD = self.model.encoder.forward_in_pieces(
-                    torch.from_numpy(wav_S).to(self.device)
+                    torch.from_numpy(wav_S).to(self.device),
+                    progress=lambda share: how.progress(share, share * duration_s),
                 )
             except ValueError as error:
                 raise UserError(f"whole: {error}") from None
@@ -304,6 +325,7 @@ class _How:
     whole: bool
     batch_seconds: float
     options: SearchOptions
+    progress: Progress
 
     def __post_init__(self) -> None:
         if self.max_segment_s < MIN_SEGMENT_S:

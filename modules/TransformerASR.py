@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -315,12 +315,18 @@ class TransformerASR(SpeechBrainTransformerASR):
         return self.custom_src_module(_flattened(src))
 
     @torch.no_grad()
-    def encode_in_pieces(self, x_BTD: Tensor, piece_frames: int) -> Tensor:
+    def encode_in_pieces(
+        self,
+        x_BTD: Tensor,
+        piece_frames: int,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> Tensor:
         """``encode`` of what ``embed_source`` gave, layer by layer in bounded memory.
 
         Args:
             x_BTD: frames, all of them valid; changed.
             piece_frames: frames that are in work at a time.
+            progress: is told each share of the work that is done.
 
         Raises:
             ValueError: an encoder that attends: every frame needs all others at once.
@@ -332,7 +338,7 @@ class TransformerASR(SpeechBrainTransformerASR):
                 f"a long recording in pieces: {', '.join(sorted(able))}."
             )
         x_BTD, _ = self._with_positions(x_BTD)
-        return self.encoder.forward_in_pieces(x_BTD, piece_frames)
+        return self.encoder.forward_in_pieces(x_BTD, piece_frames, progress)
 
     @torch.no_grad()
     def decode(

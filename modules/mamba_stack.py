@@ -1,5 +1,7 @@
 """The Mamba and ConMamba encoders in pieces: streams in chunks, and recordings of any length."""
 
+from collections.abc import Callable
+
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor
@@ -11,7 +13,12 @@ class MambaLayerStack(LayerStack):
     """An encoder whose layers keep the past in a state, None before the first frame."""
 
     @torch.no_grad()
-    def forward_in_pieces(self, x_BTD: Tensor, piece_frames: int) -> Tensor:
+    def forward_in_pieces(
+        self,
+        x_BTD: Tensor,
+        piece_frames: int,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> Tensor:
         """``forward`` over a whole recording, layer by layer, in evaluation.
 
         Beside two tensors of the size of ``x_BTD`` it needs memory for one piece.
@@ -19,9 +26,11 @@ class MambaLayerStack(LayerStack):
         Args:
             x_BTD: frames, all of them valid; changed.
             piece_frames: frames of a piece.
+            progress: is told each share of the work that is done.
         """
         for layer in self.layers:
             x_BTD = layer.forward_in_pieces(x_BTD, piece_frames)
+            progress(1 / len(self.layers))
         for piece_BTD in pieces_of(x_BTD, piece_frames):
             piece_BTD.copy_(self.norm(piece_BTD))
         return x_BTD

@@ -99,7 +99,12 @@ class SpeechEncoder(nn.Module):
         return self.Transformer(frames_BTFC, None, num_frames_B)[0]
 
     @torch.no_grad()
-    def forward_in_pieces(self, wav_S: Tensor, piece_s: float = 60.0) -> Tensor:
+    def forward_in_pieces(
+        self,
+        wav_S: Tensor,
+        piece_s: float = 60.0,
+        progress: Callable[[float], None] = lambda share: None,
+    ) -> Tensor:
         """``forward`` of one recording of any length, in evaluation: ``encoder_out_TD``.
 
         Every frame depends on the whole recording, as in ``forward``, and comes out the same. Layer
@@ -109,6 +114,7 @@ class SpeechEncoder(nn.Module):
         Args:
             wav_S: a waveform between -1 and 1.
             piece_s: seconds that are in work at a time.
+            progress: is told each share of the network's work that is done.
 
         Raises:
             ValueError: the encoder attends: every frame needs all others at once.
@@ -126,7 +132,8 @@ class SpeechEncoder(nn.Module):
                 embedded.append(self.Transformer.embed_source(frames))
         x_1TD = torch.cat(embedded, dim=1)
         del feats_1TM, pieces, embedded
-        return self.Transformer.encode_in_pieces(x_1TD, self.num_frames(piece_samples))[0]
+        piece_frames = self.num_frames(piece_samples)
+        return self.Transformer.encode_in_pieces(x_1TD, piece_frames, progress)[0]
 
     def forward(self, wav_BS: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
         """Waveforms to ``encoder_out_BTD`` and integer frames per item ``num_frames_B``.

@@ -7,21 +7,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-
-CONFIDENCE = 1e-4
-
-
-def assert_same(found, wanted):
-    assert found.text == wanted.text
-    assert found.alternatives == wanted.alternatives
-    for name in ("words", "tokens"):
-        ours, theirs = getattr(found, name), getattr(wanted, name)
-        assert [(w.text, w.start_s, w.end_s) for w in ours] == [
-            (w.text, w.start_s, w.end_s) for w in theirs
-        ]
-        np.testing.assert_allclose(
-            [w.confidence for w in ours], [w.confidence for w in theirs], rtol=0, atol=CONFIDENCE
-        )
+from tests.inference.transcripts import assert_same
 
 
 def test_the_run_hears_something(recognizer, waveforms):
