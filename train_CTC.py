@@ -7,6 +7,12 @@ torchrun --nproc-per-node=4 train_CTC.py hparams/CTC/conmamba_large.yaml --data_
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from training.launch.command_line import check_arguments, run_script
+
+if __name__ == "__main__":
+    # Help and mistakes are answered before torch is imported, which takes seconds.
+    check_arguments(__doc__)
+
 import speechbrain as sb
 from sentencepiece import SentencePieceProcessor
 from speechbrain.dataio.batch import PaddedBatch
@@ -15,7 +21,6 @@ from torch import Tensor
 from decoding.ctc_beam_search import ctc_greedy
 from decoding.searches import make_ctc_search
 from training.brains.asr_brain import ASRBrain, FrontEndOutput
-from training.launch.command_line import run_script
 from training.recipe import dataio_prepare, run_recipe
 
 __all__ = ["ASR", "dataio_prepare", "main"]

@@ -6,7 +6,12 @@ torchrun --nproc-per-node=4 train_LM.py hparams/LM/transformer_large.yaml --trai
 
 from collections.abc import Sequence
 
-from training.launch.command_line import run_script
+from training.launch.command_line import check_arguments, run_script
+
+if __name__ == "__main__":
+    # Help and mistakes are answered before torch is imported, which takes seconds.
+    check_arguments(__doc__)
+
 from training.lm.recipe import run_lm_recipe
 
 

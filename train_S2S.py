@@ -8,6 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.launch.command_line import check_arguments, run_script
+
+if __name__ == "__main__":
+    # Help and mistakes are answered before torch is imported, which takes seconds.
+    check_arguments(__doc__)
+
 import speechbrain as sb
 from sentencepiece import SentencePieceProcessor
 from speechbrain.dataio.batch import PaddedBatch
@@ -19,7 +25,6 @@ from decoding.searches import prepare_joint_search
 from modules.lengths import relative_lengths
 from training.brains.asr_brain import ASRBrain, FrontEndOutput
 from training.data.token_noise import replace_tokens
-from training.launch.command_line import run_script
 from training.recipe import dataio_prepare, run_recipe
 
 __all__ = ["ASR", "dataio_prepare", "main"]

@@ -27,7 +27,8 @@ from tests.generated_corpus import make_corpus
 from text.tokenizer import load_tokenizer, tokens_of, vocabulary
 from tools.make_ngram import main as make_ngram
 from training.brains import asr_brain as brain_module
-from training.launch.command_line import load_hparams, parse_command_line, run_options
+from training.launch.command_line import load_hparams, parse_command_line
+from training.launch.start import run_options
 from training.splicing.segments import read_segments
 
 ONE_BATCH = {"max_batch_length_train": 1000, "num_bucket": 10}

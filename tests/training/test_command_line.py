@@ -1,17 +1,23 @@
 """Command line: options, overrides, and mistakes that end with one message."""
 
 import errno
+import subprocess
+import sys
 
 import pytest
+from speechbrain.utils.run_opts import RunOptions
 
 from common.errors import EXIT_USER_ERROR, Interrupted, UserError
+from tests.ctc_runs import REPOSITORY
 from training.launch.command_line import (
     load_hparams,
     parse_command_line,
     parse_overrides,
-    run_options,
     run_script,
 )
+from training.launch.run_options import IN_USE, defaults, option_actions
+from training.launch.start import run_options
+from training.launch.yaml_file import resolved_text
 
 YAML = """
 batch_size: 8
@@ -135,7 +141,13 @@ def test_overrides_reach_references_and_objects(yaml_file):
     [
         ("batchsize", "Did you mean batch_size"),
         ("lr_adma", "lr_adam"),
-        ("zzz", "It has: batch_size"),
+        ("zzz", "--help .* lists its keys"),
+        ("batch-size", "written --batch_size"),
+        ("learning_rate", "called lr_adam: --lr_adam"),
+        ("d_state", r"part of mamba_config: --mamba_config '\{d_state: VALUE\}'"),
+        ("in_features", "called batch_size"),
+        ("out_features", r"part of layer: --layer '\{out_features: VALUE\}'"),
+        ("test_onlyy", "Did you mean test_only"),
     ],
 )
 def test_an_unknown_key_is_an_error_with_a_suggestion(yaml_file, key, hint):
@@ -144,7 +156,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(yaml_file, key, hint):
 
 
 def test_a_required_key_left_open_is_named(yaml_file):
-    with pytest.raises(UserError, match=r"data_folder.*--data_folder /path/to"):
+    with pytest.raises(UserError, match=r"leaves open .*--data_folder /path/to/LibriSpeech"):
         load_hparams(yaml_file, {})
 
 
@@ -238,3 +250,100 @@ def test_an_interruption_before_training_has_the_documented_status(capsys):
         run_script(main, [])
     assert ended.value.code == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+FILE = "hparams/CTC/conmamba_small.yaml"
+
+
+def answer_of(*arguments):
+    """Exit status, output and errors of train_CTC.py, and whether it had imported torch."""
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path('train_CTC.py', run_name='__main__')\n"
+        "finally:\n    print('torch' in sys.modules or 'speechbrain' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    *output, imported = done.stdout.splitlines()
+    return done.returncode, "\n".join(output), done.stderr, imported == "True"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "YAML_FILE"),
+        (["no.yaml"], "No such hyperparameter file: no.yaml"),
+        ([FILE], "--data_folder /path/to/LibriSpeech"),
+        ([FILE, "--data_folder", "x", "--lr_adma", "1"], "Did you mean lr_adam"),
+        ([FILE, "--data_folder", "x", "--seed", "null"], "--seed is None; it must be an integer"),
+        ([FILE, "--data_folder", "x", "--grad_accumulation_factor", "0"], "at least 1"),
+        (["hparams/S2S/an4.yaml", "--data_folder", "x"], "trained by train_S2S.py"),
+    ],
+)
+def test_a_mistake_is_answered_before_torch_is_imported(arguments, message):
+    status, _, errors, imported = answer_of(*arguments)
+    assert status == EXIT_USER_ERROR
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not imported
+
+
+def test_help_lists_options_and_the_keys_of_the_file_before_torch_is_imported():
+    status, output, errors, imported = answer_of("hparams/CTC/an4.yaml", "--help")
+    assert (status, errors, imported) == (0, "", False)
+    assert "python train_CTC.py hparams/CTC/conmamba_small.yaml --data_folder" in output
+    lines = [line.split() for line in output.splitlines()]
+    keys = [words[0] for words in lines if words and words[0].startswith("--")]
+    for key in ("--resume", "--precision", "--spliced_share", "--decoder_token_noise"):
+        assert key in keys
+    assert keys.index("--seed") < keys.index("--data_folder") < keys.index("--d_model")
+    (skip_bad,) = (words for words in lines if words[:1] == ["--skip_bad"])
+    assert " ".join(skip_bad[1:]) == "False True leaves unusable utterances out instead of stopping"
+    assert answer_of("hparams/CTC/an4.yaml", "-h")[1] == output
+
+
+def test_the_options_are_speechbrains():
+    assert option_actions().keys() >= set(IN_USE)
+    assert defaults() == RunOptions().as_dict()
+    assert set(IN_USE) <= defaults().keys()
+
+
+@pytest.mark.parametrize("name", ["2024-06-01", "007", "1e3", "0x10", "true", "a<b>c/d", "1 2"])
+def test_a_folder_may_be_called_anything(tmp_path, name):
+    path = tmp_path / "paths.yaml"
+    path.write_text(
+        "output_folder: !PLACEHOLDER\nsave_folder: !ref <output_folder>/save\n"
+        "made: !new:collections.Counter\n  folder: !ref <save_folder>\n"
+        "paths: [!ref <output_folder>]\n",
+        encoding="utf-8",
+    )
+    hparams = load_hparams(str(path), parse_overrides(["--output_folder", name]))
+    assert hparams["output_folder"] == hparams["paths"][0] == name
+    assert hparams["save_folder"] == hparams["made"]["folder"] == f"{name}/save"
+    kept = tmp_path / "resolved.yaml"
+    kept.write_text(resolved_text(path, {"output_folder": name}), encoding="utf-8")
+    assert load_hparams(str(kept), {})["output_folder"] == name
+
+
+def test_splits_and_other_names_are_taken_as_they_are_written():
+    given = parse_overrides(["--train_splits", "[2024, 007]", "--dev_splits", "1e3"])
+    assert given == {"train_splits": ["2024", "007"], "dev_splits": "1e3"}
+    assert parse_overrides(["--kenlm_model_path", "null"]) == {"kenlm_model_path": None}
+
+
+@pytest.mark.parametrize(
+    ("line", "ours"),
+    [("consistancy_weight: 0.2", "consistency_weight"), ("n_warmup_step: 3", "n_warmup_steps")],
+)
+def test_a_misspelt_key_of_the_file_is_an_error(tmp_path, line, ours):
+    path = tmp_path / "file.yaml"
+    path.write_text(f"{line}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=f"file.yaml: .* Did you mean {ours}"):
+        load_hparams(str(path), {})
+
+
+def test_keys_that_only_the_file_itself_reads_are_its_own(tmp_path):
+    path = tmp_path / "file.yaml"
+    path.write_text("lr_adam: 1.0\nlr_adam2: 2\nwidth: 3\nb: !ref <width>\n", encoding="utf-8")
+    assert load_hparams(str(path), {})["b"] == 3

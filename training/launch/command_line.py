@@ -1,24 +1,47 @@
-"""Command line of the training scripts: SpeechBrain's options, YAML overrides, one-line errors."""
+"""Command line of the training scripts: SpeechBrain's options, YAML overrides, one-line errors.
+
+Nothing here imports torch or SpeechBrain until objects are built: a mistake is answered at once.
+"""
 
 import argparse
 import difflib
 import errno
+import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import ruamel.yaml
-import torch
 from hyperpyyaml import load_hyperpyyaml
-from ruamel.yaml.comments import TaggedScalar
 from ruamel.yaml.scalarbool import ScalarBoolean
-from speechbrain.utils.run_opts import RunOptions
 
 from common.errors import EXIT_USER_ERROR, Interrupted, UserError
-from training.launch.devices import distributed_backend_for, own_device
-from training.launch.settings import DEFAULTS, SETTINGS, check_setting
+from training.launch.key_help import keys_as_text
+from training.launch.run_options import IN_USE, option_actions
+from training.launch.settings import DEFAULTS, SETTINGS, VERBATIM, check_setting
+from training.launch.suggestions import describe_unknown, misspelt
+from training.launch.yaml_file import is_open, read_yaml, resolved_text, tag_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+RECIPE_SCRIPTS = {"train_text": "train_LM.py", "seq_lin": "train_S2S.py", "ctc_lin": "train_CTC.py"}
+"""Which script trains a file that has the key; the first that is there decides."""
+
+EXAMPLE_FILES = {
+    "train_CTC.py": "hparams/CTC/conmamba_small.yaml",
+    "train_S2S.py": "hparams/S2S/conmamba_small.yaml",
+    "train_LM.py": "hparams/LM/transformer_small.yaml",
+}
+"""Whose keys are listed where help is asked for without a file."""
+
+EXAMPLE_VALUES = {
+    "data_folder": "/path/to/LibriSpeech",
+    "train_text": "text.txt",
+    "valid_text": "dev.txt",
+}
+"""Of keys that a file leaves open."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +64,16 @@ class CommandLine:
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    """SpeechBrain's parser with this repository's two additions."""
-    parser = RunOptions._create_parser()
-    # A YAML key that begins like an option is not that option.
-    parser.allow_abbrev = False
-    parser.description = description
-    for action in parser._actions:
-        if action.dest == "optimizer_step_limit":
-            # SpeechBrain's default of None leaves it a string, which no step count exceeds.
-            action.type = int
-    parser.epilog = (
-        "Any key of the YAML file can be overridden: --batch_size 8 "
-        "--train_splits '[train-clean-100]' --mamba_config '{d_state: 8}'. "
-        "Exit status: 0 done, 2 user error, 130 / 143 stopped by SIGINT / SIGTERM "
-        "(a checkpoint is saved: repeat the command to go on)."
+    """SpeechBrain's options with this repository's two additions."""
+    parser = argparse.ArgumentParser(
+        # A YAML key that begins like an option is not that option.
+        allow_abbrev=False,
+        usage="%(prog)s YAML_FILE [--KEY VALUE ...] [OPTION ...]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "param_file", metavar="YAML_FILE", help="a recipe, such as those of hparams/"
     )
     parser.add_argument(
         "--resume",
@@ -67,14 +86,38 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="Start from the model weights in this file (a model.ckpt); a resumed run ignores it.",
     )
+    run, others = (
+        parser.add_argument_group(title)
+        for title in ("options of the run", "further options of SpeechBrain")
+    )
+    for name, action in option_actions().items():
+        (run if name in IN_USE else others)._add_action(action)
     return parser
+
+
+def help_text(argv: Sequence[str], description: str) -> str:
+    """All options, and the keys of the YAML file that is named, else of the script's example."""
+    parser = build_parser(description)
+    files = [word for word in argv if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
+    example = EXAMPLE_FILES.get(parser.prog, EXAMPLE_FILES["train_CTC.py"])
+    file = files[0] if files else os.path.relpath(REPOSITORY / example)
+    parser.epilog = (
+        f"keys of {file}:\n"
+        "  Each can be replaced on the command line, with values in the syntax of YAML:\n"
+        "  --batch_size 8 --train_splits '[train-clean-100]' --mamba_config '{d_state: 8}'\n\n"
+        f"{keys_as_text(file)}\n"
+        "exit status: 0 done, 2 user error, 130 / 143 stopped by SIGINT / SIGTERM\n"
+        "(a checkpoint is saved: repeat the command to go on)"
+    )
+    return parser.format_help()
 
 
 def parse_command_line(argv: Sequence[str], description: str) -> CommandLine:
     """Split the arguments into run options, our own options and YAML overrides.
 
     Raises:
-        UserError: an argument that is neither an option nor ``--key value``.
+        UserError: an argument that is neither an option nor ``--key value``, or an option whose
+            value cannot be.
     """
     parser = build_parser(description)
     for action in parser._actions:
@@ -83,6 +126,8 @@ def parse_command_line(argv: Sequence[str], description: str) -> CommandLine:
             action.default = argparse.SUPPRESS
     known, rest = parser.parse_known_args(list(argv))
     given = vars(known)
+    for key, value in given.items():
+        check_setting(key, value, "--")
     resume = given.pop("resume", None)
     init_from = given.pop("init_from", None)
     if given.get("ckpt_interval_steps", 0) > 0:
@@ -97,18 +142,53 @@ def parse_command_line(argv: Sequence[str], description: str) -> CommandLine:
     )
 
 
-def run_options(line: CommandLine, hparams: Mapping) -> RunOptions:
-    """Run options in force: the command line's, else the YAML file's, else what suits here."""
-    defaults = RunOptions().as_dict()
-    options = {name: hparams[name] for name in defaults if name in hparams} | line.run_options
-    options["device"] = own_device(options.get("device"))
-    if options.get("grad_accumulation_factor", 1) < 1:
-        raise UserError(
-            f"grad_accumulation_factor is {options['grad_accumulation_factor']}; it must be at "
-            "least 1."
-        )
-    options.setdefault("distributed_backend", distributed_backend_for(options["device"]))
-    return RunOptions.from_dictionary(options)
+def check_arguments(description: str, argv: Sequence[str] | None = None) -> None:
+    """Answers ``--help`` and mistakes of the command line; called before torch is imported.
+
+    Ends the process with status 0 or 2, or returns where nothing was found wrong.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_before_training)
+    if "-h" in argv or "--help" in argv:
+        print(help_text(argv, description), end="")
+        sys.exit(0)
+
+    def check(argv: Sequence[str]) -> None:
+        line = parse_command_line(argv, description)
+        check_keys(line.param_file, line.overrides, Path(sys.argv[0]).name)
+
+    run_script(check, argv)
+
+
+def check_keys(param_file: str, overrides: dict, script: str | None = None) -> None:
+    """Checks the keys of a file and what replaces them, before anything is built.
+
+    Args:
+        script: name of the script that is to train the file.
+
+    Raises:
+        UserError: no such file, not HyperPyYAML, the file of another script, an unknown key, a
+            value that cannot be, or a required key left open.
+    """
+    written = read_yaml(param_file)
+    wanted = next((name for key, name in RECIPE_SCRIPTS.items() if key in written), script)
+    if script in RECIPE_SCRIPTS.values() and wanted != script:
+        raise UserError(f"{param_file} is trained by {wanted}, not by {script}.")
+    for key, value in overrides.items():
+        if key not in written and key not in DEFAULTS:
+            raise UserError(f"{param_file} has no key {key!r}.{describe_unknown(key, written)}")
+        check_setting(key, value, "--")
+        if key not in SETTINGS:
+            _check_kind(key, written[key], value)
+    if still_open := [k for k in written if is_open(written[k]) and k not in overrides]:
+        example = " ".join(f"--{key} {EXAMPLE_VALUES.get(key, 'VALUE')}" for key in still_open)
+        raise UserError(f"{param_file} leaves open what only you can know. Give it: {example}.")
+    for key in written.keys() - overrides.keys():
+        if ours := misspelt(key, written):
+            raise UserError(f"{param_file}: {key} is read by nothing. Did you mean {ours}?")
+        if not tag_of(written[key]):
+            check_setting(key, written[key], f"{param_file}: ")
 
 
 def parse_overrides(arguments: Sequence[str], switches: Sequence[str] = ()) -> dict:
@@ -141,6 +221,9 @@ def parse_overrides(arguments: Sequence[str], switches: Sequence[str] = ()) -> d
         try:
             # YAML 1.2, as the file is read: 1e-3 is a number.
             overrides[key] = ruamel.yaml.YAML(typ="safe", pure=True).load(text)
+            if key in VERBATIM and overrides[key] is not None:
+                # A folder may be called 2024-06-01, 007 or 1e3.
+                overrides[key] = ruamel.yaml.YAML(typ="base", pure=True).load(text)
         except ruamel.yaml.YAMLError as error:
             raise UserError(
                 f"The value of --{key} is not valid YAML: {text!r} ({error})."
@@ -152,42 +235,14 @@ def load_hparams(param_file: str, overrides: dict) -> dict:
     """Read a HyperPyYAML file with overrides and build its objects.
 
     Raises:
-        UserError: no such file, not HyperPyYAML, an unknown key among the overrides, a required key
-            left open, or an object that refuses its arguments.
+        UserError: see ``check_keys``; or an object that refuses its arguments.
     """
-    if not Path(param_file).is_file():
-        raise UserError(
-            f"No such hyperparameter file: {param_file}. See hparams/ for the ones at hand."
-        )
+    check_keys(param_file, overrides)
     try:
-        written = ruamel.yaml.YAML().load(Path(param_file).read_text(encoding="utf-8"))
-        keys = written.keys()
-    except (ruamel.yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{param_file} is not a YAML file of keys and values: {error}") from None
-    for key in overrides:
-        if key not in keys and key not in DEFAULTS:
-            close = difflib.get_close_matches(key, [*keys, *DEFAULTS], n=3)
-            hint = (
-                f" Did you mean {' or '.join(close)}?" if close else f" It has: {', '.join(keys)}."
-            )
-            raise UserError(f"{param_file} has no key {key!r}.{hint}")
-        check_setting(key, overrides[key], "--")
-        if key not in SETTINGS:
-            _check_kind(key, written[key], overrides[key])
-    for key in keys - overrides.keys():
-        if not isinstance(written[key], TaggedScalar):
-            check_setting(key, written[key], f"{param_file}: ")
-    try:
-        with open(param_file, encoding="utf-8") as stream:
-            hparams = load_hyperpyyaml(stream, overrides, overrides_must_match=False)
+        hparams = load_hyperpyyaml(resolved_text(param_file, overrides))
     except ImportError as error:
         raise UserError(f"{param_file}: {error}") from error
     except ValueError as error:
-        if "PLACEHOLDER" in str(error):
-            raise UserError(
-                f"{param_file}: {error} Give it on the command line, for instance "
-                "--data_folder /path/to/LibriSpeech."
-            ) from None
         raise UserError(f"{param_file}: {error}") from error
     return DEFAULTS | hparams
 
@@ -206,9 +261,17 @@ def _check_kind(key: str, written: object, given: object) -> None:
 
 def _leave_process_group() -> None:
     """All processes of a run end together: one that ends alone can tear down what others use."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def _end_before_training(number: int, frame: object) -> None:
+    """Ctrl-C while modules are imported, where an exception would end anywhere."""
+    del frame
+    os.write(2, b"interrupted before training began; nothing to go on from\n")
+    os._exit(128 + number)
 
 
 def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
@@ -217,6 +280,8 @@ def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None
     A UserError, and a disk that is full, is printed as one message. Anything else is a fault of
     the code and keeps its traceback.
     """
+    if signal.getsignal(signal.SIGINT) is _end_before_training and argv is None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(sys.argv[1:] if argv is None else argv)
         _leave_process_group()

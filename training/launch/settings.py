@@ -13,7 +13,9 @@ class Setting:
     """What a key may hold.
 
     Attributes:
-        kind: integer, number, switch, name, names (one or a list of them), speakers or mapping.
+        kind: integer, number, switch, name, names (one or a list of them), speakers, path, paths
+            (one or a list of them) or mapping. Names and paths are taken as they are written: a
+            folder may be called 2024-06-01 or 1e3.
         low, high: limits of a number, themselves allowed.
         above, below: limits of a number, themselves not allowed.
         choices: the only values there are.
@@ -84,8 +86,10 @@ _KINDS = {
     "speakers": lambda value: (
         isinstance(value, list) and all(isinstance(v, int) or _is_name(v) for v in value)
     ),
+    "path": _is_name,
     "mapping": lambda value: isinstance(value, Mapping),
 }
+_KINDS["paths"] = _KINDS["names"]
 _IN_WORDS = {
     "integer": "an integer",
     "number": "a number",
@@ -93,6 +97,8 @@ _IN_WORDS = {
     "name": "a name",
     "names": "a list of names",
     "speakers": "a list of speakers such as '[103, 1034]'",
+    "path": "a path",
+    "paths": "a path or a list of paths",
     "mapping": "a mapping such as '{d_state: 16}'",
 }
 
@@ -100,9 +106,24 @@ _COUNT = Setting("integer", low=1)
 _SHARE = Setting("number", low=0, high=1)
 _POSITIVE = Setting("number", above=0)
 _SWITCH = Setting("switch")
+_PATH = Setting("path")
+_OPTIONAL_PATH = Setting("path", optional=True)
+_OPTIONAL_PATHS = Setting("paths", optional=True)
+_PRECISION = Setting("name", choices=("fp32", "fp16", "bf16"))
 
 SETTINGS: dict[str, Setting] = {
     "seed": Setting("integer"),
+    "data_folder": _PATH,
+    "output_folder": _PATH,
+    "save_folder": _PATH,
+    "train_log": _PATH,
+    "kenlm_model_path": _OPTIONAL_PATH,
+    "token_ngram_path": _OPTIONAL_PATH,
+    "pretrained_lm_tokenizer_path": _OPTIONAL_PATH,
+    "tokenizer_path": _OPTIONAL_PATH,
+    "train_text": Setting("paths"),
+    "valid_text": _OPTIONAL_PATHS,
+    "test_text": _OPTIONAL_PATHS,
     "train_splits": Setting("names"),
     "dev_splits": Setting("names"),
     "test_splits": Setting("names"),
@@ -158,8 +179,33 @@ SETTINGS: dict[str, Setting] = {
     "scorer_beam_scale": _POSITIVE,
     "no_lm": _SWITCH,
     "lm_weight": Setting("number", low=0),
+    "token_ngram_weight": Setting("number", low=0),
+    "using_eos_threshold": _SWITCH,
+    "eos_threshold": _POSITIVE,
+    "length_normalization": _SWITCH,
+    "alpha": Setting("number"),
+    "beta": Setting("number"),
     "use_wandb": _SWITCH,
+    "wandb_entity": Setting("name", optional=True),
+    "wandb_project": Setting("name", optional=True),
     "use_tensorboard": _SWITCH,
+    # Of language models.
+    "text_parts": _COUNT,
+    "max_sentence_tokens": _COUNT,
+    "max_batch_tokens": _COUNT,
+    "tokenizer_sentences": _COUNT,
+    "num_layers": _COUNT,
+    "dropout": Setting("number", low=0, below=1),
+    # Run options that may stand in a file.
+    "device": Setting("name"),
+    "precision": _PRECISION,
+    "eval_precision": _PRECISION,
+    "grad_accumulation_factor": _COUNT,
+    "max_grad_norm": Setting("number"),
+    "ckpt_interval_minutes": Setting("integer", low=0),
+    "ckpt_interval_steps": Setting("integer", low=0),
+    "nonfinite_patience": Setting("integer", low=0),
+    "optimizer_step_limit": Setting("integer", low=1, optional=True),
     # Keys of special recipes.
     "held_out_speakers": Setting("speakers", default=[]),
     "consistency_weight": Setting("number", low=0, default=0.0),
@@ -175,6 +221,13 @@ DEFAULTS = {
     key: setting.default for key, setting in SETTINGS.items() if setting.default is not None
 }
 """Keys that a file may lack, and what holds then."""
+
+
+PATHS = {key for key, setting in SETTINGS.items() if setting.kind in ("path", "paths")}
+"""Keys of files and folders."""
+
+VERBATIM = PATHS | {key for key, setting in SETTINGS.items() if setting.kind in ("name", "names")}
+"""Keys whose values are texts, whatever else they look like."""
 
 
 def check_setting(key: str, value: object, where: str) -> None:

@@ -1,18 +1,22 @@
 """The first steps of every run: command line, YAML file, device, processes, output folder."""
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import speechbrain as sb
-from hyperpyyaml import resolve_references
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from speechbrain.utils.run_opts import RunOptions
 
 from common.files import atomic_write
 from training.launch.allocator import keep_freed_memory
-from training.launch.command_line import CommandLine, load_hparams, parse_command_line, run_options
-from training.launch.devices import check_device, check_precision
+from training.launch.command_line import CommandLine, load_hparams, parse_command_line
+from training.launch.devices import (
+    check_device,
+    check_precision,
+    distributed_backend_for,
+    own_device,
+)
+from training.launch.yaml_file import resolved_text
 
 
 def start_run(argv: Sequence[str], description: str) -> tuple[CommandLine, dict, RunOptions]:
@@ -41,6 +45,15 @@ def start_run(argv: Sequence[str], description: str) -> tuple[CommandLine, dict,
     return line, hparams, options
 
 
+def run_options(line: CommandLine, hparams: Mapping) -> RunOptions:
+    """Run options in force: the command line's, else the YAML file's, else what suits here."""
+    defaults = RunOptions().as_dict()
+    options = {name: hparams[name] for name in defaults if name in hparams} | line.run_options
+    options["device"] = own_device(options.get("device"))
+    options.setdefault("distributed_backend", distributed_backend_for(options["device"]))
+    return RunOptions.from_dictionary(options)
+
+
 def make_output_folder(line: CommandLine, hparams: dict, test_only: bool) -> None:
     """Makes the output folder with its log and, of a training run, its hyperparameters.
 
@@ -50,9 +63,7 @@ def make_output_folder(line: CommandLine, hparams: dict, test_only: bool) -> Non
         experiment_directory=hparams["output_folder"], save_env_desc=not test_only
     )
     if not test_only and if_main_process():
-        with open(line.param_file, encoding="utf-8") as stream:
-            resolved = resolve_references(stream, line.overrides, overrides_must_match=False)
         # SpeechBrain empties the file of an earlier run before it writes.
         with atomic_write(Path(hparams["output_folder"]) / "hyperparams.yaml") as stream:
             stream.write(f"# From {Path(line.param_file).absolute()}\n# yamllint disable\n")
-            shutil.copyfileobj(resolved, stream)
+            stream.write(resolved_text(line.param_file, line.overrides))
