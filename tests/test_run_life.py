@@ -148,6 +148,56 @@ def test_a_signal_to_the_process_group_saves_a_checkpoint_and_resuming_ends_the_
     assert_same_end(folder, uninterrupted)
 
 
+def seen_by(monkeypatch, stop_after=None):
+    """Ids of the utterances that are trained on from now on, by epoch; a SIGTERM amid epoch 2."""
+    ids = {}
+    whole_step = train_CTC.ASR.on_fit_batch_end
+
+    def on_fit_batch_end(self, batch, outputs, loss, should_step):
+        whole_step(self, batch, outputs, loss, should_step)
+        ids.setdefault(self.epoch, []).extend(batch.id)
+        if self.epoch == 2 and self.step == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train_CTC.ASR, "on_fit_batch_end", on_fit_batch_end)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def stopped_amid_an_epoch(corpus, tmp_path_factory):
+    """(folder of a run stopped amid epoch 2, ids that it saw by epoch); read only."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        ids = seen_by(patched, stop_after=1)
+        assert train(arguments(corpus, folder)) == EXIT_SIGTERM
+    assert batches_seen(folder) == 2
+    assert 0 < len(ids[2]) < len(ids[1])
+    return folder, ids
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_batch_length_train": 12},
+        {"max_batch_length_train": 1, "sorting": "ascending"},
+        {"dynamic_batching": False, "batch_size": 3, "grad_accumulation_factor": 3},
+        {"seed": 5},
+    ],
+    ids=str,
+)
+def test_an_interrupted_epoch_goes_on_with_the_utterances_it_has_not_seen_whatever_the_batches(
+    corpus, stopped_amid_an_epoch, tmp_path, monkeypatch, changed
+):
+    stopped_folder, before = stopped_amid_an_epoch
+    folder = shutil.copytree(stopped_folder, tmp_path / "run")
+    after = seen_by(monkeypatch)
+    monkeypatch.setattr("training.brains.run_brain.plot_curves", lambda *args, **kwargs: None)
+    keys = {"number_of_epochs": 2, "spliced_share": 0, "num_workers": 0} | changed
+    assert train(arguments(corpus, folder, **keys)) == 0
+    assert sorted(before[2] + after[2]) == sorted(before[1])
+    assert [entry["epoch"] for entry in metrics(folder) if "valid_loss" in entry] == [1, 2]
+
+
 def test_a_damaged_latest_checkpoint_is_passed_over(corpus, copy, uninterrupted, capsys):
     latest = checkpoints(copy)[-1]
     os.truncate(latest / "optimizer.ckpt", 100)

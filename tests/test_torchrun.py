@@ -239,7 +239,6 @@ def assert_trained_together(folder, items_per_epoch):
 
 
 def test_a_joint_recogniser_with_dynamic_batches_in_two_processes(tmp_path):
-    # Six batches of one to three utterances; of an odd number the last would be trained on twice.
     # They make six batches of one to three; of an odd number, one would be trained on twice.
     splits = {"train-clean-100": UTTERANCES, "dev-clean": 2, "test-clean": 3}
     corpus = make_corpus(tmp_path / "LibriSpeech", splits, num_words=1)

@@ -114,6 +114,57 @@ class TestRun:
         whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
         assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
+    @pytest.mark.parametrize(
+        "changed",
+        [("--max_batch_tokens", "100"), ("--text_parts", "2"), ("--seed", "5"), ()],
+        ids=str,
+    )
+    def test_an_interrupted_epoch_begins_again_where_its_batches_are_others_now(
+        self, changed, files, tmp_path, monkeypatch, caplog
+    ):
+        stop, seen = [5], []
+        end_of_batch = LMBrain.on_fit_batch_end
+
+        def on_fit_batch_end(brain, batch, *others):
+            end_of_batch(brain, batch, *others)
+            seen.append(brain.step)
+            if stop and brain.step == stop[0]:
+                brain.stop_request.signal_number = stop.pop()
+
+        monkeypatch.setattr(LMBrain, "on_fit_batch_end", on_fit_batch_end)
+        arguments = ("transformer_small", "--number_of_epochs", "1")
+        with pytest.raises(Interrupted):
+            run(files, tmp_path, *arguments)
+        assert seen == [1, 2, 3, 4, 5, 6]
+        seen.clear()
+        run(files, tmp_path, *arguments, *changed)
+        assert seen[0] == (1 if changed else 7)
+        assert ("The interrupted epoch begins again" in caplog.text) == bool(changed)
+
+    @pytest.mark.parametrize("workers", ["0", "1"])
+    def test_the_last_batches_of_an_epoch_are_not_dropped_and_weigh_as_much(
+        self, workers, files, tmp_path, monkeypatch
+    ):
+        scaled = []
+        monkeypatch.setattr(
+            "training.brains.run_brain.scale_gradients", lambda _, factor: scaled.append(factor)
+        )
+        setting = ("--grad_accumulation_factor", "4", "--num_workers", workers)
+        run(files, tmp_path, "transformer_small", "--number_of_epochs", "1", *setting)
+        text = TextBatches(
+            [files / "train.txt.gz"],
+            sentencepiece.SentencePieceProcessor(model_file=str(files / "tok.model")),
+            max_batch_tokens=200,
+            seed=load_hparams(
+                "hparams/LM/transformer_small.yaml", {"train_text": "-", "valid_text": "-"}
+            )["seed"],
+        )
+        windows, rest = divmod(len(list(text)), 4)
+        assert rest
+        assert scaled == [4 / rest]
+        lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(lines[-1])["step"] == windows + 1
+
     def test_an_evaluation_alone_needs_a_trained_run(self, files, tmp_path):
         with pytest.raises(UserError, match="trained run"):
             run(files, tmp_path, "transformer_small", "--test_only")

@@ -49,6 +49,12 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.T
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
 
 
+def scale_gradients(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply every gradient."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
+
+
 @checkpoints.register_checkpoint_hooks
 class WarmupHoldCosineScheduler:
     """Linear warm-up, a plateau, then a cosine down to a fraction of the peak.

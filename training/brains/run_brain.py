@@ -1,19 +1,33 @@
 """The life of a run: stepping, skipping, stopping, resuming, checkpoints and logs."""
 
+import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import speechbrain as sb
 import torch
+import yaml
 from speechbrain.core import INTRA_EPOCH_CKPT_FLAG
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
 from speechbrain.utils.distributed import if_main_process, is_distributed_initialized
 from speechbrain.utils.epoch_loop import EpochCounterWithStopper
 from speechbrain.utils.train_logger import TrainLogger
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from common.errors import Interrupted, UserError
-from training.brains.optimization import clip_gradients, first_lr, parameter_groups
+from training.brains.optimization import (
+    clip_gradients,
+    first_lr,
+    parameter_groups,
+    scale_gradients,
+)
 from training.checkpoints.checkpointer import load_model_hook
 from training.launch.devices import peak_memory_gib
 from training.launch.interrupts import StopRequest
@@ -24,6 +38,7 @@ from training.seeding import seed_everything
 logger = logging.getLogger(__name__)
 
 
+@register_checkpoint_hooks
 class RunBrain(sb.Brain):
     """Training loop of any model: seeding, skipping, stopping, checkpoints and logs.
 
@@ -45,7 +60,8 @@ class RunBrain(sb.Brain):
         self.loggers: list[TrainLogger] = [self.hparams.train_logger]
         self.resume_from: str | None = None
         self._void_window = False
-        self._batches_per_epoch: int | None = None
+        self._window_batches = 0
+        self._train_loader: DataLoader | None = None
         self._amount = 0.0
         self._stage_started = 0.0
         self._train_stats: dict = {}
@@ -69,6 +85,7 @@ class RunBrain(sb.Brain):
     def fit_batch(self, batch) -> Tensor:
         """One forward and backward; all ranks agree before it on skipping and on stopping."""
         should_step = self._completes_window()
+        self._window_batches += 1
         self.on_fit_batch_start(batch, should_step)
         with self.no_sync(not should_step):
             with self.training_ctx:
@@ -105,12 +122,16 @@ class RunBrain(sb.Brain):
         return not nonfinite, signal_number
 
     def _step_or_skip(self, batch) -> None:
+        window_batches, self._window_batches = self._window_batches, 0
         if self._void_window:
             # The batches accumulated beside a non-finite one were not synchronised: drop them all.
             self._void_window = False
             self.zero_grad(set_to_none=True)
             return
         self.scaler.unscale_(self.optimizer)
+        if window_batches < self.grad_accumulation_factor:
+            # The last of an epoch: each loss was divided by the whole factor.
+            scale_gradients(self.optimizer, self.grad_accumulation_factor / window_batches)
         norm = clip_gradients(self.optimizer, self.max_grad_norm)
         if not torch.isfinite(norm) and not self.scaler.is_enabled():
             self._count_nonfinite("gradient", self.describe(batch))
@@ -181,7 +202,7 @@ class RunBrain(sb.Brain):
         self._amount = 0.0
         if stage == sb.Stage.TRAIN:
             self.epoch = epoch
-            self._void_window = False
+            self._void_window, self._window_batches = False, 0
             # Creating a loader's iterator draws from the main generator.
             seed_everything(self.hparams.seed, epoch, "loader", self.rank)
 
@@ -279,18 +300,63 @@ class RunBrain(sb.Brain):
         with self.stop_request:
             super().fit(*args, **kwargs)
 
-    def make_dataloader(self, dataset, stage, *args, **kwargs):
-        """As SpeechBrain's; the training loader's length tells the last batch of an epoch."""
-        loader = super().make_dataloader(dataset, stage, *args, **kwargs)
+    def make_dataloader(self, dataset, stage, ckpt_prefix=None, **loader_kwargs):
+        """As SpeechBrain's, whose record of the position would be a count of batches."""
+        del ckpt_prefix
+        loader = super().make_dataloader(dataset, stage, ckpt_prefix=None, **loader_kwargs)
         if stage == sb.Stage.TRAIN:
-            self._batches_per_epoch = len(loader)
+            self._train_loader = loader
         return loader
+
+    def _train_loader_specifics(self, dataset, loader_kwargs):
+        # EpochBatches shares the batches out among the processes.
+        return loader_kwargs
+
+    def is_last_batch(self) -> bool:
+        """Whether the batch in work is the last one of the epoch."""
+        return self.step == len(self._train_loader)
 
     def _completes_window(self) -> bool:
         """Whether gradients are applied after this batch; the rest of an epoch is not dropped."""
-        return (
-            self.step % self.grad_accumulation_factor == 0 or self.step == self._batches_per_epoch
-        )
+        return self.step % self.grad_accumulation_factor == 0 or self.is_last_batch()
+
+    def position(self) -> Any:
+        """What of the epoch has been trained on, as a JSON value: here the utterances' ids."""
+        return {"seen": self.train_sampler.seen(self.step)}
+
+    def go_on_from(self, position: Any) -> bool:
+        """Enter an epoch where a checkpoint's ``position`` says, if that is possible now."""
+        if not isinstance(position, dict) or "seen" not in position:
+            return False
+        self.train_sampler.go_on(self.step, position["seen"])
+        return True
+
+    @mark_as_saver
+    def _save(self, path):
+        progress = {
+            "step": self.step,
+            "avg_train_loss": float(self.avg_train_loss),
+            "optimizer_step": self.optimizer_step,
+        }
+        if self.step:
+            progress["position"] = self.position()
+        with open(path, "w", encoding="utf-8") as stream:
+            json.dump(progress, stream)
+
+    @mark_as_loader
+    def _recover(self, path, end_of_epoch):
+        del end_of_epoch
+        text = Path(path).read_text(encoding="utf-8")
+        # YAML once, which takes minutes to read where there are many ids.
+        progress = json.loads(text) if text.startswith("{") else yaml.safe_load(text)
+        self.step, self.avg_train_loss = progress["step"], progress["avg_train_loss"]
+        self.optimizer_step = progress["optimizer_step"]
+        if self.step and not self.go_on_from(progress.get("position")):
+            logger.warning(
+                "The interrupted epoch begins again: what it has been trained on cannot be told "
+                "from the checkpoint, or its batches are others now."
+            )
+            self.step, self.avg_train_loss = 0, 0.0
 
     def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
         due = super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)

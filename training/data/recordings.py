@@ -14,7 +14,7 @@ from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler, ReproducibleRandomSampler
 from speechbrain.utils.data_pipeline import DynamicItem
 from speechbrain.utils.data_utils import batch_pad_right
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from common.errors import UserError
 from corpora.audio import read_audio
@@ -22,6 +22,7 @@ from corpora.manifest import DATA_ROOT, read_manifest
 from decoding.ctc_alignment import min_ctc_frames
 from text.tokenizer import BOS_ID, EOS_ID, tokens_of
 from training.data.augmentation import SpeedPerturbation
+from training.data.epoch_batches import EpochBatches
 from training.launch.interrupts import UndisturbedWorker
 from training.splicing.splice import Splicing
 
@@ -217,7 +218,7 @@ class Loaders:
     train: DynamicItemDataset | None
     valid: DynamicItemDataset | None
     tests: dict[str, DynamicItemDataset]
-    train_sampler: Sampler | None = None
+    train_sampler: EpochBatches | None = None
     train_kwargs: dict = field(default_factory=dict)
     valid_kwargs: dict = field(default_factory=dict)
     perturbation: SpeedPerturbation | None = None
@@ -226,19 +227,15 @@ class Loaders:
     tokenizer: spm.SentencePieceProcessor | None = None
 
 
-def training_batches(dataset: DynamicItemDataset, hparams: Mapping) -> tuple[Sampler, dict]:
+def training_batches(dataset: DynamicItemDataset, hparams: Mapping) -> tuple[EpochBatches, dict]:
     """(sampler that needs set_epoch, loader arguments) for the training set.
 
     ``sorting`` is random, ascending or descending (by duration).
     """
-    common = {
-        "num_workers": hparams["num_workers"],
-        "collate_fn": collate,
-        "worker_init_fn": UndisturbedWorker(),
-    }
-    sorting = hparams["sorting"]
+    sorting, seed = hparams["sorting"], hparams["seed"]
+    batches: DynamicBatchSampler | BatchSampler
     if hparams["dynamic_batching"]:
-        sampler = DynamicBatchSampler(
+        batches = DynamicBatchSampler(
             dataset,
             max_batch_length=hparams["max_batch_length_train"],
             num_buckets=hparams["num_bucket"],
@@ -246,13 +243,22 @@ def training_batches(dataset: DynamicItemDataset, hparams: Mapping) -> tuple[Sam
             shuffle=sorting == "random",
             batch_ordering=sorting,
             max_batch_ex=hparams["max_batch_ex"],
-            seed=hparams["seed"],
+            seed=seed,
         )
-        return sampler, {"batch_sampler": sampler, **common}
-    sampler = ReproducibleRandomSampler(dataset, seed=hparams["seed"])
-    if sorting == "random":
-        return sampler, {"batch_size": hparams["batch_size"], "sampler": sampler, **common}
-    return sampler, {"batch_size": hparams["batch_size"], "shuffle": False, **common}
+    else:
+        order = (
+            ReproducibleRandomSampler(dataset, seed=seed)
+            if sorting == "random"
+            else SequentialSampler(dataset)
+        )
+        batches = BatchSampler(order, hparams["batch_size"], drop_last=False)
+    sampler = EpochBatches(batches, dataset.data_ids)
+    return sampler, {
+        "batch_sampler": sampler,
+        "num_workers": hparams["num_workers"],
+        "collate_fn": collate,
+        "worker_init_fn": UndisturbedWorker(),
+    }
 
 
 def evaluation_batches(dataset: DynamicItemDataset, hparams: Mapping) -> dict:

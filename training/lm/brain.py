@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import speechbrain as sb
 import torch.distributed
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from training.brains.run_brain import RunBrain
-from training.lm.text_batches import PAD_ID, TextBatch, TextBatches
+from training.lm.text_batches import PAD_ID, TextBatch, TextLoader
 from training.seeding import seed_everything
 
 
@@ -45,13 +46,13 @@ class Perplexity:
 class LMBrain(RunBrain):
     """Trains a model from tokens (batch, U) to logits (batch, U, V) to predict each next token.
 
-    ``training_text`` is set before ``fit``.
+    ``text_loader``, of the training text, is set before ``fit``.
     """
 
     best_metric = "PPL"
     best_is = "min"
     amount_unit = "tokens"
-    training_text: TextBatches
+    text_loader: TextLoader
 
     def compute_forward(self, batch: TextBatch, stage: sb.Stage) -> Tensor:
         """Tokens to logits (B, U, V)."""
@@ -81,12 +82,25 @@ class LMBrain(RunBrain):
         """Tokens that are predicted."""
         return float(batch.num_tokens_B.sum())
 
+    def is_last_batch(self) -> bool:
+        """Whether the batch in work is the last one of the epoch."""
+        return self.text_loader.gave_last
+
+    def position(self) -> Any:
+        """The count of batches says it, as long as they are the same batches."""
+        return {"order": self.text_loader.dataset.order()}
+
+    def go_on_from(self, position: Any) -> bool:
+        """Enter an epoch amid its batches, if they are those of the checkpoint."""
+        text = self.text_loader.dataset
+        text.set_position(1, self.step, self.rank, _num_ranks())
+        return position == {"order": text.order()}
+
     def on_stage_start(self, stage, epoch=None):
         """Seed the stage; go to its first batch of text, or start counting."""
         super().on_stage_start(stage, epoch)
         if stage == sb.Stage.TRAIN:
-            ranks = torch.distributed.get_world_size() if is_distributed_initialized() else 1
-            self.training_text.set_position(epoch, self.step, self.rank, ranks)
+            self.text_loader.dataset.set_position(epoch, self.step, self.rank, _num_ranks())
         else:
             self.perplexity = Perplexity()
 
@@ -101,3 +115,7 @@ class LMBrain(RunBrain):
         """Perplexity of a held-out text."""
         self.evaluate(text)
         return self.perplexity
+
+
+def _num_ranks() -> int:
+    return torch.distributed.get_world_size() if is_distributed_initialized() else 1

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import ddp_barrier, if_main_process, run_on_main
-from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from common.files import atomic_write, file_digest
@@ -27,10 +26,9 @@ from text.tokenizer import (
 )
 from training.brains.optimization import count_parameters
 from training.checkpoints.run_tokenizer import copy_tokenizer, keep_tokenizer
-from training.launch.interrupts import UndisturbedWorker
 from training.launch.start import make_output_folder, start_run
 from training.lm.brain import LMBrain, Perplexity
-from training.lm.text_batches import TextBatches, read_sentences
+from training.lm.text_batches import TextBatches, TextLoader, read_sentences
 from training.reporting.loggers import make_loggers
 
 logger = logging.getLogger(__name__)
@@ -74,14 +72,13 @@ def run_lm_recipe(argv: Sequence[str], description: str) -> dict[str, Perplexity
     )
     texts = {"valid": paths_of(hparams["valid_text"]), "test": paths_of(hparams["test_text"])}
     held_out = {
-        name: loader(
+        name: TextLoader(
             TextBatches(
                 paths,
                 tokenizer,
                 hparams["max_batch_tokens"],
                 max_sentence_tokens=hparams["max_sentence_tokens"],
-            ),
-            workers=0,
+            )
         )
         for name, paths in texts.items()
         if paths
@@ -93,7 +90,7 @@ def run_lm_recipe(argv: Sequence[str], description: str) -> dict[str, Perplexity
             )
         brain.loggers += make_loggers(hparams)
         brain.resume_from = line.resume
-        brain.training_text = TextBatches(
+        text = TextBatches(
             paths_of(hparams["train_text"]),
             tokenizer,
             hparams["max_batch_tokens"],
@@ -102,12 +99,9 @@ def run_lm_recipe(argv: Sequence[str], description: str) -> dict[str, Perplexity
             max_sentence_tokens=hparams["max_sentence_tokens"],
             skip_unknown=hparams["unknown_characters"] == "skip",
         )
-        warn_of_unknown_characters(brain.training_text, hparams["unknown_characters"])
-        brain.fit(
-            hparams["counter"],
-            loader(brain.training_text, hparams["num_workers"]),
-            held_out["valid"],
-        )
+        warn_of_unknown_characters(text, hparams["unknown_characters"])
+        brain.text_loader = TextLoader(text, hparams["num_workers"])
+        brain.fit(hparams["counter"], brain.text_loader, held_out["valid"])
     brain.unwrap_modules()
     export(brain, tokenizer_file, folder / "lm")
     with brain.stop_request:
@@ -169,13 +163,6 @@ def warn_of_unknown_characters(text: TextBatches, policy: str) -> None:
     sample = islice(read_sentences(text.paths), SAMPLE_SENTENCES)
     unknown = count_unknown_characters(text.tokenizer, sample)
     check_unknown_characters(unknown, policy, "Training text")
-
-
-def loader(text: TextBatches, workers: int) -> DataLoader:
-    """A loader of whole batches."""
-    return DataLoader(
-        text, batch_size=None, num_workers=workers, worker_init_fn=UndisturbedWorker()
-    )
 
 
 def export(brain: LMBrain, tokenizer_file: Path, folder: Path) -> None:

@@ -13,11 +13,12 @@ import sentencepiece as spm
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
 from corpora.manifest import read_manifest
 from text.tokenizer import BOS_ID, EOS_ID, UNK_ID, tokens_of
+from training.launch.interrupts import UndisturbedWorker
 from training.seeding import derive_seed
 
 PAD_ID = 0
@@ -130,6 +131,14 @@ class TextBatches(IterableDataset):
         self.rank = rank
         self.num_ranks = num_ranks
 
+    def order(self) -> list:
+        """What the batches of an epoch follow from, as a JSON value."""
+        return [
+            [[path.name, path.stat().st_size] for path in self.paths],
+            *(self.max_batch_tokens, self.seed, self.num_parts, self.max_sentence_tokens),
+            *(self.chunk_sentences, self.skip_unknown, self.num_ranks),
+        ]
+
     def __iter__(self) -> Iterator[TextBatch]:
         """The batches of this rank and, in a loader, of this worker.
 
@@ -182,6 +191,34 @@ class TextBatches(IterableDataset):
         if draw is not None:
             draw.shuffle(batches)
         return batches
+
+
+class TextLoader(DataLoader):
+    """A loader of whole batches that can tell the last one of an epoch.
+
+    Args:
+        text: the batches.
+        num_workers: processes that make them; 0 makes them in this one.
+    """
+
+    dataset: TextBatches
+
+    def __init__(self, text: TextBatches, num_workers: int = 0) -> None:
+        super().__init__(
+            text, batch_size=None, num_workers=num_workers, worker_init_fn=UndisturbedWorker()
+        )
+        self.gave_last = False
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        """One batch ahead of what is asked for."""
+        self.gave_last = False
+        batches = super().__iter__()
+        for batch in islice(batches, 1):
+            for following in batches:
+                yield batch
+                batch = following
+            self.gave_last = True
+            yield batch
 
 
 def _collated(sentences: list[list[int]]) -> TextBatch:
