@@ -85,7 +85,8 @@ class SpeechEncoder(nn.Module):
         with torch.autocast(wav_BS.device.type, enabled=False), torch.no_grad():
             feats_BTM = self.compute_features(wav_BS, num_samples_B)
             num_frames_B = self.num_feature_frames(num_samples_B)
-            wav_lens = relative_lengths(num_frames_B, feats_BTM.shape[1])
+            # A fraction of a frame less: rounded up, it would be a frame of padding to SpeechBrain.
+            wav_lens = relative_lengths((num_frames_B - 0.25).clamp(min=0), feats_BTM.shape[1])
             return self.normalize(feats_BTM, wav_lens, epoch=epoch), num_frames_B
 
     def frontend(self, feats_BTM: Tensor, num_feature_frames_B: Tensor) -> tuple[Tensor, Tensor]:

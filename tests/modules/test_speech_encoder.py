@@ -123,3 +123,17 @@ def test_a_wrapper_may_take_the_place_of_the_front_end():
     encoder.CNN = Wrapper(encoder.CNN)
     assert torch.equal(encoder(wav_BS, num_samples_B)[0], expected_BTD)
     assert encoder.num_frames(4000) == expected_BTD.shape[1]
+
+
+def test_no_frame_of_padding_enters_the_statistics_of_the_normaliser(monkeypatch):
+    encoder = encoder_of(*FORMS["published"]).train()
+    num_samples_B = 160 * torch.arange(300, 1500, 3)
+    num_frames_B = encoder.num_feature_frames(num_samples_B)
+    feats_BTM = torch.full((len(num_frames_B), int(num_frames_B.max()), BINS), 1e6)
+    for feats_TM, num_frames in zip(feats_BTM, num_frames_B, strict=True):
+        feats_TM[:num_frames] = torch.randn(int(num_frames), BINS)
+    monkeypatch.setattr(encoder.compute_features, "forward", lambda wav_BS, samples_B: feats_BTM)
+    encoder.normalize.count = 0
+    encoder.features(torch.zeros(len(num_samples_B), 1), num_samples_B, epoch=1)
+    assert encoder.normalize.count == int(num_frames_B.sum())
+    assert encoder.normalize.glob_std.max() < 2
