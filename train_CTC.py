@@ -16,6 +16,11 @@ if __name__ == "__main__":
 import speechbrain as sb
 from sentencepiece import SentencePieceProcessor
 from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.utils.dynamic_chunk_training import (
+    DynChunkTrainConfig,
+    DynChunkTrainConfigRandomSampler,
+)
+from speechbrain.utils.metric_stats import ErrorRateStats
 from torch import Tensor
 
 from decoding.ctc_beam_search import ctc_greedy
@@ -44,11 +49,54 @@ class ASR(ASRBrain):
         """Waveforms to log probabilities."""
         batch = batch.to(self.device)
         front_end = self.front_end(batch, stage)
+        return CTCOutputs(self._log_probs(front_end, self.draw_chunks(stage)), front_end)
+
+    def _log_probs(self, front_end: FrontEndOutput, chunks: DynChunkTrainConfig | None) -> Tensor:
         encoder_BTD, _ = self.modules.Transformer(
-            front_end.frames_BTFC, None, front_end.num_frames_B
+            front_end.frames_BTFC, None, front_end.num_frames_B, dynchunktrain_config=chunks
         )
-        logits_BTV = self.modules.ctc_lin(encoder_BTD)
-        return CTCOutputs(logits_BTV.float().log_softmax(-1), front_end)
+        return self.modules.ctc_lin(encoder_BTD).float().log_softmax(-1)
+
+    def draw_chunks(self, stage: sb.Stage) -> DynChunkTrainConfig | None:
+        """What a training batch is cut into; None shows every frame the whole utterance."""
+        sampler = self._chunk_sampler()
+        return sampler(stage) if sampler is not None and stage == sb.Stage.TRAIN else None
+
+    def _chunk_sampler(self) -> DynChunkTrainConfigRandomSampler | None:
+        # A causal network streams as it is and takes no chunks.
+        if self.hparams.Transformer.causal:
+            return None
+        return getattr(self.hparams, "dynchunktrain_config_sampler", None)
+
+    def on_scoring_start(self, stage: sb.Stage) -> None:
+        """Reset the errors in chunks."""
+        self.chunked_wer_stats = ErrorRateStats()
+
+    def score(self, outputs: CTCOutputs, batch: PaddedBatch, stage: sb.Stage) -> None:
+        """As the parent's; in validation once more in chunks, if there are any."""
+        super().score(outputs, batch, stage)
+        sampler = self._chunk_sampler()
+        if sampler is None or stage != sb.Stage.VALID or sampler.valid_config is None:
+            return
+        front_end = outputs.front_end
+        log_probs_BTV = self._log_probs(front_end, sampler.valid_config)
+        hypotheses = self.decode(CTCOutputs(log_probs_BTV, front_end), batch, stage)
+        self.chunked_wer_stats.append(
+            list(batch.id),
+            [text.split() for text in hypotheses],
+            [text.split() for text in batch.wrd],
+        )
+
+    def validation_stats(self, loss: float) -> dict[str, float]:
+        """As the parent's, and the WER in chunks under their length, ``WER_640ms`` for instance."""
+        stats = super().validation_stats(loss)
+        if self.chunked_wer_stats.scores:
+            frames = self._chunk_sampler().valid_config.chunk_size
+            encoder = self.speech_encoder
+            rate = encoder.compute_features.compute_STFT.sample_rate
+            chunk_ms = round(1000 * frames * encoder.stride_samples / rate)
+            stats[f"WER_{chunk_ms}ms"] = self.chunked_wer_stats.summarize("error_rate")
+        return stats
 
     def compute_objectives(
         self, predictions: CTCOutputs, batch: PaddedBatch, stage: sb.Stage

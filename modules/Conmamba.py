@@ -1,10 +1,10 @@
 """ConMamba encoder: the Conformer's layer with a Mamba mixer in the place of self-attention."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from speechbrain.nnet.normalization import LayerNorm
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 
 from modules.convolution import ConvolutionModule, feed_forward_module
@@ -12,19 +12,20 @@ from modules.layer_stack import Surroundings, pieces_of
 from modules.mamba import Mamba, MambaState
 from modules.mamba_config import mixer_options
 from modules.mamba_stack import MambaLayerStack
+from modules.stream_state import StreamState, stream_state
 
 
-@dataclass(frozen=True)
-class ConmambaLayerState:
-    """What a layer keeps between chunks of a stream: constant in size.
+@stream_state
+class ConmambaLayerState(StreamState):
+    """What a layer keeps between chunks of its streams.
 
     Args:
         mamba: state of the mixer.
         conv_BPD: last inputs of the depthwise convolution.
     """
 
-    mamba: MambaState | None = None
-    conv_BPD: Tensor | None = None
+    mamba: MambaState
+    conv_BPD: Tensor
 
 
 class ConmambaEncoderLayer(nn.Module):
@@ -64,18 +65,44 @@ class ConmambaEncoderLayer(nn.Module):
         self.norm1 = LayerNorm(d_model)
         self.norm2 = LayerNorm(d_model)
 
+    def initial_state(
+        self, batch_size: int, chunks: DynChunkTrainConfig | None
+    ) -> ConmambaLayerState:
+        """State of streams before their first frame."""
+        mamba = self.mamba.initial_state(batch_size)
+        shape = batch_size, self.convolution_module.padding, self.mamba.d_model
+        return ConmambaLayerState(mamba, mamba.conv.new_zeros(shape))
+
     def forward(self, x_BTD: Tensor, surroundings: Surroundings) -> Tensor:
         """Applies the layer.
 
         The state of the mixer carries the whole past: ``left_context_size`` does not limit it.
         """
-        chunks, padding_BT = surroundings.chunks, surroundings.padding_BT
+        return self.forward_streaming(x_BTD, surroundings, None)[0]
+
+    def forward_streaming(
+        self, x_BTD: Tensor, surroundings: Surroundings, state: ConmambaLayerState | None
+    ) -> tuple[Tensor, ConmambaLayerState | None]:
+        """Applies the layer to the next chunk of streams, or to whole utterances (None)."""
+        padding_BT, lengths_B = surroundings.padding_BT, surroundings.lengths_B
         mask_BT1 = None if padding_BT is None else padding_BT.unsqueeze(-1)
-        chunk_size = None if chunks is None else chunks.chunk_size
         x_BTD = x_BTD + 0.5 * self.ffn_module1(x_BTD)
-        x_BTD = x_BTD + self.mamba(self.norm1(x_BTD), surroundings.lengths_B, chunk_size=chunk_size)
-        x_BTD = x_BTD + self.convolution_module(x_BTD, mask_BT1, chunks)
-        return self.norm2(x_BTD + 0.5 * self.ffn_module2(x_BTD))
+        mixed_BTD, mamba = self.mamba(
+            self.norm1(x_BTD),
+            lengths_B,
+            None if state is None else state.mamba,
+            chunk_size=surroundings.chunk_size,
+            return_state=True,
+        )
+        x_BTD = x_BTD + mixed_BTD
+        if state is None:
+            x_BTD = x_BTD + self.convolution_module(x_BTD, mask_BT1, surroundings.chunks)
+        else:
+            convolved_BTD, conv_BPD = self.convolution_module.forward_streaming(
+                x_BTD, state.conv_BPD, mask_BT1, lengths_B
+            )
+            x_BTD, state = x_BTD + convolved_BTD, ConmambaLayerState(mamba, conv_BPD)
+        return self.norm2(x_BTD + 0.5 * self.ffn_module2(x_BTD)), state
 
     def forward_in_pieces(self, x_BTD: Tensor, piece_frames: int) -> Tensor:
         """Applies the layer to a whole recording in memory for a piece; changes ``x_BTD``."""
@@ -87,21 +114,6 @@ class ConmambaEncoderLayer(nn.Module):
         for piece_BTD in pieces:
             piece_BTD.copy_(self.norm2(piece_BTD + 0.5 * self.ffn_module2(piece_BTD)))
         return x_BTD
-
-    def forward_streaming(
-        self, x_BTD: Tensor, state: ConmambaLayerState | None, pos_embs: Tensor | None = None
-    ) -> tuple[Tensor, ConmambaLayerState]:
-        """Applies the layer to the next chunk of a stream; a causal layer takes any cutting."""
-        state = state or ConmambaLayerState()
-        x_BTD = x_BTD + 0.5 * self.ffn_module1(x_BTD)
-        mixed_BTD, mamba_state = self.mamba(
-            self.norm1(x_BTD), state=state.mamba, chunk_size=x_BTD.shape[1], return_state=True
-        )
-        x_BTD = x_BTD + mixed_BTD
-        convolved_BTD, conv_BPD = self.convolution_module.forward_streaming(x_BTD, state.conv_BPD)
-        x_BTD = x_BTD + convolved_BTD
-        x_BTD = self.norm2(x_BTD + 0.5 * self.ffn_module2(x_BTD))
-        return x_BTD, ConmambaLayerState(mamba_state, conv_BPD)
 
 
 class ConmambaEncoder(MambaLayerStack):

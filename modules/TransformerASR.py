@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from modules.dropout import replace_dropout
 from modules.initialisation import initialise
+from modules.layer_stack import Surroundings
 from modules.lengths import absolute_lengths, padding_mask
 from modules.mamba_decoder import MambaDecoderState
+from modules.stream_state import StreamState, stream_state
 from modules.Transformer import DECODERS, ENCODERS, build, build_encoder, lookup
 from modules.transformer_decoder import TransformerDecoderState
 
@@ -31,18 +33,30 @@ POSITIONAL_ENCODINGS = ("fixed_abs_sine", None)
 ATTENTION_ENCODERS = ("branchformer", "conformer", "transformer")
 
 
+@stream_state
+class EncoderState(StreamState):
+    """State of an encoder's streams.
+
+    Args:
+        num_frames_B: frames of each stream so far.
+        layers: one state per layer.
+    """
+
+    num_frames_B: Tensor
+    layers: tuple[StreamState, ...]
+
+
 @dataclass
 class TransformerASRStreamingContext(SpeechBrainStreamingContext):
-    """State of an encoder's stream; ``encode_streaming`` moves it on.
+    """What ``encode_streaming`` moves on: streams that are cut alike, as SpeechBrain has them.
 
     Args:
         pending_BTF: frames that do not fill a chunk yet.
-        num_encoded: frames encoded so far.
         finished: whether the last frames have come.
     """
 
+    encoder_context: EncoderState | None
     pending_BTF: Tensor | None = None
-    num_encoded: int = 0
     finished: bool = False
 
 
@@ -240,7 +254,12 @@ class TransformerASR(SpeechBrainTransformerASR):
         self._init_params()
 
     def forward(
-        self, src: Tensor, tgt: Tensor | None, wav_len: Tensor | None = None, pad_idx: int = 0
+        self,
+        src: Tensor,
+        tgt: Tensor | None,
+        wav_len: Tensor | None = None,
+        pad_idx: int = 0,
+        dynchunktrain_config: DynChunkTrainConfig | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Encodes ``src`` and decodes ``tgt`` with it.
 
@@ -249,14 +268,17 @@ class TransformerASR(SpeechBrainTransformerASR):
             tgt: tokens (batch, tokens) that begin with bos, or None.
             wav_len: frames of each item, integers or a fraction of those of the batch; None: all.
             pad_idx: token that fills up ``tgt``.
+            dynchunktrain_config: cuts time into chunks, see ``encode``.
 
         Returns:
             encoder output (batch, time, d_model), decoder output (batch, tokens, d_model) or None.
 
         Raises:
-            ValueError: there is a target and no decoder.
+            ValueError: there is a target and no decoder; or as in ``encode``.
         """
-        encoder_out = self.encode(src, wav_len, intermediate_layers=())[0]
+        encoder_out, _ = self.encode(
+            src, wav_len, dynchunktrain_config=dynchunktrain_config, intermediate_layers=()
+        )
         if tgt is None:
             return encoder_out, None
         lengths_B = self._lengths(wav_len, encoder_out)
@@ -394,40 +416,99 @@ class TransformerASR(SpeechBrainTransformerASR):
         out_BD, layers = self.decoder.step(x_BUD[:, 0], state.layers)
         return out_BD, DecoderState(state.num_tokens + 1, layers)
 
+    def check_streaming(self, chunks: DynChunkTrainConfig | None) -> None:
+        """Checks that the encoder streams in such chunks; None for a causal network.
+
+        Raises:
+            ValueError: it does not; the message says what can be done.
+        """
+        if not hasattr(self.encoder, "check_streaming"):
+            able = [name for name, cls in ENCODERS.items() if hasattr(cls, "check_streaming")]
+            raise ValueError(
+                f"{type(self.encoder).__name__} cannot stream; encoders that can: "
+                f"{', '.join(sorted(able))}."
+            )
+        self._check_chunks(chunks)
+        self.encoder.check_streaming(chunks)
+
+    def initial_state(
+        self, batch_size: int, chunks: DynChunkTrainConfig | None = None
+    ) -> EncoderState:
+        """State of streams before their first frame; arguments as in ``check_streaming``.
+
+        Raises:
+            ValueError: the encoder does not stream in such chunks.
+        """
+        self.check_streaming(chunks)
+        clock_B = torch.zeros(
+            batch_size, dtype=torch.long, device=self.encoder.norm.norm.weight.device
+        )
+        return EncoderState(clock_B, self.encoder.initial_states(batch_size, chunks))
+
+    def encode_chunk(
+        self,
+        src: Tensor,
+        state: EncoderState,
+        num_frames_B: Tensor | None = None,
+        chunks: DynChunkTrainConfig | None = None,
+    ) -> tuple[Tensor, EncoderState]:
+        """Encodes the next chunk of streams: the frames of ``encode`` over the whole of each.
+
+        A row of no frames is held: its state stays. With chunks, a row of fewer frames than
+        ``chunks.chunk_size`` is the end of its stream.
+
+        Args:
+            src: at most ``chunks.chunk_size`` frames (batch, time, features) or (batch, time,
+                frequency, channel); of a causal network any number.
+            state: from ``initial_state``, or what the previous call returned; it stays usable.
+            num_frames_B: how many frames of each row count, integers; None means all.
+            chunks: those of ``state``.
+
+        Returns:
+            encoder output (batch, time, d_model), and the next state.
+
+        Raises:
+            ValueError: more frames than absolute positions reach.
+        """
+        src, num_new = _flattened(src), src.shape[1]
+        padding_BT = None if num_frames_B is None else padding_mask(num_frames_B, num_new)
+        x_BTD, pos_embs = self._with_positions(
+            self.custom_src_module(src), state.num_frames_B, self._num_left(chunks)
+        )
+        surroundings = Surroundings(None, padding_BT, num_frames_B, pos_embs, chunks)
+        out_BTD, layers = self.encoder.forward_streaming(x_BTD, surroundings, state.layers)
+        clock_B = state.num_frames_B + (num_new if num_frames_B is None else num_frames_B)
+        return out_BTD, EncoderState(clock_B, layers)
+
+    def _num_left(self, chunks: DynChunkTrainConfig | None) -> int:
+        """Frames before a chunk that attention sees."""
+        return (chunks.left_context_size_frames() or 0) if chunks and self.encoder_attends else 0
+
     def make_streaming_context(
         self,
         dynchunktrain_config: DynChunkTrainConfig | None = None,
         encoder_kwargs: Mapping[str, Any] | None = None,
     ) -> TransformerASRStreamingContext:
-        """Starts a stream.
+        """Starts streams for ``encode_streaming``, SpeechBrain's interface.
 
         Args:
             dynchunktrain_config: chunks, as in training; None for a causal network.
-            encoder_kwargs: further options of the encoder's context.
+            encoder_kwargs: has no effect; SpeechBrain's signature.
 
         Raises:
             ValueError: the encoder cannot stream in this way; the message says what can be done.
         """
-        if not hasattr(self.encoder, "make_streaming_context"):
-            able = [n for n, cls in ENCODERS.items() if hasattr(cls, "make_streaming_context")]
-            raise ValueError(
-                f"{type(self.encoder).__name__} cannot stream; encoders that can: "
-                f"{', '.join(sorted(able))}."
-            )
-        self._check_chunks(dynchunktrain_config)
-        context = self.encoder.make_streaming_context(
-            dynchunktrain_config, **(encoder_kwargs or {})
-        )
-        return TransformerASRStreamingContext(dynchunktrain_config, context)
+        self.check_streaming(dynchunktrain_config)
+        return TransformerASRStreamingContext(dynchunktrain_config, None)
 
     def encode_streaming(
         self, src: Tensor, context: TransformerASRStreamingContext, final: bool = False
     ) -> Tensor:
-        """Encodes the next frames of a stream, in any cutting.
+        """Encodes the next frames of streams that are cut alike, in any cutting.
 
         The frames are those of ``encode`` over the whole stream with the same chunks. A causal
         network gives a frame for a frame; with chunks, frames that do not fill a chunk wait in the
-        context for the next call.
+        context for the next call. ``encode_chunk`` serves streams that are not cut alike.
 
         Args:
             src: the next frames (batch, time, features) or (batch, time, frequency, channel).
@@ -442,31 +523,25 @@ class TransformerASR(SpeechBrainTransformerASR):
         """
         if context.finished:
             raise ValueError("This stream has had its final frames; make a new streaming context.")
-        src = _flattened(src)
+        src, chunks = _flattened(src), context.dynchunktrain_config
         if context.pending_BTF is not None:
             src = torch.cat([context.pending_BTF, src], dim=1)
+        if context.encoder_context is None:
+            context.encoder_context = self.initial_state(len(src), chunks)
         context.finished = final
         ready, chunk_size = src.shape[1], max(src.shape[1], 1)
-        if context.dynchunktrain_config is not None:
-            chunk_size = context.dynchunktrain_config.chunk_size
+        if chunks is not None:
+            chunk_size = chunks.chunk_size
             if not final:
                 ready -= ready % chunk_size
         context.pending_BTF = src[:, ready:] if ready < src.shape[1] else None
-        if ready == 0:
-            return src.new_zeros(src.shape[0], 0, self.d_model)
-        chunks = src[:, :ready].split(chunk_size, dim=1)
-        return torch.cat([self._encode_chunk(chunk, context) for chunk in chunks], dim=1)
-
-    def _encode_chunk(self, src: Tensor, context: TransformerASRStreamingContext) -> Tensor:
-        encoder_context = context.encoder_context
-        left_context = getattr(encoder_context.layers[0], "mha_left_context", None)
-        num_left = 0 if left_context is None else left_context.shape[1]
-        x_BTD, pos_embs = self._with_positions(
-            self.custom_src_module(src), context.num_encoded, num_left
-        )
-        context.num_encoded += src.shape[1]
-        encoder_out, _ = self.encoder.forward_streaming(x_BTD, encoder_context, pos_embs)
-        return encoder_out
+        outputs = [src.new_zeros(src.shape[0], 0, self.d_model)]
+        for chunk in src[:, :ready].split(chunk_size, dim=1) if ready else ():
+            out_BTD, context.encoder_context = self.encode_chunk(
+                chunk, context.encoder_context, chunks=chunks
+            )
+            outputs.append(out_BTD)
+        return torch.cat(outputs, dim=1)
 
     def _decoded(
         self,
@@ -487,11 +562,11 @@ class TransformerASR(SpeechBrainTransformerASR):
         return x_BUD if table is None else x_BUD + self._absolute(table, num_before, x_BUD)
 
     def _with_positions(
-        self, x_BTD: Tensor, num_before: int = 0, num_left: int = 0
+        self, x_BTD: Tensor, num_before_B: Tensor | None = None, num_left: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         """Frames with absolute positions added, or relative positions for the attention.
 
-        ``num_before`` frames came earlier; ``num_left`` of them are attended to again.
+        ``num_before_B`` frames came earlier, ``num_left`` of them are attended to again.
         """
         if self.attention_type == "RelPosMHAXL":
             if not self.encoder_attends:
@@ -499,17 +574,26 @@ class TransformerASR(SpeechBrainTransformerASR):
             return x_BTD, self.positional_encoding.make_pe(x_BTD.shape[1] + num_left)
         absolute = self.attention_type == "regularMHA" and self.positional_encoding_type is not None
         if absolute and self.encoder_has_positions:
-            x_BTD = x_BTD + self._absolute(self.positional_encoding, num_before, x_BTD)
+            table = self.positional_encoding
+            if num_before_B is None:
+                x_BTD = x_BTD + self._absolute(table, 0, x_BTD)
+            else:
+                self._check_positions(int(num_before_B.max()) + x_BTD.shape[1])
+                times_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
+                x_BTD = x_BTD + table.pe[0, num_before_B[:, None] + times_T]
         return x_BTD, None
 
     def _absolute(self, table: Any, start: int, x: Tensor) -> Tensor:
         end = start + x.shape[1]
+        self._check_positions(end)
+        return table.pe[:, start:end]
+
+    def _check_positions(self, end: int) -> None:
         if end > self.max_length:
             raise ValueError(
                 f"A sequence has reached {end} frames or tokens, absolute positions end at "
                 f"max_length={self.max_length}. Raise max_length, or cut the sequence."
             )
-        return table.pe[:, start:end]
 
     def _src_mask(
         self,

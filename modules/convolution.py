@@ -10,6 +10,7 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 
 from modules.plain_layers import is_plain, runs_its_class
+from modules.stream_state import last_frames
 
 
 class FeedForward(PositionalwiseFeedForward):
@@ -98,8 +99,7 @@ class ConvolutionModule(SpeechBrainConvolutionModule):
             raise ValueError("A causal convolution module takes no chunks; leave out the chunking.")
         else:
             out = self._depthwise_in_chunks(gated_BTD, dynchunktrain_config.chunk_size)
-        out = self.after_conv(out)
-        return out if mask is None else out.masked_fill(mask, 0.0)
+        return self._after(out, mask)
 
     @torch.no_grad()
     def forward_in_pieces(self, x_BTD: Tensor, piece_frames: int) -> Tensor:
@@ -115,24 +115,31 @@ class ConvolutionModule(SpeechBrainConvolutionModule):
         return y_BTD
 
     def forward_streaming(
-        self, x: Tensor, left_context: Tensor | None = None
+        self,
+        x: Tensor,
+        left_BPD: Tensor,
+        mask: Tensor | None = None,
+        num_frames_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Convolves one chunk of a stream: ``forward`` over the stream, cut at chunk boundaries.
+        """Convolves the next chunk of streams: ``forward`` over the streams, cut at chunks' ends.
 
         Args:
-            x: the chunk (batch, time, d_model); of a causal module any number of frames.
-            left_context: what the previous call returned; ``None`` starts a stream.
+            x: a chunk (batch, time, d_model); of a causal module any number of frames.
+            left_BPD: what the previous call returned; zeros (batch, padding, d_model) before it.
+            mask: as in ``forward``.
+            num_frames_B: how many frames of each row are not padding, integers; None means all.
 
         Returns:
-            the output, and the last inputs of the depthwise convolution (batch, padding, d_model).
+            the output, and the last inputs of the depthwise convolution.
         """
-        gated_BTD = self._gated(x, None)
-        if left_context is None:
-            left_context = gated_BTD.new_zeros(x.shape[0], self.padding, x.shape[2])
-        seen = torch.cat([left_context, gated_BTD], dim=1)
-        right = 0 if self.causal else self.padding
-        out = self.after_conv(self._depthwise(F.pad(seen, (0, 0, 0, right))))
-        return out, seen[:, seen.shape[1] - self.padding :]
+        seen_BLD = torch.cat([left_BPD, self._gated(x, mask)], dim=1)
+        padded_BLD = seen_BLD if self.causal else F.pad(seen_BLD, (0, 0, 0, self.padding))
+        out = self._after(self._depthwise(padded_BLD), mask)
+        return out, last_frames(seen_BLD, self.padding, num_frames_B)
+
+    def _after(self, x_BTD: Tensor, mask: Tensor | None) -> Tensor:
+        x_BTD = self.after_conv(x_BTD)
+        return x_BTD if mask is None else x_BTD.masked_fill(mask, 0.0)
 
     def _gated(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x, pointwise = self.layer_norm(x), self.bottleneck[0]

@@ -1,25 +1,14 @@
 """Log-mel filterbank whose values for an utterance do not depend on the batch it comes in."""
 
-from dataclasses import dataclass
-
 import torch
+import torch.nn.functional as F
 from speechbrain.lobes.features import Fbank as SpeechBrainFbank
 from speechbrain.processing.features import STFT, spectral_magnitude
 from speechbrain.utils.autocast import fwd_default_precision
 from torch import Tensor
 
 from modules.lengths import IntOrTensor, padding_mask
-
-
-@dataclass(frozen=True)
-class FbankState:
-    """What the filterbank keeps between chunks of a stream.
-
-    Args:
-        samples_BS: samples that later frames still read.
-    """
-
-    samples_BS: Tensor
+from modules.stream_state import last_frames
 
 
 class Fbank(SpeechBrainFbank):
@@ -121,21 +110,13 @@ class Fbank(SpeechBrainFbank):
         padding_BT1 = padding_mask(frames_B, feats_BTM.shape[1]).unsqueeze(-1)
         return self._floored(feats_BTM, padding_BT1).masked_fill(padding_BT1, 0.0)
 
-    @fwd_default_precision(cast_inputs=torch.float32)
-    def forward_streaming(
-        self, wav_BS: Tensor, state: FbankState | None = None, final: bool = False
-    ) -> tuple[Tensor, FbankState]:
-        """The next frames of a stream: all that ``wav_BS`` completes, in any cutting.
+    @property
+    def num_kept_samples(self) -> int:
+        """Samples before the next ones that are still read, in a stream."""
+        return self.compute_STFT.n_fft - self.hop_samples
 
-        A frame is centred on its time, so that it comes half a transform (n_fft / 2) later.
-
-        Args:
-            wav_BS: the next samples of every stream, any number of them.
-            state: what the previous call returned; ``None`` starts a stream.
-            final: these are the last samples.
-
-        Returns:
-            ``feats_BTM``, possibly of no frames, and the next state.
+    def check_streaming(self) -> None:
+        """Checks that no frame depends on the whole utterance.
 
         Raises:
             ValueError: ``top_db`` is set: its floor depends on samples yet to come.
@@ -145,7 +126,24 @@ class Fbank(SpeechBrainFbank):
                 f"top_db={self.top_db:g} limits features by the loudest frame of the utterance, "
                 "which a stream does not know; build the filterbank with top_db=None."
             )
-        return self._next_decibels(wav_BS, state, final)
+
+    @fwd_default_precision(cast_inputs=torch.float32)
+    def forward_streaming(
+        self, wav_BS: Tensor, before_BS: Tensor, num_samples_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The next frames of streams, those that end with the samples given.
+
+        Args:
+            wav_BS: the next samples of every stream, ``hop_samples`` for each frame.
+            before_BS: the ``num_kept_samples`` before them, zeros before the first.
+            num_samples_B: how many samples of each row count, integers; None means all.
+
+        Returns:
+            ``feats_BTM``, and the samples that the next call reads.
+        """
+        seen_BS = torch.cat([before_BS, wav_BS], dim=1)
+        feats_BTM = self.compute_fbanks(spectral_magnitude(self.stream_STFT(seen_BS)))
+        return feats_BTM, last_frames(seen_BS, before_BS.shape[1], num_samples_B)
 
     @fwd_default_precision(cast_inputs=torch.float32)
     def forward_in_pieces(self, wav_BS: Tensor, piece_samples: int) -> Tensor:
@@ -155,28 +153,18 @@ class Fbank(SpeechBrainFbank):
             wav_BS: waveforms between -1 and 1, all of them valid.
             piece_samples: samples of a piece.
         """
-        pieces, state = [], None
-        for start in range(0, max(wav_BS.shape[1], 1), piece_samples):
-            stop = start + piece_samples
-            feats_BTM, state = self._next_decibels(
-                wav_BS[:, start:stop], state, final=stop >= wav_BS.shape[1]
+        n_fft, num_frames = self.compute_STFT.n_fft, self.num_frames(wav_BS.shape[1])
+        step = max(1, piece_samples // self.hop_samples)
+        edge = n_fft // 2
+        wav_BS = F.pad(wav_BS, (edge, edge))
+        pieces = []
+        for first in range(0, num_frames, step):
+            last = min(first + step, num_frames) - 1
+            read = slice(first * self.hop_samples, last * self.hop_samples + n_fft)
+            pieces.append(
+                self.compute_fbanks(spectral_magnitude(self.stream_STFT(wav_BS[:, read])))
             )
-            pieces.append(feats_BTM)
         return self._floored(torch.cat(pieces, dim=1))
-
-    def _next_decibels(
-        self, wav_BS: Tensor, state: FbankState | None, final: bool
-    ) -> tuple[Tensor, FbankState]:
-        n_fft = self.compute_STFT.n_fft
-        edge_BS = wav_BS.new_zeros(wav_BS.shape[0], n_fft // 2)
-        samples_BS = torch.cat([edge_BS if state is None else state.samples_BS, wav_BS], dim=1)
-        if final:
-            samples_BS = torch.cat([samples_BS, edge_BS], dim=1)
-        num_new = max((samples_BS.shape[1] - n_fft) // self.hop_samples + 1, 0)
-        rest = FbankState(samples_BS[:, num_new * self.hop_samples :])
-        if num_new == 0:
-            return wav_BS.new_zeros(wav_BS.shape[0], 0, self.compute_fbanks.n_mels), rest
-        return self.compute_fbanks(spectral_magnitude(self.stream_STFT(samples_BS))), rest
 
     def _decibels(self, wav_BS: Tensor) -> Tensor:
         return self.compute_fbanks(spectral_magnitude(self.compute_STFT(wav_BS)))

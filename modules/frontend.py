@@ -1,8 +1,7 @@
 """Convolutional front end: a quarter of the frames come out, each item padded at its own end."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -16,30 +15,9 @@ from torch import Tensor, nn
 from modules.dropout import replace_dropout
 from modules.lengths import IntOrTensor, padding_mask
 from modules.plain_layers import is_plain
+from modules.stream_state import last_frames
 
 PADDINGS = ("same", "causal")
-
-
-@dataclass(frozen=True)
-class ConvStreamState:
-    """What one convolution keeps between chunks of a stream.
-
-    Args:
-        frames_BTFC: frames that later outputs still read, the left edge included once attached.
-        num_seen: frames of the stream so far.
-        has_left_edge: whether the padding before frame 0 is attached.
-    """
-
-    frames_BTFC: Tensor
-    num_seen: int
-    has_left_edge: bool
-
-
-@dataclass(frozen=True)
-class FrontEndState:
-    """What the front end keeps between chunks: one entry per convolution, constant in size."""
-
-    convs: tuple[ConvStreamState, ...]
 
 
 class Conv2d(SpeechBrainConv2d):
@@ -75,35 +53,32 @@ class Conv2d(SpeechBrainConv2d):
         return (padded - self.reach_frames) // self.stride_frames + 1
 
     def forward_streaming(
-        self, x: Tensor, state: ConvStreamState | None, final: bool
-    ) -> tuple[Tensor, ConvStreamState]:
-        """Gives the frames that ``x``, the next frames of a stream, complete, possibly none.
+        self, x: Tensor, before: Tensor, num_frames_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolves the next frames of streams; a causal convolution alone can.
 
-        The same values as ``forward`` over the whole stream, whose end is where ``final`` is given.
+        Args:
+            x: (batch, time, frequency[, channel]), as many frames as strides.
+            before: the frames of the call before that are still read, zeros before the first.
+            num_frames_B: how many frames of each row count, integers; None means all.
+
+        Returns:
+            a frame per stride, and the frames that the next call reads.
         """
-        frames = _with_channel(x)
-        num_seen, has_left_edge = frames.shape[1], False
-        if state is not None:
-            frames = torch.cat([state.frames_BTFC, frames], dim=1)
-            num_seen, has_left_edge = num_seen + state.num_seen, state.has_left_edge
-        if not has_left_edge:
-            if self.padding == "causal":
-                frames = F.pad(frames, (0, 0, 0, 0, self.pad_left, 0))
-            elif num_seen > self.pad_left or (final and num_seen):
-                mirrored = [min(i, num_seen - 1) for i in range(self.pad_left, 0, -1)]
-                frames = torch.cat([frames[:, mirrored], frames], dim=1)
-            else:
-                return self._no_frames(frames), ConvStreamState(frames, num_seen, False)
-        if final and num_seen:
-            # Stream frame t stands at t + offset of the buffer.
-            offset = frames.shape[1] - num_seen
-            sources = [max(num_seen - 2 - i, 0) + offset for i in range(self.pad_right)]
-            # A source already dropped belongs to an edge that no output reads.
-            frames = torch.cat([frames, frames[:, [max(i, 0) for i in sources]]], dim=1)
-        num_out = max((frames.shape[1] - self.reach_frames) // self.stride_frames + 1, 0)
-        consumed = num_out * self.stride_frames
-        y_BTFC = self._convolve(frames) if num_out else self._no_frames(frames)
-        return y_BTFC, ConvStreamState(frames[:, consumed:], num_seen, True)
+        seen = torch.cat([before, _with_channel(x)], dim=1)
+        # Of a kernel shorter than its stride the first frames of a stride are not read.
+        unread = max(self.stride_frames - self.reach_frames, 0)
+        return self._convolve(seen[:, unread:]), last_frames(seen, before.shape[1], num_frames_B)
+
+    @property
+    def num_kept_frames(self) -> int:
+        """Frames before the next one that are still read, in a stream."""
+        return max(self.reach_frames - self.stride_frames, 0)
+
+    def out_bins(self, bins: int) -> int:
+        """Frequencies that come out of so many."""
+        read = self.dilation[0] * (self.kernel_size[0] - 1)
+        return (bins + 2 * self.pad_frequency - read - 1) // self.stride[0] + 1
 
     def _convolve(self, x_BTFC: Tensor) -> Tensor:
         if self.pad_frequency:
@@ -123,13 +98,6 @@ class Conv2d(SpeechBrainConv2d):
             groups=conv.groups,
         )
         return y_BCTF.permute(0, 2, 3, 1)
-
-    def _no_frames(self, x_BTFC: Tensor) -> Tensor:
-        bins = (
-            x_BTFC.shape[2] + 2 * self.pad_frequency - self.dilation[0] * (self.kernel_size[0] - 1)
-        )
-        out_bins = (bins - 1) // self.stride[0] + 1
-        return x_BTFC.new_zeros(x_BTFC.shape[0], 0, out_bins, self.conv.out_channels)
 
     def _padded_in_time(self, x_BTFC: Tensor, num_frames_B: Tensor | None) -> Tensor:
         if self.padding == "causal":
@@ -252,39 +220,95 @@ class ConvolutionFrontEnd(SpeechBrainFrontEnd):
         return math.prod(convolution.stride_frames for convolution in self._convolutions())
 
     def _convolutions(self) -> list[Conv2d]:
-        layers = [layer for block in self.values() for layer in block.convs.values()]
-        return [layer for layer in layers if isinstance(layer, Conv2d)]
+        return [layer for layer in self._layers() if isinstance(layer, Conv2d)]
 
-    def forward_streaming(
-        self, feats_BTM: Tensor, state: FrontEndState | None = None, final: bool = False
-    ) -> tuple[Tensor, FrontEndState]:
-        """The next frames of a stream: all that ``feats_BTM`` completes, in any cutting.
+    @torch.no_grad()
+    def forward_in_pieces(self, feats_BTM: Tensor, piece_frames: int) -> Iterator[Tensor]:
+        """``forward(feats_BTM)`` piece by piece, in memory for a piece.
 
         Args:
-            feats_BTM: the next feature frames of every stream, any number of them.
-            state: what the previous call returned; ``None`` starts a stream.
-            final: these are the last frames. The reflection at the end needs to know.
+            feats_BTM: features, all of them valid.
+            piece_frames: feature frames of a piece, about.
+        """
+        stride, num_out = self.stride_frames, self.out_frames(feats_BTM.shape[1])
+        step = max(1, piece_frames // stride)
+        # More output frames than the taps of all layers reach.
+        margin = sum(layer.reach_frames for layer in self._convolutions())
+        for start in range(0, num_out, step):
+            first = max(start - margin, 0)
+            stop = (start + step + margin) * stride
+            out_BTFC = self.forward(feats_BTM[:, first * stride : stop])
+            yield out_BTFC[:, start - first : start - first + step]
 
-        Returns:
-            the frames (batch, time, frequency, channel), possibly none, and the next state.
+    def check_streaming(self) -> None:
+        """Checks that the front end can stream.
 
         Raises:
-            ValueError: the front end has residual blocks, which cannot stream.
+            ValueError: it has residual blocks, or sees the future.
         """
         if any(block.reduce_conv is not None for block in self.values()):
             raise ValueError("A front end with residual blocks cannot stream; set residuals=False.")
-        layers = [layer for block in self.values() for layer in block.convs.values()]
-        no_states = [None] * len(self._convolutions())
-        old_states = iter(state.convs if state is not None else no_states)
-        new_states = []
-        x = feats_BTM
-        for layer in layers:
-            if isinstance(layer, Conv2d):
-                x, conv_state = layer.forward_streaming(x, next(old_states), final)
-                new_states.append(conv_state)
-            else:
+        if any(layer.padding != "causal" for layer in self._convolutions()):
+            raise ValueError(
+                "A front end that sees the future cannot stream; train one with padding='causal'."
+            )
+
+    def initial_state(self, batch_size: int, bins: int) -> tuple[Tensor, ...]:
+        """For each convolution the frames that it still reads, of streams before their first.
+
+        Args:
+            bins: mel bins of the features.
+
+        Raises:
+            ValueError: the front end cannot stream.
+        """
+        self.check_streaming()
+        states, channels = [], 1
+        for layer in self._convolutions():
+            weight = layer.conv.weight
+            states.append(weight.new_zeros(batch_size, layer.num_kept_frames, bins, channels))
+            bins, channels = layer.out_bins(bins), layer.conv.out_channels
+        return tuple(states)
+
+    def forward_streaming(
+        self,
+        feats_BTM: Tensor,
+        state: Sequence[Tensor],
+        is_first_B: Tensor,
+        num_frames_B: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The next frames of streams, what ``forward`` gives over the whole of each.
+
+        Output frame t reads nothing behind feature ``stride_frames`` t. So the first chunk of a
+        stream begins ``stride_frames - 1`` frames before its features do, with anything in them.
+
+        Args:
+            feats_BTM: ``stride_frames`` feature frames for each frame that comes out.
+            state: from ``initial_state``, or what the previous call returned.
+            is_first_B: rows whose streams begin with this call.
+            num_frames_B: how many of the frames that come out count, in each row; None means all.
+
+        Returns:
+            the frames (batch, time, frequency, channel), and the next state.
+        """
+        is_first_B111 = is_first_B[:, None, None, None]
+        x, stride = _with_channel(feats_BTM), self.stride_frames
+        before, states = iter(state), []
+        for layer in self._layers():
+            if not isinstance(layer, Conv2d):
                 x = layer(x)
-        return x, FrontEndState(tuple(new_states))
+                continue
+            # What lies before the beginning of a stream is zero for every convolution.
+            early = x[:, : stride - 1].masked_fill(is_first_B111, 0.0)
+            x = torch.cat([early, x[:, stride - 1 :]], dim=1)
+            counted_B = None if num_frames_B is None else num_frames_B * stride
+            x, kept = layer.forward_streaming(x, next(before), counted_B)
+            states.append(kept)
+            stride //= layer.stride_frames
+        return x, tuple(states)
+
+    def _layers(self) -> list[nn.Module]:
+        return [layer for block in self.values() for layer in block.convs.values()]
 
 
 class _ReflectFrequency(torch.autograd.Function):

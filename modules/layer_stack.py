@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.lengths import valid_lengths
+from modules.stream_state import StreamState
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,10 @@ class Surroundings:
     pos_embs: Tensor | None = None
     chunks: DynChunkTrainConfig | None = None
 
-
-@dataclass
-class StreamingContext:
-    """State of a stream, constant in size. The encoder replaces the layers' states as it goes.
-
-    Args:
-        dynchunktrain_config: chunks; ``None`` for a causal encoder.
-        layers: one state per layer.
-    """
-
-    dynchunktrain_config: DynChunkTrainConfig | None
-    layers: list[Any]
+    @property
+    def chunk_size(self) -> int | None:
+        """Frames of a chunk."""
+        return None if self.chunks is None else self.chunks.chunk_size
 
 
 def pieces_of(x_BTD: Tensor, piece_frames: int) -> tuple[Tensor, ...]:
@@ -55,10 +48,9 @@ def pieces_of(x_BTD: Tensor, piece_frames: int) -> tuple[Tensor, ...]:
 class LayerStack(nn.Module):
     """An encoder of one kind of layer.
 
-    ``layer(x_BTD, surroundings)`` gives the next frames. An encoder that streams has
-    ``make_streaming_context(dynchunktrain_config)`` as well, which gives a ``StreamingContext``,
-    and layers with ``forward_streaming(x_BTD, state, pos_embs)``, which give the frames and the
-    next state.
+    ``layer(x_BTD, surroundings)`` gives the next frames. The layers of an encoder that streams have
+    ``initial_state(batch_size, chunks)`` and ``forward_streaming(x_BTD, surroundings, state)``,
+    which gives the frames of a chunk and the next state; the encoder has ``check_streaming``.
 
     Args:
         num_layers: layers.
@@ -150,13 +142,20 @@ class LayerStack(nn.Module):
         return self.norm(x_BTD), inner
 
     def forward_streaming(
-        self, src: Tensor, context: StreamingContext, pos_embs: Tensor | None = None
-    ) -> tuple[Tensor, None]:
-        """Encodes the next frames of a stream and moves ``context`` on."""
-        x_BTD = src
-        for i, layer in enumerate(self.layers):
-            x_BTD, context.layers[i] = layer.forward_streaming(x_BTD, context.layers[i], pos_embs)
-        return self.norm(x_BTD), None
+        self, x_BTD: Tensor, surroundings: Surroundings, layers: Sequence[StreamState]
+    ) -> tuple[Tensor, tuple[StreamState, ...]]:
+        """Encodes the next frames of streams; ``layers`` are states, from ``initial_states``."""
+        states = []
+        for layer, state in zip(self.layers, layers, strict=True):
+            x_BTD, next_state = layer.forward_streaming(x_BTD, surroundings, state)
+            states.append(next_state)
+        return self.norm(x_BTD), tuple(states)
+
+    def initial_states(
+        self, batch_size: int, chunks: DynChunkTrainConfig | None
+    ) -> tuple[StreamState, ...]:
+        """A state for each layer, of streams before their first frame."""
+        return tuple(layer.initial_state(batch_size, chunks) for layer in self.layers)
 
     def _dropped(self) -> bool:
         if not self.training or self.layerdrop_prob == 0.0:

@@ -6,7 +6,6 @@ W convolution taps.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from modules.mamba_modules import DirectionModules, mamba_inner_of_modules
+from modules.stream_state import StreamState, stream_state
 from ops.mamba_inner import Direction, mamba_inner_fn, mamba_inner_step
 
 
-@dataclasses.dataclass(frozen=True)
-class MambaState:
+@stream_state
+class MambaState(StreamState):
     """What a causal pass has to remember of the frames behind it; never modified in place.
 
     Attributes:
@@ -49,26 +49,6 @@ class MambaState:
         return cls(
             conv=torch.zeros(batch_size, d_inner, d_conv - 1, device=device, dtype=dtype),
             ssm=torch.zeros(batch_size, d_inner, d_state, device=device, dtype=ssm_dtype),
-        )
-
-    def select(self, index: Tensor) -> MambaState:
-        """The rows that ``index`` names, in its order: integers (repeats allowed) or a mask."""
-        if index.dtype == torch.bool:
-            index = index.nonzero().squeeze(1)
-        return MambaState(self.conv.index_select(0, index), self.ssm.index_select(0, index))
-
-    def repeat(self, n: int) -> MambaState:
-        """Every row ``n`` times in succession, as beams of one utterance lie."""
-        return MambaState(
-            self.conv.repeat_interleave(n, dim=0), self.ssm.repeat_interleave(n, dim=0)
-        )
-
-    def reset(self, mask: Tensor) -> MambaState:
-        """Zeros in the rows where the boolean ``mask`` (B,) holds: these streams start anew."""
-        mask = mask[:, None, None]
-        return MambaState(
-            torch.where(mask, torch.zeros_like(self.conv), self.conv),
-            torch.where(mask, torch.zeros_like(self.ssm), self.ssm),
         )
 
 

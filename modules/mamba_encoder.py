@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from speechbrain.nnet.normalization import LayerNorm
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 
 from modules.convolution import FeedForward
@@ -44,11 +45,26 @@ class MambaEncoderLayer(nn.Module):
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
 
+    def initial_state(self, batch_size: int, chunks: DynChunkTrainConfig | None) -> MambaState:
+        """State of streams before their first frame."""
+        return self.mamba.initial_state(batch_size)
+
     def forward(self, x_BTD: Tensor, surroundings: Surroundings) -> Tensor:
         """Applies the layer; chunks cut the backward direction of the mixer."""
-        chunk_size = None if surroundings.chunks is None else surroundings.chunks.chunk_size
-        mixed_BTD = self.mamba(self.norm1(x_BTD), surroundings.lengths_B, chunk_size=chunk_size)
-        return self._fed_forward(x_BTD + self.dropout1(mixed_BTD))
+        return self.forward_streaming(x_BTD, surroundings, None)[0]
+
+    def forward_streaming(
+        self, x_BTD: Tensor, surroundings: Surroundings, state: MambaState | None
+    ) -> tuple[Tensor, MambaState]:
+        """Applies the layer to the next chunk of streams, or to whole utterances (None)."""
+        mixed_BTD, state = self.mamba(
+            self.norm1(x_BTD),
+            surroundings.lengths_B,
+            state,
+            chunk_size=surroundings.chunk_size,
+            return_state=True,
+        )
+        return self._fed_forward(x_BTD + self.dropout1(mixed_BTD)), state
 
     def forward_in_pieces(self, x_BTD: Tensor, piece_frames: int) -> Tensor:
         """Applies the layer to a whole recording in memory for a piece; changes ``x_BTD``."""
@@ -56,15 +72,6 @@ class MambaEncoderLayer(nn.Module):
         for piece_BTD in pieces_of(x_BTD, piece_frames):
             piece_BTD += self.pos_ffn(self.norm2(piece_BTD))
         return x_BTD
-
-    def forward_streaming(
-        self, x_BTD: Tensor, state: MambaState | None, pos_embs: Tensor | None = None
-    ) -> tuple[Tensor, MambaState]:
-        """Applies the layer to the next chunk of a stream; a causal layer takes any cutting."""
-        mixed_BTD, state = self.mamba(
-            self.norm1(x_BTD), state=state, chunk_size=x_BTD.shape[1], return_state=True
-        )
-        return self._fed_forward(x_BTD + self.dropout1(mixed_BTD)), state
 
     def _fed_forward(self, x_BTD: Tensor) -> Tensor:
         return x_BTD + self.dropout2(self.pos_ffn(self.norm2(x_BTD)))

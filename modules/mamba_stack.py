@@ -6,11 +6,11 @@ import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor
 
-from modules.layer_stack import LayerStack, StreamingContext, pieces_of
+from modules.layer_stack import LayerStack, pieces_of
 
 
 class MambaLayerStack(LayerStack):
-    """An encoder whose layers keep the past in a state, None before the first frame."""
+    """An encoder whose layers keep all the past in a state of constant size."""
 
     @torch.no_grad()
     def forward_in_pieces(
@@ -35,21 +35,18 @@ class MambaLayerStack(LayerStack):
             piece_BTD.copy_(self.norm(piece_BTD))
         return x_BTD
 
-    def make_streaming_context(
-        self, dynchunktrain_config: DynChunkTrainConfig | None
-    ) -> StreamingContext:
-        """Starts a stream; chunks are needed exactly where the encoder is not causal.
+    def check_streaming(self, chunks: DynChunkTrainConfig | None) -> None:
+        """Checks that there are chunks exactly where the encoder is not causal.
 
         Raises:
             ValueError: chunks are missing, or given to a causal encoder.
         """
-        if self.causal and dynchunktrain_config is not None:
+        if self.causal and chunks is not None:
             raise ValueError(
                 "A causal encoder streams in any cutting and takes no chunks; give None."
             )
-        if not self.causal and dynchunktrain_config is None:
+        if not self.causal and chunks is None:
             raise ValueError(
                 "An encoder that is not causal streams in chunks; give a DynChunkTrainConfig, or "
                 "build the network with causal=True."
             )
-        return StreamingContext(dynchunktrain_config, [None] * len(self.layers))

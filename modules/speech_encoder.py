@@ -4,12 +4,29 @@ from collections.abc import Callable
 
 import torch
 from speechbrain.processing.features import InputNormalization
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 
 from modules.features import Fbank
 from modules.frontend import ConvolutionFrontEnd
 from modules.lengths import IntOrTensor, relative_lengths
-from modules.TransformerASR import TransformerASR
+from modules.stream_state import StreamState, stream_state
+from modules.TransformerASR import EncoderState, TransformerASR
+
+
+@stream_state
+class SpeechEncoderState(StreamState):
+    """State of streams of speech.
+
+    Args:
+        samples_BS: the last samples, which later frames still read.
+        front_end: the last frames before each convolution of the front end.
+        encoder: of the network, the clock of each stream in it.
+    """
+
+    samples_BS: Tensor
+    front_end: tuple[Tensor, ...]
+    encoder: EncoderState
 
 
 class SpeechEncoder(nn.Module):
@@ -95,9 +112,14 @@ class SpeechEncoder(nn.Module):
             num_feature_frames_B
         )
 
-    def encode(self, frames_BTFC: Tensor, num_frames_B: Tensor) -> Tensor:
-        """Encoder output ``encoder_out_BTD`` of front-end frames."""
-        return self.Transformer(frames_BTFC, None, num_frames_B)[0]
+    def encode(
+        self,
+        frames_BTFC: Tensor,
+        num_frames_B: Tensor,
+        chunks: DynChunkTrainConfig | None = None,
+    ) -> Tensor:
+        """Encoder output ``encoder_out_BTD`` of front-end frames; none sees beyond its chunk."""
+        return self.Transformer(frames_BTFC, None, num_frames_B, dynchunktrain_config=chunks)[0]
 
     @torch.no_grad()
     def forward_in_pieces(
@@ -125,26 +147,111 @@ class SpeechEncoder(nn.Module):
         with torch.autocast(wav_S.device.type, enabled=False):
             feats_1TM = self.compute_features.forward_in_pieces(wav_S[None], piece_samples)
             feats_1TM = self.normalize(feats_1TM)
-        pieces = feats_1TM.split(self.num_feature_frames(piece_samples), dim=1)
-        state, embedded = None, []
-        for i, piece_1TM in enumerate(pieces):
-            frames, state = self.CNN.forward_streaming(piece_1TM, state, i == len(pieces) - 1)
-            if frames.shape[1]:
-                embedded.append(self.Transformer.embed_source(frames))
-        x_1TD = torch.cat(embedded, dim=1)
-        del feats_1TM, pieces, embedded
+        pieces = self.CNN.forward_in_pieces(feats_1TM, self.num_feature_frames(piece_samples))
+        x_1TD = torch.cat([self.Transformer.embed_source(piece) for piece in pieces], dim=1)
+        del feats_1TM
         piece_frames = self.num_frames(piece_samples)
         return self.Transformer.encode_in_pieces(x_1TD, piece_frames, progress)[0]
 
-    def forward(self, wav_BS: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
+    def check_streaming(self, chunks: DynChunkTrainConfig | None) -> None:
+        """Checks that nothing in this model needs the future beyond such chunks.
+
+        Raises:
+            ValueError: something does; the message says what can be done.
+        """
+        self.compute_features.check_streaming()
+        self.CNN.check_streaming()
+        if self.normalize.norm_type != "global" or getattr(self.normalize, "remove_mean", False):
+            raise ValueError(
+                "The features are normalised with statistics of the utterance, which a stream does "
+                "not know; train with SpeechBrain's InputNormalization, norm_type: global."
+            )
+        self.Transformer.check_streaming(chunks)
+        if self.lead_samples < 0:
+            raise ValueError(
+                f"n_fft={self.compute_features.compute_STFT.n_fft} reads further ahead than an "
+                f"encoder frame of {self.stride_samples} samples lasts; take a shorter transform."
+            )
+
+    @property
+    def lead_samples(self) -> int:
+        """Zeros that stand before the first sample of a stream.
+
+        With them its first chunk is as long as all others: a frame is centred on its time, so that
+        it ends half a transform later, and the first encoder frame ends with the first feature
+        frame.
+        """
+        return self.stride_samples - (self.compute_features.compute_STFT.n_fft + 1) // 2
+
+    def initial_state(
+        self, batch_size: int, chunks: DynChunkTrainConfig | None = None
+    ) -> SpeechEncoderState:
+        """State of streams before their first sample.
+
+        Args:
+            chunks: at whose ends the network's sight ends; None for a causal one.
+
+        Raises:
+            ValueError: the model does not stream in such chunks.
+        """
+        self.check_streaming(chunks)
+        features = self.compute_features
+        front_end = self.CNN.initial_state(batch_size, features.compute_fbanks.n_mels)
+        samples_BS = front_end[0].new_zeros(batch_size, features.num_kept_samples)
+        return SpeechEncoderState(
+            samples_BS, front_end, self.Transformer.initial_state(batch_size, chunks)
+        )
+
+    def forward_streaming(
+        self,
+        wav_BS: Tensor,
+        state: SpeechEncoderState,
+        num_frames_B: Tensor | None = None,
+        chunks: DynChunkTrainConfig | None = None,
+    ) -> tuple[Tensor, SpeechEncoderState]:
+        """The next chunk of streams: the frames of ``forward`` over the whole of each.
+
+        Args:
+            wav_BS: the next samples, ``stride_samples`` for each frame of the chunk; a stream
+                begins with ``lead_samples`` zeros, and zeros fill up its last chunk.
+            state: from ``initial_state``, or what the previous call returned; it stays usable.
+            num_frames_B: how many frames of the chunk each row has, integers; None means all. A row
+                of 0 is held; with chunks, one of fewer than the chunk's is at its end.
+            chunks: those of ``state``.
+
+        Returns:
+            ``encoder_out_BTD``, and the next state.
+        """
+        num_samples_B = None if num_frames_B is None else num_frames_B * self.stride_samples
+        with torch.autocast(wav_BS.device.type, enabled=False):
+            feats_BTM, samples_BS = self.compute_features.forward_streaming(
+                wav_BS, state.samples_BS, num_samples_B
+            )
+            feats_BTM = self.normalize(feats_BTM)
+        is_first_B = state.encoder.num_frames_B == 0
+        frames_BTFC, front_end = self.CNN.forward_streaming(
+            feats_BTM, state.front_end, is_first_B, num_frames_B
+        )
+        encoder_out_BTD, encoder = self.Transformer.encode_chunk(
+            frames_BTFC, state.encoder, num_frames_B, chunks
+        )
+        return encoder_out_BTD, SpeechEncoderState(samples_BS, front_end, encoder)
+
+    def forward(
+        self,
+        wav_BS: Tensor,
+        num_samples_B: Tensor,
+        chunks: DynChunkTrainConfig | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Waveforms to ``encoder_out_BTD`` and integer frames per item ``num_frames_B``.
 
         Args:
             wav_BS: waveforms between -1 and 1, padded with anything.
             num_samples_B: integer samples per item.
+            chunks: behind whose ends a frame sees nothing; None shows it everything.
 
         Raises:
-            ValueError: the lengths are not one integer per item.
+            ValueError: the lengths are not one integer per item, or the network takes no chunks.
         """
         frames_BTFC, num_frames_B = self.frontend(*self.features(wav_BS, num_samples_B))
-        return self.encode(frames_BTFC, num_frames_B), num_frames_B
+        return self.encode(frames_BTFC, num_frames_B, chunks), num_frames_B

@@ -175,6 +175,33 @@ def test_files_that_are_compared_differ_in_the_encoder_alone(first, second, besi
     assert found <= ENCODER | besides
 
 
+STREAMING = {
+    "output_folder",
+    "chunkwise_prob",
+    "chunk_size_min",
+    "chunk_size_max",
+    "valid_chunk_size",
+    "left_context_chunks",
+    "causal",
+    "Transformer.causal",
+    "dynchunktrain_config_sampler",
+    "compute_features",
+    "CNN",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "besides"),
+    [
+        ("conmamba_small", set()),
+        ("demo", set()),
+        ("an4", {"normalize", "remove_utterance_mean"}),
+    ],
+)
+def test_a_file_for_streaming_differs_in_what_streaming_needs_alone(name, besides):
+    assert differences(name, f"{name}_streaming") == STREAMING | besides
+
+
 @pytest.mark.parametrize("encoder", ["conmamba", "conformer"])
 def test_large_and_small_differ_in_size_alone(encoder):
     found = differences(f"{encoder}_small", f"{encoder}_large")
@@ -198,4 +225,5 @@ def test_the_command_in_a_files_header_names_the_file(name):
     content = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     header = content.split("\n\n")[0]
     assert re.findall(r"train_CTC\.py (\S+)", header) == [f"hparams/CTC/{name}.yaml"]
-    assert f"output_folder: !ref results/{'demo' if name == 'demo' else f'CTC/{name}'}" in content
+    place = name if name.startswith("demo") else f"CTC/{name}"
+    assert f"output_folder: !ref results/{place}" in content

@@ -69,25 +69,35 @@ def test_a_causal_output_frame_has_no_gradient_to_later_frames():
     assert feats_BTM.grad[:, last_input].any()
 
 
-@pytest.mark.parametrize("padding", ["same", "causal"])
-@settings(max_examples=20, deadline=None)
-@given(pieces=st.lists(st.integers(0, 9), min_size=1, max_size=8))
-def test_streamed_in_any_cutting_equals_the_whole(padding, pieces):
-    net = front_end(padding=padding)
-    feats_BTM = torch.randn(2, max(sum(pieces), 1), BINS)
-    cuts = feats_BTM.split(pieces if sum(pieces) else [1], dim=1)
-    state, outputs = None, []
-    for i, piece in enumerate(cuts):
-        out, state = net.forward_streaming(piece, state, final=i == len(cuts) - 1)
+@pytest.mark.parametrize(
+    ("kernel", "strides"), [(3, (2, 2)), (5, (2, 1)), (1, (1, 3)), (3, (3, 2))]
+)
+@settings(max_examples=10, deadline=None)
+@given(pieces=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_a_causal_one_streams_in_any_cutting_of_its_output(kernel, strides, pieces):
+    net = front_end(padding="causal", kernel_sizes=(kernel, kernel), strides=strides)
+    stride = net.stride_frames
+    feats_BTM = torch.randn(2, (sum(pieces) - 1) * stride + 1, BINS)
+    # What stands before the stream is not read.
+    early = torch.full((2, stride - 1, BINS), 1e3)
+    state, outputs = net.initial_state(2, BINS), []
+    sizes = [kept.shape for kept in state]
+    for piece in torch.cat([early, feats_BTM], 1).split([n * stride for n in pieces], dim=1):
+        is_first_B = torch.tensor([not outputs, not outputs])
+        out, state = net.forward_streaming(piece, state, is_first_B)
         outputs.append(out)
+        assert [kept.shape for kept in state] == sizes
     torch.testing.assert_close(torch.cat(outputs, 1), net(feats_BTM), atol=1e-5, rtol=1e-4)
 
 
-def test_stream_state_does_not_grow():
-    net, state = front_end(), None
-    for _ in range(30):
-        _, state = net.forward_streaming(torch.randn(1, 7, BINS), state)
-    assert all(conv.frames_BTFC.shape[1] <= 2 for conv in state.convs)
+@pytest.mark.parametrize("padding", ["same", "causal"])
+@settings(max_examples=20, deadline=None)
+@given(frames=st.integers(1, 60), piece_frames=st.integers(1, 30))
+def test_in_pieces_it_gives_the_whole(padding, frames, piece_frames):
+    net = front_end(padding=padding)
+    feats_BTM = torch.randn(2, frames, BINS)
+    pieces = list(net.forward_in_pieces(feats_BTM, piece_frames))
+    torch.testing.assert_close(torch.cat(pieces, 1), net(feats_BTM), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("padding", ["same", "causal"])
@@ -152,7 +162,9 @@ def test_errors_say_what_to_do():
             residuals=(False, False, False),
         )
     with pytest.raises(ValueError, match="residuals=False"):
-        front_end(residuals=(True, False)).forward_streaming(torch.randn(1, 8, BINS))
+        front_end(residuals=(True, False), padding="causal").check_streaming()
+    with pytest.raises(ValueError, match="padding='causal'"):
+        front_end().initial_state(1, BINS)
 
 
 @pytest.mark.parametrize("amount", [1, 2, 4])

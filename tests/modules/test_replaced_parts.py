@@ -198,7 +198,8 @@ def test_a_convolution_module_with_adapters_equals_one_with_merged_weights(parts
     mask_BT1 = (torch.arange(11) >= torch.tensor([[11], [3]])).unsqueeze(-1)
     found = []
     for network in (adapted, plain):
-        outputs, context = [network(x_BTD, mask_BT1, chunks)], None
+        outputs = [network(x_BTD, mask_BT1, chunks)]
+        context = torch.zeros(2, network.padding, WIDTH)
         for chunk in x_BTD.split(4, dim=1):
             y, context = network.forward_streaming(chunk, context)
             outputs += [y, context]

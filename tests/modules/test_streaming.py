@@ -1,17 +1,20 @@
 """Streamed in any cutting equals offline with the same mask."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+from torch import nn
 
-from modules.frontend import ConvolutionFrontEnd
 from tests.modules.networks import INPUT_SIZE, small_network
 
 CUTTINGS = st.lists(st.integers(0, 11), min_size=1, max_size=6)
 CHUNKED = ["conformer", "conformer-rope", "conmamba", "conmamba-sine", "mamba"]
 CAUSAL = ["conmamba", "conmamba-sine", "mamba"]
+CHUNKS = DynChunkTrainConfig(4, 2)
 
 
 def streamed(network, src, pieces, chunks) -> torch.Tensor:
@@ -49,41 +52,17 @@ def test_causal_stream_equals_offline_and_gives_a_frame_for_a_frame(encoder, pie
     torch.testing.assert_close(torch.cat(outputs, 1), network.encode(src), atol=1e-4, rtol=1e-4)
 
 
-@torch.no_grad()
-def test_front_end_and_network_stream_together():
-    torch.manual_seed(1)
-    front_end = ConvolutionFrontEnd((1, 10, 12), out_channels=(6, 4), padding="causal").eval()
-    network = small_network("conmamba", causal=True)
-    feats_BTM = torch.randn(1, 61, 12)
-    context, state, outputs = network.make_streaming_context(), None, []
-    for piece in feats_BTM.split([5, 1, 30, 2, 23], dim=1):
-        frames, state = front_end.forward_streaming(piece, state)
-        outputs.append(network.encode_streaming(frames, context))
-    wanted = network.encode(front_end(feats_BTM))
-    torch.testing.assert_close(torch.cat(outputs, 1), wanted, atol=1e-4, rtol=1e-4)
-
-
-def state_elements(state) -> int:
-    """Numbers in all tensors of a nested state."""
-    if isinstance(state, torch.Tensor):
-        return state.numel()
-    if isinstance(state, list | tuple):
-        return sum(map(state_elements, state))
-    return sum(map(state_elements, vars(state).values())) if hasattr(state, "__dict__") else 0
-
-
 @pytest.mark.parametrize("encoder", [*CHUNKED, *CAUSAL])
 @torch.no_grad()
 def test_stream_state_does_not_grow(encoder):
     causal = encoder in CAUSAL
     network = small_network(encoder, causal=causal)
-    context = network.make_streaming_context(None if causal else DynChunkTrainConfig(4, 2))
-    sizes = []
+    chunks = None if causal else CHUNKS
+    state = network.initial_state(1, chunks)
+    shapes = [x.shape for x in state.tensors()]
     for _ in range(12):
-        network.encode_streaming(torch.randn(1, 4, INPUT_SIZE), context)
-        sizes.append(state_elements(context))
-    assert sizes[-1] > 0
-    assert len(set(sizes[4:])) == 1
+        _, state = network.encode_chunk(torch.randn(1, 4, INPUT_SIZE), state, chunks=chunks)
+        assert [x.shape for x in state.tensors()] == shapes
 
 
 def test_streams_that_cannot_be_say_what_can():
@@ -107,3 +86,108 @@ def test_a_finished_stream_takes_no_more_frames():
     network.encode_streaming(torch.randn(1, 3, INPUT_SIZE), context, final=True)
     with pytest.raises(ValueError, match="new streaming context"):
         network.encode_streaming(torch.randn(1, 3, INPUT_SIZE), context)
+
+
+@pytest.mark.parametrize("encoder", CHUNKED)
+@settings(max_examples=10, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), seed=st.integers(0, 99))
+@torch.no_grad()
+def test_streams_of_a_batch_start_pause_and_end_as_they_like(encoder, lengths, seed):
+    network, draw = small_network(encoder), random.Random(seed)
+    sources = [torch.randn(1, length, INPUT_SIZE) for length in lengths]
+    state = network.initial_state(len(lengths), CHUNKS)
+    outputs, done = [[] for _ in lengths], [0] * len(lengths)
+    while done != lengths:
+        counts = [
+            min(CHUNKS.chunk_size, length - at) * draw.choice([0, 1])
+            for length, at in zip(lengths, done, strict=True)
+        ]
+        # What stands in held rows and behind the end of others is not read.
+        src = torch.full((len(lengths), CHUNKS.chunk_size, INPUT_SIZE), 1e3)
+        for row, (source, at, count) in enumerate(zip(sources, done, counts, strict=True)):
+            src[row, :count] = source[0, at : at + count]
+        held = [x.clone() for x in state.tensors()]
+        out, state = network.encode_chunk(src, state, torch.tensor(counts), CHUNKS)
+        for row, count in enumerate(counts):
+            outputs[row].append(out[row, :count])
+            if not count:
+                pairs = zip(held, state.tensors(), strict=True)
+                assert all(torch.equal(before[row], after[row]) for before, after in pairs)
+        done = [at + count for at, count in zip(done, counts, strict=True)]
+        assert state.num_frames_B.tolist() == done
+    for source, pieces in zip(sources, outputs, strict=True):
+        wanted = network.encode(source, dynchunktrain_config=CHUNKS)[0]
+        torch.testing.assert_close(torch.cat(pieces), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("encoder", CHUNKED)
+@torch.no_grad()
+def test_rows_are_selected_reset_held_and_put(encoder):
+    network = small_network(encoder)
+    initial = network.initial_state(3, CHUNKS)
+    src = torch.randn(3, 4, INPUT_SIZE)
+    _, state = network.encode_chunk(src, initial, chunks=CHUNKS)
+
+    def outputs(state):
+        return network.encode_chunk(src[: state.batch_size], state, chunks=CHUNKS)[0]
+
+    rows = torch.tensor([2, 0])
+    wanted = network.encode_chunk(src[:2], state.select(rows), chunks=CHUNKS)[0]
+    alone = [
+        network.encode_chunk(src[i : i + 1], state.select(rows[i : i + 1]), chunks=CHUNKS)[0]
+        for i in range(2)
+    ]
+    torch.testing.assert_close(wanted, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert state.repeat(2).num_frames_B.tolist() == [4] * 6
+
+    mask = torch.tensor([False, True, False])
+    anew = outputs(state.reset(mask))
+    torch.testing.assert_close(anew[1], outputs(initial)[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(anew[::2], outputs(state)[::2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs(initial.hold(~mask, state))[1], outputs(state)[1])
+
+    pool = initial.enlarged(2)
+    pool.put(torch.tensor([4, 1]), state.select(rows))
+    torch.testing.assert_close(outputs(pool.select(torch.tensor([4, 1, 0])))[:2], wanted)
+    assert pool.num_frames_B.tolist() == [0, 4, 0, 0, 4]
+
+
+@pytest.mark.parametrize("encoder", CHUNKED)
+@torch.no_grad()
+def test_a_state_goes_through_bytes_and_those_of_others_are_refused(encoder):
+    network = small_network(encoder)
+    src = torch.randn(2, 4, INPUT_SIZE)
+    _, state = network.encode_chunk(src, network.initial_state(2, CHUNKS), chunks=CHUNKS)
+    again = network.initial_state(1, CHUNKS).from_bytes(state.to_bytes())
+    pairs = zip(state.tensors(), again.tensors(), strict=True)
+    assert all(torch.equal(before, after) for before, after in pairs)
+    other = small_network(encoder, d_model=24).initial_state(1, CHUNKS)
+    with pytest.raises(ValueError, match="another model"):
+        other.from_bytes(state.to_bytes())
+    for data in (b"", b"nonsense", state.to_bytes()[:-8]):
+        with pytest.raises(ValueError, match="no state of streams"):
+            again.from_bytes(data)
+    newer = state.to_bytes().replace(b'"format":"1"', b'"format":"2"')
+    with pytest.raises(ValueError, match="format '2'"):
+        again.from_bytes(newer)
+
+
+@pytest.mark.parametrize("encoder", ["conformer", "conmamba", "mamba"])
+@torch.no_grad()
+def test_a_step_can_be_exported(encoder):
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = small_network(encoder)
+
+        def forward(self, src, state):
+            return self.network.encode_chunk(src, state, chunks=CHUNKS)
+
+    step, src = Step(), torch.randn(2, 4, INPUT_SIZE)
+    state = step.network.initial_state(2, CHUNKS)
+    exported = torch.export.export(step, (src, state)).module()
+    for _ in range(3):
+        wanted, next_state = step(src, state)
+        actual, state = exported(src, state)
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.num_frames_B, next_state.num_frames_B)

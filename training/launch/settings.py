@@ -189,6 +189,11 @@ SETTINGS: dict[str, Setting] = {
     "wandb_entity": Setting("name", optional=True),
     "wandb_project": Setting("name", optional=True),
     "use_tensorboard": _SWITCH,
+    "chunkwise_prob": _SHARE,
+    "chunk_size_min": _COUNT,
+    "chunk_size_max": _COUNT,
+    "valid_chunk_size": _COUNT,
+    "left_context_chunks": Setting("integer", low=0),
     # Of language models.
     "text_parts": _COUNT,
     "max_sentence_tokens": _COUNT,
