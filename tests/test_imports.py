@@ -3,6 +3,7 @@
 import ast
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -101,3 +102,34 @@ def test_importing_a_script_runs_nothing(source):
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         assert not isinstance(node, ast.For | ast.While | ast.With)
         assert not isinstance(node, ast.Expr) or isinstance(node.value, ast.Constant)
+
+
+def test_the_figure_of_the_imports_is_the_rule():
+    figure = ElementTree.parse(REPOSITORY / "docs/architecture-imports.svg").getroot()
+    svg = "{http://www.w3.org/2000/svg}"
+    parts, box, arrows = {}, None, []
+    for shape in figure:
+        if shape.tag == f"{svg}rect":
+            box = [float(shape.get(name, 0)) for name in ("x", "y", "width", "height")]
+            box = None if shape.get("class") in (None, "side") else box
+        elif shape.get("class") == "t" and box:
+            for name in shape.text.split():
+                parts[name.removesuffix(".py")] = box
+        elif shape.tag == f"{svg}polyline":
+            arrows.append([tuple(map(float, p.split(","))) for p in shape.get("points").split()])
+
+    def on_the_edge(x: float, y: float) -> set[str]:
+        def holds(left, top, width, height):
+            inside = left <= x <= left + width and top <= y <= top + height
+            return inside and (x in (left, left + width) or y in (top, top + height))
+
+        return {part for part, box in parts.items() if holds(*box)}
+
+    leads_to = {part: set() for part in parts}
+    for points in arrows:
+        assert len(on_the_edge(*points[-1])) == 1, points
+        for part in on_the_edge(*points[0]):
+            leads_to[part] |= on_the_edge(*points[-1])
+    for _ in parts:  # to what can be reached
+        leads_to = {p: q.union(*(leads_to[r] for r in q)) for p, q in leads_to.items()}
+    assert leads_to == {part: MAY_IMPORT[part] for part in UNITS if part in MAY_IMPORT}
