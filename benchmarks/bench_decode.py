@@ -3,6 +3,7 @@
     python -m benchmarks.bench_decode --check
     python -m benchmarks.bench_decode --report
     python -m benchmarks.bench_decode --only memory per_token
+    python -m benchmarks.bench_decode --device cuda
 
 The networks have the decoders of conmambamamba_small and conmamba_small (4 layers, d_model 144,
 5000 tokens) and random weights; a search runs a fixed number of tokens over random encoder output.
@@ -24,7 +25,7 @@ from speechbrain.decoders import scorer as speechbrain_scorers
 from speechbrain.nnet.linear import Linear
 from torch import nn
 
-from benchmarks.report import origin, write_report
+from benchmarks.report import machine_slug, origin, write_report
 from common.tables import markdown_table
 from decoding.beam_search import CachedBeamSearcher
 from decoding.ctc_prefix_scorer import CTCScorer
@@ -123,6 +124,8 @@ def fastest(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
         for run, seconds in zip(runs, times, strict=True):
             start = time.perf_counter()
             run()
+            if torch.get_default_device().type == "cuda":
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         if sum(seconds[-1] for seconds in times) > LONG_S:
             break
@@ -333,14 +336,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
-    parser.add_argument("--report", action="store_true", help="write benchmarks/reports/decode.md")
+    parser.add_argument("--report", action="store_true", help="write to benchmarks/reports")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, help="measure only these")
     parser.add_argument("--tokens", type=int, default=50, help="tokens per search")
     parser.add_argument("--joint_tokens", type=int, default=25, help="the same with the large LM")
     parser.add_argument("--rounds", type=int, default=2, help="how often each side is timed")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    torch.set_default_device(arguments.device)
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
 
     setting = Setting(arguments.tokens, arguments.joint_tokens, arguments.rounds)
@@ -353,11 +358,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = [[r.what, r.measured, r.target, "yes" if r.reached else "no"] for r in results]
         command = f"python -m benchmarks.bench_decode {' '.join(argv or sys.argv[1:])}"
         write_report(
-            "decode",
+            "decode" if arguments.device == "cpu" else f"decode_{machine_slug('cuda')}",
             "\n\n".join(
                 [
                     "# Decoding",
-                    origin(command, ["torch", "speechbrain"])
+                    origin(command, ["torch", "speechbrain"], arguments.device)
                     + f"\n- threads: {arguments.threads}, float32, random weights",
                     markdown_table(["setting", "measured", "target", "reached"], rows),
                 ]

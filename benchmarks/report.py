@@ -14,7 +14,7 @@ import torch
 from common.provenance import git_commit
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-REPORTS = _REPOSITORY / "benchmarks" / "reports"
+REPORTS = Path(os.environ.get("BENCHMARK_REPORTS", _REPOSITORY / "benchmarks" / "reports"))
 
 
 def origin(command: str, packages: Sequence[str] = (), device: str = "cpu") -> str:
@@ -44,8 +44,8 @@ def origin(command: str, packages: Sequence[str] = (), device: str = "cpu") -> s
 
 
 def write_report(name: str, text: str) -> Path:
-    """Write ``benchmarks/reports/<name>.md`` and print it."""
-    REPORTS.mkdir(exist_ok=True)
+    """Write ``<name>.md`` to benchmarks/reports, or where BENCHMARK_REPORTS says, and print it."""
+    REPORTS.mkdir(parents=True, exist_ok=True)
     path = REPORTS / f"{name}.md"
     path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     sys.stdout.write(path.read_text(encoding="utf-8"))
