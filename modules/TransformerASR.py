@@ -195,6 +195,7 @@ class TransformerASR(SpeechBrainTransformerASR):
 
         # SpeechBrain's constructor ends with _init_params.
         self.init = init
+        self.input_size = input_size
         # SpeechBrain builds no encoder under a name that it does not know and no decoder of 0
         # layers; both come from our tables below.
         super().__init__(

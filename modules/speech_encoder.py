@@ -69,6 +69,27 @@ class SpeechEncoder(nn.Module):
         self._frontend_frames = CNN.out_frames
         self._frontend_stride = CNN.stride_frames
 
+    def check_widths(self) -> None:
+        """Whether each part takes what the one before it makes.
+
+        Raises:
+            ValueError: it does not: another number of mel bins, or another front end.
+        """
+        bins, training = self.compute_features.compute_fbanks.n_mels, self.CNN.training
+        try:
+            with torch.no_grad():
+                frames_BTFC = self.CNN.eval()(torch.zeros(1, 2 * self._frontend_stride, bins))
+        except RuntimeError as error:
+            raise ValueError(f"CNN does not take features of {bins} mel bins: {error}") from None
+        finally:
+            self.CNN.train(training)
+        made, wanted = frames_BTFC.shape[2:].numel(), self.Transformer.input_size
+        if made != wanted:
+            raise ValueError(
+                f"The front end makes {made} features of {bins} mel bins, and input_size of "
+                f"Transformer is {wanted}. Give --Transformer '{{input_size: {made}}}'."
+            )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpeechEncoder":
         super()._apply(fn, recurse)
         # SpeechBrain's statistics are no buffers: without this they stay behind.

@@ -197,6 +197,10 @@ def run_recipe(
     line, hparams, run_opts = start_run(argv, description)
     test_only = run_opts.test_only
     check_splits(hparams, test_only)
+    try:
+        hparams["speech_encoder"].check_widths()
+    except ValueError as error:
+        raise UserError(f"{line.param_file}: {error}") from None
     if test_only and not tokenizer_file(hparams).is_file():
         raise UserError(
             f"{tokenizer_file(hparams)} is missing: --test_only needs the output_folder of a "

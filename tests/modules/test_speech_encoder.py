@@ -137,3 +137,21 @@ def test_no_frame_of_padding_enters_the_statistics_of_the_normaliser(monkeypatch
     encoder.features(torch.zeros(len(num_samples_B), 1), num_samples_B, epoch=1)
     assert encoder.normalize.count == int(num_frames_B.sum())
     assert encoder.normalize.glob_std.max() < 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_that_fit_each_other_are_taken(form):
+    encoder_of(*FORMS[form]).train().check_widths()
+
+
+def test_parts_that_do_not_fit_each_other_are_named():
+    encoder = encoder_of({}, (2, 2)).train()
+    whole, wide = encoder.Transformer.input_size, encoder_of({}, (2,)).CNN
+    encoder.Transformer.input_size = 640
+    with pytest.raises(ValueError, match=f"makes {whole} features of 16 .*input_size: {whole}"):
+        encoder.check_widths()
+    encoder.CNN = wide
+    encoder.compute_features.compute_fbanks.n_mels = BINS + 4
+    with pytest.raises(ValueError, match="CNN does not take features of 20 mel bins"):
+        encoder.check_widths()
+    assert encoder.CNN.training == wide.training

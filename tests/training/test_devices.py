@@ -37,7 +37,7 @@ def test_processes_of_torchrun_do_not_share_a_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert own_device("cuda") == "cuda:2"
-    assert own_device("cpu") == "cpu"
+    assert own_device("cpu") == own_device("cpu:0") == "cpu"
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
         own_device("cuda:1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")

@@ -5,7 +5,7 @@ import pytest
 from common.errors import UserError
 from tests.ctc_runs import CONMAMBA
 from training.launch.command_line import load_hparams
-from training.launch.settings import DEFAULTS, SETTINGS, check_setting
+from training.launch.settings import DEFAULTS, SETTINGS, check_setting, check_together
 
 REFUSED = {
     "seed": None,
@@ -29,6 +29,11 @@ REFUSED = {
     "label_smoothing": "high",
     "skip_prep": "maybe",
     "transformer_dropout": True,
+    "output_folder": 7,
+    "precision": "fp8",
+    "grad_accumulation_factor": 0,
+    "scorer_beam_scale": 0.5,
+    "total_steps": 0,
 }
 
 
@@ -76,3 +81,52 @@ def test_a_value_in_the_file_is_checked_before_its_objects_are_built(tmp_path):
     path.write_text("num_encoder_layers: 2.5\nnet: !new:nowhere.Network\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"file\.yaml: num_encoder_layers is 2\.5; it must be an"):
         load_hparams(str(path), {})
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "second"),
+    [
+        ({"encoder_module": "conformer", "d_model": 130, "nhead": 4}, "d_model", "nhead"),
+        (
+            {"decoder_module": "transformer", "num_decoder_layers": 1, "d_model": 9, "nhead": 2},
+            *("d_model", "nhead"),
+        ),
+        ({"min_decode_ratio": 2, "max_decode_ratio": 1}, "min_decode_ratio", "max_decode_ratio"),
+        ({"n_warmup_steps": 20, "total_steps": 10}, "n_warmup_steps", "total_steps"),
+    ],
+)
+def test_two_values_that_exclude_each_other_are_refused_together(values, first, second):
+    pattern = f"^a.yaml: {first} is {values[first]} and {second} is {values[second]}; {first} must"
+    with pytest.raises(UserError, match=pattern):
+        check_together(values, "a.yaml: ")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"encoder_module": "conmamba", "d_model": 130, "nhead": 4},
+        {"encoder_module": "conformer", "d_model": 128, "nhead": 4},
+        {"min_decode_ratio": 1, "max_decode_ratio": 1},
+    ],
+)
+def test_values_that_fit_together_are_taken(values):
+    check_together(values, "a.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("Transformer", {"normalise_before": True}, "takes no normalise_before.*normalize_before"),
+        ("mamba_config", {"expand": 0}, "d_inner is 0"),
+        ("encoder_module", "conformr", "known are .*conformer"),
+        ("activation", 3, "no key 'activation'.* part of Transformer"),
+        ("CNN", 5, "--CNN is 5; it must be parts of it"),
+        ("spectrogram_augmentations", 5, "must be a list"),
+        ("CNN", {"kernel_sizes": 3}, "ConvolutionFrontEnd cannot be made with these values"),
+    ],
+)
+def test_what_an_object_refuses_is_one_message(tmp_path, key, value, message):
+    given = {"data_folder": "x", "output_folder": str(tmp_path), "num_encoder_layers": 1}
+    with pytest.raises(UserError, match=message):
+        load_hparams(str(CONMAMBA), given | {key: value})

@@ -254,7 +254,11 @@ class RunBrain(sb.Brain):
 
     def init_optimizers(self):
         """One optimiser over two parameter groups, at the schedule's first learning rate."""
-        self.optimizer = self.opt_class(parameter_groups(self.modules))
+        groups = parameter_groups(self.modules)
+        try:
+            self.optimizer = self.opt_class(groups)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"opt_class cannot be made with these values: {error}") from error
         self.optimizers_dict = {"opt_class": self.optimizer}
         for group in self.optimizer.param_groups:
             group["lr"] = first_lr(self.hparams.noam_scheduler)

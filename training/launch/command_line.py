@@ -7,9 +7,10 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from ruamel.yaml.scalarbool import ScalarBoolean
 from common.errors import EXIT_USER_ERROR, Interrupted, UserError
 from training.launch.key_help import keys_as_text
 from training.launch.run_options import IN_USE, option_actions
-from training.launch.settings import DEFAULTS, SETTINGS, VERBATIM, check_setting
-from training.launch.suggestions import describe_unknown, misspelt
+from training.launch.settings import DEFAULTS, SETTINGS, VERBATIM, check_setting, check_together
+from training.launch.suggestions import describe_unknown, misspelt, similar_argument
 from training.launch.yaml_file import is_open, read_yaml, resolved_text, tag_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -189,6 +190,8 @@ def check_keys(param_file: str, overrides: dict, script: str | None = None) -> N
             raise UserError(f"{param_file}: {key} is read by nothing. Did you mean {ours}?")
         if not tag_of(written[key]):
             check_setting(key, written[key], f"{param_file}: ")
+    plain = {key: value for key, value in written.items() if not tag_of(value)}
+    check_together(plain | overrides, f"{param_file}: ")
 
 
 def parse_overrides(arguments: Sequence[str], switches: Sequence[str] = ()) -> dict:
@@ -240,23 +243,54 @@ def load_hparams(param_file: str, overrides: dict) -> dict:
     check_keys(param_file, overrides)
     try:
         hparams = load_hyperpyyaml(resolved_text(param_file, overrides))
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise UserError(f"{param_file}: {error}") from error
-    except ValueError as error:
-        raise UserError(f"{param_file}: {error}") from error
+    except Exception as error:
+        if (part := _part_that_failed(error)) is None:
+            raise
+        raise UserError(
+            f"{param_file}: {part} cannot be made with these values: {_first_words(error, part)}"
+        ) from error
     return DEFAULTS | hparams
 
 
+def _part_that_failed(error: Exception) -> str | None:
+    """The class or function that HyperPyYAML called when an exception came."""
+    trace, part = error.__traceback__, None
+    while trace is not None:
+        part = trace.tb_frame.f_locals.get("callable_string", part)
+        trace = trace.tb_next
+    return part
+
+
+def _first_words(error: Exception, part: str) -> str:
+    """What a constructor said; HyperPyYAML puts a line of its own before it."""
+    words = str(error.args[-1]) if error.args else ""
+    if unexpected := re.search(r"unexpected keyword argument '(\w+)'", words):
+        return f"it takes no {unexpected[1]}.{similar_argument(part, unexpected[1])}"
+    return f"{words} ({type(error).__name__})"
+
+
 def _check_kind(key: str, written: object, given: object) -> None:
-    """Refuses a word for a number and a number for a switch; what is null or computed takes all."""
-    if given is None or not isinstance(written, (bool, int, float)):
+    """Refuses a word for a number and a number for a switch or an object.
+
+    What is null or computed takes all, and null takes the place of all.
+    """
+    if given is None:
         return
-    if isinstance(written, (bool, ScalarBoolean)):
+    if isinstance(written, Mapping):
+        fits, wanted = isinstance(given, Mapping), "parts of it, such as '{name: value}'"
+    elif isinstance(written, list):
+        fits, wanted = isinstance(given, list), "a list, such as '[a, b]'"
+    elif isinstance(written, (bool, ScalarBoolean)):
         fits, wanted = isinstance(given, bool), "True or False"
-    else:
+    elif isinstance(written, (int, float)):
         fits, wanted = isinstance(given, (int, float)) and not isinstance(given, bool), "a number"
+    else:
+        return
     if not fits:
-        raise UserError(f"--{key} is {given!r}; it must be {wanted}, as in the file: {written}.")
+        shown = "" if isinstance(written, (Mapping, list)) else f", as in the file: {written}"
+        raise UserError(f"--{key} is {given!r}; it must be {wanted}{shown}.")
 
 
 def _leave_process_group() -> None:

@@ -26,7 +26,8 @@ def own_device(asked_for: str | None) -> str:
         else:
             asked_for = "mps" if torch.backends.mps.is_available() and rank is None else "cpu"
     if not asked_for.startswith("cuda"):
-        return asked_for
+        # Checkpoints know no device of the name cpu:0.
+        return "cpu" if asked_for == "cpu:0" else asked_for
     if asked_for == "cuda":
         return f"cuda:{rank or 0}"
     if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:

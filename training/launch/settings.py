@@ -111,6 +111,9 @@ _OPTIONAL_PATH = Setting("path", optional=True)
 _OPTIONAL_PATHS = Setting("paths", optional=True)
 _PRECISION = Setting("name", choices=("fp32", "fp16", "bf16"))
 
+ATTENTION_ENCODERS = ("branchformer", "conformer", "transformer")
+"""Names of ``encoder_module`` that divide the model's width among heads."""
+
 SETTINGS: dict[str, Setting] = {
     "seed": Setting("integer"),
     "data_folder": _PATH,
@@ -146,6 +149,8 @@ SETTINGS: dict[str, Setting] = {
     "lr_adam": Setting("number", low=0),
     "weight_decay": Setting("number", low=0),
     "n_warmup_steps": Setting("integer", low=0),
+    "n_hold_steps": Setting("integer", low=0),
+    "total_steps": _COUNT,
     "ctc_weight": _SHARE,
     "label_smoothing": Setting("number", low=0, below=1),
     "n_fft": _COUNT,
@@ -176,7 +181,7 @@ SETTINGS: dict[str, Setting] = {
     "temperature_lm": _POSITIVE,
     "min_decode_ratio": Setting("number", low=0),
     "max_decode_ratio": _POSITIVE,
-    "scorer_beam_scale": _POSITIVE,
+    "scorer_beam_scale": Setting("number", low=1),
     "no_lm": _SWITCH,
     "lm_weight": Setting("number", low=0),
     "token_ngram_weight": Setting("number", low=0),
@@ -247,3 +252,34 @@ def check_setting(key: str, value: object, where: str) -> None:
     setting = SETTINGS.get(key)
     if setting is not None and setting.refuses(value):
         raise UserError(f"{where}{key} is {value!r}; {setting}.{setting.hint}")
+
+
+def check_together(values: Mapping[str, Any], where: str) -> None:
+    """Checks what depends on each other.
+
+    Args:
+        values: of the keys that hold plain values.
+        where: what comes before a key in the message.
+
+    Raises:
+        UserError: two values that exclude each other.
+    """
+
+    def refuse(first: str, wrong: str, second: str, hint: str = "") -> None:
+        raise UserError(
+            f"{where}{first} is {values[first]} and {second} is {values[second]}; "
+            f"{first} must {wrong} {second}.{hint}"
+        )
+
+    has = values.keys().__ge__
+    attends = values.get("encoder_module") in ATTENTION_ENCODERS or (
+        values.get("decoder_module") == "transformer" and values.get("num_decoder_layers")
+    )
+    if attends and has({"d_model", "nhead"}) and values["d_model"] % values["nhead"]:
+        refuse("d_model", "be a multiple of", "nhead", " Give --nhead or --d_model.")
+    for low, high in (
+        ("min_decode_ratio", "max_decode_ratio"),
+        ("n_warmup_steps", "total_steps"),
+    ):
+        if has({low, high}) and values[low] > values[high]:
+            refuse(low, "not be above", high)
