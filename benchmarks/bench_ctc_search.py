@@ -27,8 +27,9 @@ from speechbrain.decoders.ctc import CTCBeamSearcher
 from torch import nn
 
 from benchmarks.ctc_outputs import CHARACTERS, ctc_log_probs, lexicon, sentences, spelled
-from benchmarks.report import markdown_table, origin, write_report
+from benchmarks.report import origin, write_report
 from benchmarks.targets import Target
+from common.tables import markdown_table
 from decoding.ctc_beam_search import CTCBeamSearch
 from modules.TransformerASR import TransformerASR
 from tools.make_ngram import estimate, write_arpa

@@ -33,18 +33,18 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 LANGUAGE_MODELS = ("TransformerLM", "MambaLM")
 JOINT_SEARCHES = ("CachedBeamSearcher",)
-CTC_SETTINGS = (
-    "beam_size",
-    "beam_prune_logp",
-    "token_prune_min_logp",
-    "prune_history",
-    "alpha",
-    "beta",
-    "unk_score_offset",
-    "score_boundary",
-    "hotword_token_min_logp",
-)
-"""Of a CTC model's search."""
+CTC_SETTINGS: Mapping[str, type] = {
+    "beam_size": int,
+    "beam_prune_logp": float,
+    "token_prune_min_logp": float,
+    "prune_history": bool,
+    "alpha": float,
+    "beta": float,
+    "unk_score_offset": float,
+    "score_boundary": bool,
+    "hotword_token_min_logp": float,
+}
+"""Of a CTC model's search, with their types."""
 
 _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 16
@@ -115,7 +115,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         _check_node(search, "search", (*config["network"], *lms))
         return
     for name, value in search.items():
-        if name not in CTC_SETTINGS or not isinstance(value, (int, float)):
+        wanted = CTC_SETTINGS.get(name)
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
             raise UserError(f"search has {name} {value!r}, which the search of a CTC model lacks.")
         _check_node(value, f"search.{name}", ())
 

@@ -1,17 +1,20 @@
 """A recogniser in parts, from its description and its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sentencepiece as spm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from common.errors import UserError
+from inference.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE
 from inference.classes import build
-from inference.config import FEATURES, NETWORK
+from inference.config import FEATURES
 from inference.weights import NORMALIZER
+from modules.lengths import relative_lengths
 from modules.speech_encoder import SpeechEncoder
 
 STATISTICS = ("count", "glob_mean", "glob_std")
@@ -92,28 +95,27 @@ def make_model(
     Raises:
         UserError: the configuration describes none, or the weights belong to another.
     """
-    check_weights(config, tensors, lm_tensors)
+    network, lm = _networks(config, tensors, lm_tensors)
     try:
-        described = {**config["features"], **config["network"]}
-        parts = {name: build(node, {}) for name, node in described.items()}
-        lm = build(config["lm"], {}) if "lm" in config else None
-        for part in NETWORK.keys() & parts.keys():
-            own = parts[part].state_dict()
-            parts[part].load_state_dict({name: tensors[f"{part}.{name}"] for name in own})
+        with _Construction(tensors, lm_tensors):
+            features = {name: build(node, {}) for name, node in config["features"].items()}
+        parts = {**features, **network}
+        for part, module in network.items():
+            own = module.state_dict()
+            module.load_state_dict({name: tensors[f"{part}.{name}"] for name in own})
         if lm is not None:
             lm.load_state_dict(lm_tensors)
         _load_statistics(parts["normalize"], tensors)
         encoder = SpeechEncoder(*(parts[name] for name in (*FEATURES, "CNN", "Transformer")))
         model = Model(dict(config), encoder, parts["ctc_lin"], parts.get("seq_lin"), lm, tokenizer)
-        # What a search lacks should come to light before the first recording does.
-        build_joint_search(model)
+        for part in [encoder, *model.parts().values()]:
+            part.eval().requires_grad_(False)
+        _try_out(model)
     except UserError:
         raise
     except Exception as error:
         # Whatever a constructor of the table makes of arguments that nobody foresaw.
         raise UserError(_no_model(error)) from None
-    for part in [encoder, *model.parts().values()]:
-        part.eval().requires_grad_(False)
     return model
 
 
@@ -124,18 +126,39 @@ def check_weights(
 ) -> int:
     """Checks a configuration and its weights against each other; arguments as in ``make_model``.
 
-    It takes next to no memory, whatever sizes the configuration names.
-
     Returns:
         trainable parameters of the recogniser, its language model not counted.
 
     Raises:
         UserError: they do not fit; the message names a tensor.
     """
+    network, _ = _networks(config, tensors, lm_tensors)
+    return sum(p.numel() for module in network.values() for p in module.parameters())
+
+
+def _networks(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    lm_tensors: Mapping[str, Tensor] | None,
+) -> tuple[dict[str, nn.Module], nn.Module | None]:
+    """The parts with weights and the language model, whose weights fit but are still to be loaded.
+
+    They take no more memory than the weights, whatever sizes the configuration names.
+
+    Raises:
+        UserError: see ``check_weights``.
+    """
     try:
-        with torch.device("meta"):
+        # The first weights of a mixer's dynamics are computed from random numbers.
+        draws = torch.random.fork_rng(devices=[])
+        with draws, _Construction(tensors, lm_tensors) as construction:
+            construction.check_sizes(
+                {key: config.get(key) for key in ("features", "network", "lm")}
+            )
             parts = {name: build(node, {}) for name, node in config["network"].items()}
             lm = build(config["lm"], {}) if "lm" in config else None
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(_no_model(error)) from None
     outputs = config["tokens"]["outputs"]
@@ -151,7 +174,70 @@ def check_weights(
     _check_shapes(tensors, {**shapes, **statistics})
     lm_shapes = {} if lm is None else {k: tensor.shape for k, tensor in lm.state_dict().items()}
     _check_shapes(lm_tensors or {}, lm_shapes)
-    return sum(p.numel() for module in parts.values() for p in module.parameters())
+    return parts, lm
+
+
+class _Construction(TorchFunctionMode):
+    """Around the construction of networks whose weights are there already.
+
+    None are drawn, and a network that these weights cannot be of is refused before it takes the
+    memory that its configuration asks for.
+
+    Args:
+        tensors, lm_tensors: the weights.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], lm_tensors: Mapping[str, Tensor] | None
+    ) -> None:
+        super().__init__()
+        weights = [*tensors.values(), *(lm_tensors or {}).values()]
+        self._largest_size = max([_ANY_SIZE, *(size for w in weights for size in w.shape)])
+        self._bytes_left = _ANY_BYTES + 4 * sum(4 * weight.numel() for weight in weights)
+        self._tensors_left = _ANY_TENSORS + 8 * len(weights)
+
+    def check_sizes(self, node: Any) -> None:
+        """Refuses a number that no dimension of the weights explains."""
+        if isinstance(node, Mapping):
+            node = list(node.values())
+        if isinstance(node, list):
+            for item in node:
+                self.check_sizes(item)
+        elif isinstance(node, int) and node > self._largest_size:
+            raise UserError(f"its weights belong to another model: none has a size of {node}.")
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _DRAWING:
+            return args[0] if args else (kwargs or {})["tensor"]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            num_bytes = result.numel() * result.element_size()
+            if func in _ALLOCATING:
+                self._bytes_left -= num_bytes
+                self._tensors_left -= 1
+            if num_bytes > max(self._bytes_left, 0) or self._tensors_left < 0:
+                raise UserError("its weights belong to another model: it describes a larger one.")
+        return result
+
+
+_ANY_SIZE = 1 << 20
+_ANY_BYTES = 1 << 26
+_ANY_TENSORS = 1000
+_ALLOCATING = frozenset(
+    {torch.arange, torch.empty, torch.eye, torch.full, torch.linspace, torch.ones, torch.rand}
+    | {torch.randn, torch.tensor, torch.zeros, Tensor.repeat}
+)
+_DRAWING = frozenset(
+    {Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_}
+    | {nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.orthogonal_}
+    | {nn.init.xavier_normal_, nn.init.xavier_uniform_}
+)
 
 
 def build_joint_search(model: Model, **settings: Any) -> Any:
@@ -162,6 +248,23 @@ def build_joint_search(model: Model, **settings: Any) -> Any:
     if model.kind != "s2s":
         return None
     return build({**model.config["search"], **settings}, model.parts())
+
+
+@torch.inference_mode()
+def _try_out(model: Model) -> None:
+    """Recognises a frame of silence: what does not fit together shows before the first recording.
+
+    Raises:
+        Exception: whatever the parts raise.
+    """
+    if not MIN_SAMPLE_RATE <= model.sample_rate <= MAX_SAMPLE_RATE:
+        raise UserError(f"its sampling rate is {model.sample_rate} Hz, which is impossible.")
+    num_samples_B = torch.tensor([model.min_samples])
+    encoder_out_BTD, num_frames_B = model.encoder(torch.zeros(1, model.min_samples), num_samples_B)
+    model.ctc_lin(encoder_out_BTD)
+    search = build_joint_search(model)
+    if search is not None:
+        search(encoder_out_BTD, relative_lengths(num_frames_B, encoder_out_BTD.shape[1]))
 
 
 def _no_model(error: Exception) -> str:

@@ -47,13 +47,19 @@ def pack(tensors: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
 
 
 def unpack(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``pack``, in float32."""
+    """The inverse of ``pack``, in float32.
+
+    Raises:
+        UserError: scales that belong to another tensor.
+    """
     tensors = {}
     for name, tensor in stored.items():
         if name.endswith(_SCALE_SUFFIX):
             continue
         scale_R = stored.get(name + _SCALE_SUFFIX)
         if scale_R is not None:
+            if scale_R.shape != tensor.shape[:1]:
+                raise UserError(f"{name} has scales that are not one for each of its rows.")
             tensor = tensor.float() * scale_R.reshape(-1, *[1] * (tensor.dim() - 1))
         tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
     return tensors

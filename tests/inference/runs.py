@@ -1,15 +1,9 @@
-"""Run folders with random weights, made in no time."""
+"""Run folders with a tiny network of random weights, made in no time."""
 
-import io
 from pathlib import Path
 
-import torch
-from hyperpyyaml import load_hyperpyyaml, resolve_references
+from benchmarks import random_model
 
-from tests.ctc_runs import REPOSITORY
-from text.tokenizer import train_tokenizer
-
-TEXT = ["ONE TWO THREE", "FOUR FIVE SIX", "SEVEN EIGHT NINE ZERO"]
 SMALL = {
     "d_model": 16,
     "nhead": 2,
@@ -17,36 +11,14 @@ SMALL = {
     "d_ffn": 16,
     "token_type": "char",
     "output_neurons": 31,
-    "data_folder": "nowhere",
 }
 
 
 def resolved(yaml_file: str, **overrides) -> str:
     """A YAML file of ``hparams`` as a run with these overrides records it."""
-    text = (REPOSITORY / "hparams" / f"{yaml_file}.yaml").read_text(encoding="utf-8")
-    overrides = {"data_folder": "nowhere", **overrides}
-    return resolve_references(io.StringIO(text), overrides, overrides_must_match=False).read()
+    return random_model.resolved(yaml_file, **overrides)
 
 
 def make_run(folder: Path, yaml_file: str, **overrides) -> Path:
     """The output folder of an evaluated run of this file, as far as a bundle needs it."""
-    averaged = folder / "save" / "averaged"
-    averaged.mkdir(parents=True)
-    text = resolved(yaml_file, **{**SMALL, "output_folder": str(folder), **overrides})
-    (folder / "hyperparams.yaml").write_text(text, encoding="utf-8")
-    hparams = load_hyperpyyaml(text)
-    torch.manual_seed(0)
-    for weight in hparams["ctc_lin"].parameters():
-        # Far from the uniform: searches of two implementations agree where nothing is a tie.
-        torch.nn.init.normal_(weight)
-    train_tokenizer(
-        TEXT,
-        folder / "save" / "tokenizer.model",
-        token_type="char",
-        output_neurons=hparams["output_neurons"],
-    )
-    torch.save(hparams["model"].state_dict(), averaged / "model.ckpt")
-    hparams["normalize"].train()
-    hparams["normalize"](torch.randn(2, 50, hparams["n_mels"]) * 10 - 30)
-    hparams["normalize"]._save(averaged / "normalizer.ckpt")
-    return folder
+    return random_model.make_run(folder, yaml_file, **{**SMALL, **overrides})

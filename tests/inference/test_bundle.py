@@ -15,6 +15,7 @@ from inference import Recognizer
 from inference.bundle import main, read_bundle, read_run, write_bundle
 from inference.hub import FILES
 from inference.model import make_model
+from inference.weights import unpack
 from tests.inference.runs import make_run
 from training.evaluation import leave_bundle
 
@@ -127,13 +128,22 @@ def test_a_link_out_of_the_folder_is_refused(bundle, tmp_path, name):
         (set_at("network", "Transformer", "d_model", to="wide"), "no model of ours"),
         (set_at("network", "Transformer", "encoder_module", to="brain"), "no model of ours"),
         (set_at("network", "Transformer", "colour", to=1), "no model of ours"),
+        (set_at("network", "Transformer", "num_encoder_layers", to=1 << 30), "none has a size"),
+        (set_at("network", "Transformer", "num_encoder_layers", to=1 << 20), "a larger one"),
+        (set_at("network", "Transformer", "mamba_config", "d_state", to=1 << 20), "a larger one"),
+        (set_at("network", "CNN", "input_shape", to=[1 << 12, 1 << 12, 80]), "a larger one"),
         (set_at("network", "CNN", "kernel_sizes", to={"ref": "Transformer"}), "refers to"),
         (set_at("features", "compute_features", "n_fft", to=8), "no model of ours"),
+        (set_at("features", "compute_features", "n_mels", to=40), "no model of ours"),
+        (set_at("features", "compute_features", "sample_rate", to=80), "80 Hz, which is impossib"),
+        (set_at("features", "compute_features", "win_length_ms", to=60_000), "no model of ours"),
         (set_at("features", to=[]), "features is"),
         (set_at("tokens", "outputs", to=30), "number of outputs than the tokens' 30"),
         (set_at("tokens", "blank", to=31), "the blank 31"),
         (set_at("tokens", "outputs", to=True), "True outputs"),
         (set_at("search", "beam_size", to=[1]), r"beam_size \[1\]"),
+        (set_at("search", "beam_size", to=2.5), "beam_size 2.5"),
+        (set_at("search", "prune_history", to=0.5), "prune_history 0.5"),
         (set_at("search", "ngram", to="/etc/passwd"), "search has ngram"),
         (set_at("lm", to={"class": "MambaLM", "vocab": 31}), "lm.safetensors is missing"),
         (set_at("results", to=[1]), "results is"),
@@ -143,6 +153,21 @@ def test_a_configuration_that_cannot_be_is_refused(bundle, change, message):
     change_config(bundle, change)
     with pytest.raises(UserError, match=message):
         read_bundle(bundle)
+
+
+def test_loading_draws_no_random_numbers(bundle):
+    before = torch.get_rng_state()
+    read_bundle(bundle)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_scales_of_other_rows_are_refused(bundle):
+    tensors = safetensors.torch.load_file(bundle / "model.safetensors")
+    # Multiplied out, 4 kB would become a megabyte.
+    tensors["more"] = torch.zeros(1, 1000, dtype=torch.int8)
+    tensors["more#scale"] = torch.zeros(250)
+    with pytest.raises(UserError, match="more has scales that are not one for each"):
+        unpack(tensors)
 
 
 def test_deep_and_huge_configurations_are_refused(bundle):
