@@ -482,3 +482,30 @@ def test_a_word_ngram_decides_between_what_the_audio_leaves_open(run, tone_corpu
         texts.append(beams[0].text)
     assert texts[0] != "ONE TWO"
     assert texts[1] == "ONE TWO"
+
+
+@pytest.mark.parametrize("splits", ["[train, train2]", "[train2]"])
+def test_a_split_may_be_called_train_as_the_manifest_of_all_is(tmp_path, splits):
+    sizes = {"train": 3, "train2": 2, "dev": 1}
+    corpus, folder = make_corpus(tmp_path / "corpus", sizes), tmp_path / "run"
+    keys = {"train_splits": splits, "dev_splits": "[dev, train]", "number_of_epochs": 1}
+    if splits == "[train, train2]":
+        keys["dev_splits"] = "[dev]"
+    assert train(command_line(corpus, folder, test_splits="[]", **keys)) == 0
+    names = {path.name: len(read_manifest(path)) for path in folder.glob("*[!d].csv")}
+    assert names["train.csv"] == 3
+    expected = {"[train, train2]": ("all_train.csv", 5), "[train2]": ("train2.csv", 2)}[splits]
+    assert expected in names.items()
+    transcripts = {row.wrd for row in read_manifest(folder / expected[0])}
+    assert len(transcripts) == expected[1]
+
+
+def test_a_run_may_begin_with_splicing(run, tone_corpus, tmp_path):
+    folder, weights = tmp_path / "run", run / "save" / "averaged" / "model.ckpt"
+    keys = {"spliced_share": 1.0, "splice_from_epoch": 1, "splice_min_log_prob": -100, **ONE_BATCH}
+    arguments = command_line(tone_corpus, folder, test_splits="[]", number_of_epochs=1, **keys)
+    assert train([*arguments, "--init_from", str(weights)]) == 0
+    assert read_segments(folder / "save" / "segments.json")[0]
+    statistics = torch.load(checkpoints(folder)[-1] / "normalizer.ckpt", weights_only=True)
+    heard = torch.load(checkpoints(run)[-1] / "normalizer.ckpt", weights_only=True)
+    torch.testing.assert_close(statistics["glob_mean"], heard["glob_mean"], rtol=0.1, atol=1.0)

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +46,14 @@ from training.splicing.splice import Splicing
 
 logger = logging.getLogger(__name__)
 
-TRAIN_MANIFEST = "train.csv"
+
+def train_manifest(hparams: Mapping) -> str:
+    """Name of the manifest of all training splits; one of a split's own is not overwritten."""
+    splits = {*hparams["train_splits"], *hparams["dev_splits"], *hparams["test_splits"]}
+    name = "train"
+    while name in splits and hparams["train_splits"] != [name]:
+        name = f"all_{name}"
+    return f"{name}.csv"
 
 
 def check_splits(hparams: dict, test_only: bool) -> None:
@@ -76,7 +83,7 @@ def prepare_manifests(hparams: dict, test_only: bool) -> None:
             dev_splits=dev,
             te_splits=test,
             merge_lst=train,
-            merge_name=TRAIN_MANIFEST if train else None,
+            merge_name=train_manifest(hparams) if train else None,
             skip_prep=hparams["skip_prep"],
             held_out_speakers=hparams["held_out_speakers"],
             skip_bad=hparams["skip_bad"],
@@ -114,7 +121,7 @@ def prepare_tokenizer(hparams: dict) -> None:
 
         keep({"tokenizer": "of the language model"}, source, copy)
         return
-    rows = read_rows(Path(hparams["output_folder"]) / TRAIN_MANIFEST, "")
+    rows = read_rows(Path(hparams["output_folder"]) / train_manifest(hparams), "")
     transcripts = [row["wrd"] for row in rows.values()]
     settings = {name: hparams[name] for name in TOKENIZER_SETTINGS}
     digest = hashlib.sha256("\n".join(transcripts).encode()).hexdigest()
@@ -146,7 +153,7 @@ def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
     if test_only:
         return loaders
 
-    rows = read_rows(folder / TRAIN_MANIFEST, data_root)
+    rows = read_rows(folder / train_manifest(hparams), data_root)
     policy = hparams["unknown_characters"]
     unknown = count_unknown_characters(tokenizer, (row["wrd"] for row in rows.values()))
     check_unknown_characters(unknown, policy, "Training transcripts")

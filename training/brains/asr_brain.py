@@ -198,13 +198,25 @@ class ASRBrain(RunBrain):
         )
         hidden = self.noprogressbar or not if_main_process()
         self.modules.eval()
+        normalize = self.hparams.normalize
+        if normalize.norm_type == "global" and not normalize.count:
+            # Where the first epoch begins with this, no speech has been heard yet.
+            normalize.train()
+            for batch in tqdm(loader, desc="levels of the features", disable=hidden):
+                self._end_if_asked_to()
+                wav_BS = batch.sig.data.to(self.device)
+                self.speech_encoder.features(wav_BS, batch.num_samples.to(self.device), epoch=0)
+            normalize.eval()
         for batch in tqdm(loader, desc="aligning words", disable=hidden):
-            _, stop = self.agree(True, self.stop_request.signal_number)
-            if stop:
-                raise Interrupted(stop)
+            self._end_if_asked_to()
             with torch.no_grad(), self.evaluation_ctx:
                 outputs = self.compute_forward(batch, sb.Stage.VALID)
             yield batch, outputs.ctc_log_probs_BTV, outputs.front_end.num_frames_B
+
+    def _end_if_asked_to(self) -> None:
+        _, stop = self.agree(True, self.stop_request.signal_number)
+        if stop:
+            raise Interrupted(stop)
 
     def on_fit_start(self):
         """As the parent's; the front end that is called is the one that synchronises gradients."""
