@@ -1,9 +1,21 @@
-"""The scan on a GPU: milliseconds, and the share of the memory bandwidth they come to."""
+"""The scan on a GPU: milliseconds, and the share of the memory bandwidth they come to.
+
+    python -m benchmarks.scan_gpu --sweep
+
+times the kernels under other block sizes and numbers of registers (`triton_launch.Tuning`), without
+what the host does: a row per setting, the default first.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
 import importlib.util
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,11 +33,14 @@ class GpuShape(NamedTuple):
     frames: int
 
 
+SHAPES = (GpuShape(32, 1024, 400), GpuShape(8, 1024, 3000))
+
+
 def bench_cuda(rounds: int) -> tuple[str, list[Target]]:
     """Milliseconds and the share of the memory bandwidth that an ideal kernel would need."""
     bandwidth = copy_bandwidth("cuda", 1 << 28, torch.cuda.synchronize)
     rows, targets = [], []
-    for shape in (GpuShape(32, 1024, 400), GpuShape(8, 1024, 3000)):
+    for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             inputs = make_inputs(*shape, device="cuda", dtype=dtype)
             of_both = make_inputs_of_both(*shape, device="cuda", dtype=dtype)
@@ -66,7 +81,7 @@ def bench_cuda(rounds: int) -> tuple[str, list[Target]]:
                         Target(
                             f"{what}: times as fast as mamba_ssm",
                             times["mamba_ssm"] / times["`triton`"],
-                            1,
+                            1.1 if backward else 2 if shape.frames == 3000 else 1.3,
                             True,
                             "x",
                         )
@@ -87,3 +102,115 @@ def _bytes_moved(inputs: list[Tensor], backward: bool, ways: int) -> int:
     forward = ways * of_each_way + z + u
     # Reads the inputs and the output's gradient, writes the gradients.
     return forward + (2 * ways * of_each_way + 2 * z + u if backward else 0)
+
+
+# Settings that are compared with the default, by what they change.
+SETTINGS: list[dict[str, int | None]] = [
+    {},
+    *({"forward_registers": count} for count in (96, 168, None)),
+    *({"ends_registers": count} for count in (96, None)),
+    *({"backward_registers": count} for count in (128, None)),
+    # From one piece to many, whatever the number of channels.
+    *({"programs": count, "enough_programs": 1000} for count in (1, 16, 32, 64, 96, 192)),
+]
+_COMPILE = "--compile"
+
+
+def sweep() -> str:
+    """A table of milliseconds on the device alone, for every setting, shape and pass."""
+    # Compilers side by side: one after another they would take minutes.
+    own = [sys.executable, "-m", "benchmarks.scan_gpu", _COMPILE]
+    compilers = [
+        subprocess.Popen([*own, str(i)])
+        for i, changes in enumerate(SETTINGS)
+        if not changes or any("registers" in name for name in changes)
+    ]
+    for compiler in compilers:
+        compiler.wait()
+    rows = []
+    for changes in SETTINGS:
+        name = ", ".join(f"{name} {value}" for name, value in changes.items()) or "default"
+        try:
+            times = _device_times(changes)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            times = [str(error).splitlines()[0][:60]]
+        rows.append([name, *times, *[""] * (2 * len(SHAPES) + 1 - len(times))])
+        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+    columns = [f"{tuple(shape)} {what}" for shape in SHAPES for what in ("fwd", "fwd+bwd")]
+    header = ["setting", *columns, "both directions, last shape, fwd+bwd"]
+    return markdown_table(header, rows)
+
+
+@contextlib.contextmanager
+def tuned(changes: dict[str, int | None]) -> Iterator[None]:
+    """Within it the kernels are launched with these settings."""
+    from ops.selective_scan import triton_launch
+
+    default = triton_launch.TUNING
+    triton_launch.TUNING = default._replace(**changes)
+    try:
+        yield
+    finally:
+        triton_launch.TUNING = default
+
+
+def _device_times(changes: dict[str, int | None]) -> list[str]:
+    times = []
+    with tuned(changes):
+        for shape in SHAPES:
+            inputs = make_inputs(*shape, device="cuda")
+            for backward in (False, True):
+                call = runner(functools.partial(scan, "triton"), inputs, backward)
+                times.append(f"{device_ms(call):.3f}")
+        of_both = make_inputs_of_both(*SHAPES[-1], device="cuda")
+        call = runner(functools.partial(both_ways, "triton"), of_both, True)
+        times.append(f"{device_ms(call):.3f}")
+    return times
+
+
+def device_ms(call: Callable[[], None], repeats: int = 10) -> float:
+    """Median milliseconds of a call on the device: its kernels as a graph, nothing of the host."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def _compile(changes: dict[str, int | None]) -> None:
+    """Leaves what a setting needs in Triton's cache."""
+    with tuned(changes):
+        for make, function in ((make_inputs, scan), (make_inputs_of_both, both_ways)):
+            inputs = make(*SHAPES[-1], device="cuda")
+            runner(functools.partial(function, "triton"), inputs, True)()
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", action="store_true", help="compare settings of the kernels")
+    parser.add_argument("--rounds", type=int, default=7, help="times are medians of so many")
+    parser.add_argument(_COMPILE, type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.compile is not None:
+        _compile(SETTINGS[arguments.compile])
+    elif arguments.sweep:
+        print(sweep())
+    else:
+        print(bench_cuda(arguments.rounds)[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -11,10 +11,10 @@ take 160, and end as one row in memory. Every block of 32 channels leaves its ow
 torch adds up: no atomics, the same bits every time. The parts together are twice (state / 32) times
 the size of the input.
 
-Where there are too few channels to fill the GPU, SPLIT warps of a program share the states.
+Where there are too few channels to fill the GPU, time is cut (`triton_pieces`).
 
-About 27 instructions per state and frame are issued, 9 of them for the folding, which takes longer
-than the memory needs for the same frame. Not tuned by measurements.
+About 26 instructions per state and frame are issued, 9 of them for the folding, which takes longer
+than the memory needs for the same frame.
 """
 
 # Triton's compiler has no unpacking within a tuple.
@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ops.selective_scan.triton_pieces import blocks_of_piece, entering_state, segment_of
 from ops.selective_scan.triton_rows import (
     END,
     TILE,
@@ -37,6 +38,7 @@ from ops.selective_scan.triton_rows import (
     nearest_frame,
     packed_projection,
     place_in_scan,
+    places_of_states,
     step_size,
     store_rows,
     store_zeros,
@@ -47,12 +49,12 @@ from ops.triton_sequences import LOG2E, Sequence, num_valid_frames, sigmoid
 class WayGradientPointers(NamedTuple):
     """Where the gradients of a `WayPointers` go; contiguous float32 but for u and delta.
 
-    Those of parameters remain to be added up over their first two axes, batch and programs in time:
-    A, constant B and C (batch, programs, state, dim), D and bias (batch, programs, dim). Those of
+    Those of parameters remain to be added up over their first two axes, batch and pieces: A,
+    constant B and C (batch, pieces, state, dim), D and bias (batch, pieces, dim). Those of
     time-varying B and C stand in ``projections`` (one or both, batch, blocks of channels, state,
-    time), where frames beyond an item's length are left as they are. ``carry`` (batch, programs,
-    state, dim) ends, in the program that holds the block scanned first, as the gradient of the
-    initial state. ``last_state`` (batch, state, dim) is read.
+    time). ``carry`` (batch, pieces, state, dim) ends, in the piece that is scanned first, as the
+    gradient of the initial state. ``last_state`` (batch, state, dim) is read, and so are ``ends``
+    and ``steps``, which are those of `WayPointers` for the gradients of the states.
     """
 
     u: Sequence
@@ -65,6 +67,8 @@ class WayGradientPointers(NamedTuple):
     projections: torch.Tensor | None
     carry: torch.Tensor
     last_state: torch.Tensor | None
+    ends: torch.Tensor
+    steps: torch.Tensor
     end: int = END
 
 
@@ -98,36 +102,6 @@ def _fold(values, lane, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _join_pairs(values, DISTANCE: tl.constexpr):
-    joined = ()
-    for i in tl.static_range(DISTANCE):
-        joined = joined + (tl.join(values[i], values[i + DISTANCE]),)
-    return joined
-
-
-@triton.jit
-def _split_pairs(values, DISTANCE: tl.constexpr):
-    low = ()
-    high = ()
-    for i in tl.static_range(DISTANCE):
-        first, second = tl.split(values[i])
-        low = low + (first,)
-        high = high + (second,)
-    return low + high
-
-
-@triton.jit
-def _sum_splits(rows, SPLIT: tl.constexpr):
-    """Sums of a tile's rows (SPLIT, channels) over the warps, as (1, channels) in each of them."""
-    if SPLIT > 1:
-        # Together, for a sum over warps takes two barriers.
-        joined = _join_pairs(_join_pairs(_join_pairs(_join_pairs(rows, 8), 4), 2), 1)
-        total = (tl.sum(joined[0], axis=0, keep_dims=True),)
-        rows = _split_pairs(_split_pairs(_split_pairs(_split_pairs(total, 1), 2), 4), 8)
-    return rows
-
-
-@triton.jit
 def _repeat(row):
     rows = ()
     for _ in tl.static_range(TILE):
@@ -136,28 +110,27 @@ def _repeat(row):
 
 
 @triton.jit
-def _load_frames(first, start, lo, hi, reverse, mask, NUM_STATE, CUT: tl.constexpr):
-    """A state's entries of packed B or C for the frames of a tile, each (SPLIT, 1)."""
+def _load_frames(first, start, lo, hi, reverse, NUM_STATE, CUT: tl.constexpr):
+    """A state's entries of packed B or C for the frames of a tile, each (1, 1)."""
     sign = tl.where(reverse, -1, 1)
     entries = ()
     for j in tl.static_range(TILE):
         # Without cuts the distance is a constant and costs no address arithmetic.
         away = sign * (nearest_frame(start + sign * j, lo, hi) - start) if CUT else j
-        entries = entries + (tl.load(first + away * NUM_STATE, mask=mask, other=0.0),)
+        entries = entries + (tl.load(first + away * NUM_STATE),)
     return entries
 
 
 @triton.jit
 def _load_state(
-    first_state, A, grad_A, carry, tile_states, initial_state, dim, channel, channel_mask, has_kept,
-    enters, NUM_STATE: tl.constexpr, SPLIT: tl.constexpr,
+    n, A, grad_A, carry, tile_states, initial_state, dim, channel, channel_mask, has_kept, enters,
+    NUM_STATE: tl.constexpr,
 ):  # fmt: skip
-    """What a tile needs of SPLIT states: each (SPLIT, channels).
+    """What a tile needs of a state, each (1, channels); zeros beyond the last state.
 
     Returns:
         Decay rate, state before the tile, gradient of the state after it, gradient of A so far.
     """
-    n = first_state + tl.arange(0, SPLIT)[:, None]
     mask = (n < NUM_STATE) & channel_mask
     of_parameter = n * dim + channel
     h = tl.load(tile_states + of_parameter, mask=mask & has_kept, other=0.0)
@@ -174,12 +147,13 @@ def _load_state(
 @triton.jit
 def _backward_way(
     first, second, first_grads, second_grads, is_second, z, grad_y, grad_z, valid, time, dim, group,
-    num_groups, channel, channel_mask, reverse, block_frames, block_from, block_to, output_scale,
-    add, NUM_STATE: tl.constexpr, SPLIT: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr,
+    num_groups, channel, channel_mask, reverse, block_frames, piece_frames, output_scale, add,
+    NUM_STATE: tl.constexpr, STATES: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr,
     VARIABLE_B: tl.constexpr, VARIABLE_C: tl.constexpr, SOFTPLUS: tl.constexpr, CUT: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients over the blocks block_from .. block_to; where ``add``, that of z on top of it."""
+    """Gradients over the program's piece; where ``add``, that of z on top of it."""
+    piece = tl.program_id(1)
     COUNT: tl.constexpr = 16 * (VARIABLE_B + VARIABLE_C)
     sign = tl.where(reverse, -1, 1)
     item = tl.program_id(2).to(tl.int64)
@@ -215,40 +189,46 @@ def _backward_way(
         projections = either(first_grads.projections, second_grads.projections, is_second, BOTH)
 
     # Sums that outlast a tile wait in memory.
-    nothing = tl.zeros([SPLIT, WARP], tl.float32)
-    for first_state in range(0, NUM_STATE, SPLIT):
-        n = first_state + tl.arange(0, SPLIT)[:, None]
-        mask = (n < NUM_STATE) & channel_mask
-        of_parameter = n * dim + channel
-        tl.store(grad_A + of_parameter, nothing, mask=mask)
-        if not VARIABLE_B:
-            tl.store(grad_B + of_parameter, nothing, mask=mask)
-        if not VARIABLE_C:
-            tl.store(grad_C + of_parameter, nothing, mask=mask)
+    n_all = tl.arange(0, STATES)[:, None]
+    all_mask = (n_all < NUM_STATE) & channel_mask
+    of_parameters = places_of_states(n_all, channel, dim, time)
+    nothing_yet = tl.zeros([STATES, WARP], tl.float32)
+    tl.store(grad_A + of_parameters, nothing_yet, mask=all_mask)
+    if not VARIABLE_B:
+        tl.store(grad_B + of_parameters, nothing_yet, mask=all_mask)
+    if not VARIABLE_C:
+        tl.store(grad_C + of_parameters, nothing_yet, mask=all_mask)
     grad_D_row = tl.zeros([1, WARP], tl.float32)
     grad_bias_row = tl.zeros([1, WARP], tl.float32)
+    nothing = tl.zeros([1, WARP], tl.float32)
+    ends = either(first_grads.ends, second_grads.ends, is_second, BOTH)
+    steps = either(first_grads.steps, second_grads.steps, is_second, BOTH)
 
-    final_block = tl.maximum(valid - 1, 0) // block_frames
-    block_to = tl.minimum(block_to, final_block + 1)
+    block_from, block_to = blocks_of_piece(piece, block_frames, piece_frames, valid)
     for b in range(block_to - block_from):
         # The block that is scanned first comes last, so that its carry remains.
         block = tl.where(reverse, block_from + b, block_to - 1 - b)
-        lo = block * block_frames
-        hi = tl.minimum(lo + block_frames, valid)
-        enters = block == tl.where(reverse, final_block, 0)
-        leaves = block == tl.where(reverse, 0, final_block)
+        segment = segment_of(block, piece, block_frames, piece_frames, valid, reverse)
+        lo = segment.lo
+        hi = segment.hi
+        # Gradients of states run against the scan.
+        turned = segment_of(block, piece, block_frames, piece_frames, valid, reverse == 0)
+        enters = segment.enters
+        leaves = turned.enters
         if BOTH:
             # Only the first way has states from and to somewhere else.
             enters = enters & (is_second == 0)
             leaves = leaves & (is_second == 0)
-        for first_state in range(0, NUM_STATE, SPLIT):
-            n = first_state + tl.arange(0, SPLIT)[:, None]
-            mask = (n < NUM_STATE) & channel_mask
-            g = nothing
-            if first_grads.last_state is not None:
-                of_item = (item * NUM_STATE + n) * dim + channel
-                g = tl.load(first_grads.last_state + of_item, mask=mask & leaves, other=0.0)
-            tl.store(carry + n * dim + channel, g, mask=mask)
+        g_all = nothing_yet
+        if first_grads.last_state is not None:
+            of_item = item * NUM_STATE * dim + of_parameters
+            g_all = tl.load(first_grads.last_state + of_item, mask=all_mask & leaves, other=0.0)
+        A2_all = tl.load(A + of_parameters, mask=all_mask, other=0.0) * LOG2E
+        g_all = entering_state(
+            g_all, A2_all, ends, steps, piece, tl.num_programs(1), turned.distance, reverse == 0,
+            dim, channel, of_parameters, all_mask, channel_mask, NUM_STATE,
+        )  # fmt: skip
+        tl.store(carry + of_parameters, g_all, mask=all_mask)
 
         tile_from = lo // TILE
         tile_to = tl.where(hi > lo, tl.cdiv(hi, TILE), tile_from)
@@ -256,9 +236,9 @@ def _backward_way(
             # Carries and sums of the tile before are read by threads that did not write them.
             tl.debug_barrier()
             tile = tl.where(reverse, tile_from + i, tile_to - 1 - i)
-            scanned_first = i == tile_to - tile_from - 1
+            scanned_first = (i == tile_to - tile_from - 1) & (segment.distance == 0)
             start = tl.where(reverse, tile * TILE + TILE - 1, tile * TILE)
-            # The tile that is scanned first has none.
+            # The tile of a block that is scanned first has none.
             kept_tile = item * (tl.cdiv(time, TILE) - 1) + tl.where(reverse, tile, tile - 1)
             tile_states = states + kept_tile * NUM_STATE * dim
 
@@ -297,37 +277,32 @@ def _backward_way(
             has_kept = scanned_first == 0
             A_next, h_next, g_next, grad_A_next = _load_state(
                 0, A, grad_A, carry, tile_states, initial_state, dim, channel, channel_mask,
-                has_kept, scanned_first & enters, NUM_STATE, SPLIT,
+                has_kept, scanned_first & enters, NUM_STATE,
             )  # fmt: skip
             place = place_in_scan(start, time, reverse)
-            for first_state in range(0, NUM_STATE, SPLIT):
+            for n in range(NUM_STATE):
                 A_n = A_next
                 h = h_next
                 g = g_next
                 grad_A_n = grad_A_next
                 A_next, h_next, g_next, grad_A_next = _load_state(
-                    first_state + SPLIT, A, grad_A, carry, tile_states, initial_state, dim, channel,
-                    channel_mask, has_kept, scanned_first & enters, NUM_STATE, SPLIT,
+                    n + 1, A, grad_A, carry, tile_states, initial_state, dim, channel, channel_mask,
+                    has_kept, scanned_first & enters, NUM_STATE,
                 )  # fmt: skip
-                n = first_state + tl.arange(0, SPLIT)[:, None]
-                mask = (n < NUM_STATE) & channel_mask
                 of_parameter = n * dim + channel
+                one = tl.zeros([1, 1], tl.int32) + n
                 if VARIABLE_B:
-                    B_first = packed_B + place * NUM_STATE + n
-                    B_n = _load_frames(
-                        B_first, start, lo, hi, reverse, n < NUM_STATE, NUM_STATE, CUT
-                    )
+                    B_first = packed_B + place * NUM_STATE + one
+                    B_n = _load_frames(B_first, start, lo, hi, reverse, NUM_STATE, CUT)
                 else:
-                    B_n = _repeat(tl.load(B + of_parameter, mask=mask, other=0.0))
-                    grad_B_n = tl.load(grad_B + of_parameter, mask=mask, other=0.0)
+                    B_n = _repeat(tl.load(B + of_parameter, mask=channel_mask, other=0.0))
+                    grad_B_n = tl.load(grad_B + of_parameter, mask=channel_mask, other=0.0)
                 if VARIABLE_C:
-                    C_first = packed_C + place * NUM_STATE + n
-                    C_n = _load_frames(
-                        C_first, start, lo, hi, reverse, n < NUM_STATE, NUM_STATE, CUT
-                    )
+                    C_first = packed_C + place * NUM_STATE + one
+                    C_n = _load_frames(C_first, start, lo, hi, reverse, NUM_STATE, CUT)
                 else:
-                    C_n = _repeat(tl.load(C + of_parameter, mask=mask, other=0.0))
-                    grad_C_n = tl.load(grad_C + of_parameter, mask=mask, other=0.0)
+                    C_n = _repeat(tl.load(C + of_parameter, mask=channel_mask, other=0.0))
+                    grad_C_n = tl.load(grad_C + of_parameter, mask=channel_mask, other=0.0)
 
                 # Entry j is the state in front of frame j.
                 h_rows = (h,)
@@ -365,23 +340,21 @@ def _backward_way(
                 by_decay = new_by_decay
                 if z is not None:
                     outputs = new_outputs
-                tl.store(carry + of_parameter, g, mask=mask)
-                tl.store(grad_A + of_parameter, grad_A_n, mask=mask)
+                tl.store(carry + of_parameter, g, mask=channel_mask)
+                tl.store(grad_A + of_parameter, grad_A_n, mask=channel_mask)
                 if not VARIABLE_B:
-                    tl.store(grad_B + of_parameter, grad_B_n, mask=mask)
+                    tl.store(grad_B + of_parameter, grad_B_n, mask=channel_mask)
                 if not VARIABLE_C:
-                    tl.store(grad_C + of_parameter, grad_C_n, mask=mask)
+                    tl.store(grad_C + of_parameter, grad_C_n, mask=channel_mask)
                 if COUNT > 0:
                     frame = start + sign * (lane % TILE)
                     kind = (lane // TILE).to(tl.int64) * tl.num_programs(2)
                     part = (kind + item) * tl.num_programs(0) + tl.program_id(0)
                     of_sum = (part * NUM_STATE + n) * time + frame
-                    wanted = (n < NUM_STATE) & (lane < COUNT) & (frame >= lo) & (frame < hi)
+                    wanted = (lane < COUNT) & (frame >= lo) & (frame < hi)
                     sums = _fold(B_sums + C_sums, lane, COUNT)
                     tl.store(projections + of_sum, sums, mask=wanted)
 
-            by_x = _sum_splits(by_x, SPLIT)
-            by_decay = _sum_splits(by_decay, SPLIT)
             # Loaded again: in registers they would have displaced the loop's.
             u_rows = load_rows(
                 u, first.u, channel, channel_mask, start, lo, hi, reverse, TILE, WIDE
@@ -411,7 +384,6 @@ def _backward_way(
                 hi, reverse, TILE, WIDE,
             )  # fmt: skip
             if z is not None:
-                outputs = _sum_splits(outputs, SPLIT)
                 z_rows = load_rows(
                     z.pointer, z, channel, channel_mask, start, lo, hi, reverse, TILE, WIDE
                 )
@@ -441,16 +413,32 @@ def _backward_way(
     tl.store(grad_bias + program * dim + channel, grad_bias_row, mask=channel_mask)
 
 
+@triton.jit
+def _clear_projections(
+    projections, time, lo, hi, KINDS: tl.constexpr, NUM_STATE: tl.constexpr
+):  # fmt: skip
+    """Zeros in the frames lo .. hi of the program's gradients of B and C."""
+    if KINDS > 0:
+        item = tl.program_id(2).to(tl.int64)
+        for kind in range(KINDS):
+            part = (kind * tl.num_programs(2) + item) * tl.num_programs(0) + tl.program_id(0)
+            for start in range(lo, hi, WARP):
+                t = start + tl.arange(0, WARP)
+                for n in range(NUM_STATE):
+                    zeros = tl.zeros([WARP], tl.float32)
+                    tl.store(projections + (part * NUM_STATE + n) * time + t, zeros, mask=t < hi)
+
+
 @triton.jit(
     do_not_specialize=[
         "time", "first_reverse", "second_reverse", "first_block_frames", "second_block_frames",
-        "blocks_per_program", "add",
+        "piece_frames", "add",
     ]
 )  # fmt: skip
 def selective_scan_backward_kernel(
     first, second, first_grads, second_grads, z, grad_y, grad_z, lengths, time, dim, num_groups,
-    first_reverse, second_reverse, first_block_frames, second_block_frames, blocks_per_program, add,
-    output_scale, NUM_STATE: tl.constexpr, SPLIT: tl.constexpr, FULL_CHANNELS: tl.constexpr,
+    first_reverse, second_reverse, first_block_frames, second_block_frames, piece_frames, add,
+    output_scale, NUM_STATE: tl.constexpr, STATES: tl.constexpr, FULL_CHANNELS: tl.constexpr,
     BOTH: tl.constexpr, ADD: tl.constexpr, VARIABLE_B: tl.constexpr, VARIABLE_C: tl.constexpr,
     SOFTPLUS: tl.constexpr, CUT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -464,29 +452,34 @@ def selective_scan_backward_kernel(
     """
     group, channel, channel_mask = channels_of_program(dim, num_groups, WARP, FULL_CHANNELS)
     valid = num_valid_frames(lengths, time)
-    block_from = tl.program_id(1) * blocks_per_program
-    block_to = tl.minimum(block_from + blocks_per_program, tl.cdiv(time, first_block_frames))
     for way in range(2 if BOTH else 1):
         is_second = way == 1
         if BOTH:
             # The second way reads what other threads of the program have written.
             tl.debug_barrier()
-        block_frames = either(first_block_frames, second_block_frames, is_second, BOTH)
         _backward_way(
             first, second, first_grads, second_grads, is_second, z, grad_y, grad_z, valid, time,
             dim, group, num_groups, channel, channel_mask,
-            either(first_reverse, second_reverse, is_second, BOTH) != 0, block_frames, block_from,
-            either(block_to, tl.cdiv(time, block_frames), is_second, BOTH), output_scale,
-            is_second | (add != 0), NUM_STATE, SPLIT, BOTH, ADD, VARIABLE_B, VARIABLE_C, SOFTPLUS,
-            CUT, WIDE,
+            either(first_reverse, second_reverse, is_second, BOTH) != 0,
+            either(first_block_frames, second_block_frames, is_second, BOTH), piece_frames,
+            output_scale, is_second | (add != 0), NUM_STATE, STATES, BOTH, ADD, VARIABLE_B,
+            VARIABLE_C, SOFTPLUS, CUT, WIDE,
         )  # fmt: skip
     if lengths is not None:
-        padding_from = tl.maximum(block_from * first_block_frames, valid)
-        padding_to = tl.minimum(block_to * first_block_frames, time)
+        padding_from = tl.maximum(tl.program_id(1) * piece_frames, valid)
+        padding_to = tl.minimum((tl.program_id(1) + 1) * piece_frames, time)
         for way in range(2 if BOTH else 1):
             grad_u = either(first_grads.u.pointer, second_grads.u.pointer, way == 1, BOTH)
             grad_delta = either(
                 first_grads.delta.pointer, second_grads.delta.pointer, way == 1, BOTH
+            )
+            projections = None
+            if first_grads.projections is not None:
+                projections = either(
+                    first_grads.projections, second_grads.projections, way == 1, BOTH
+                )
+            _clear_projections(
+                projections, time, padding_from, padding_to, VARIABLE_B + VARIABLE_C, NUM_STATE
             )
             store_zeros(grad_u, first_grads.u, channel, channel_mask, padding_from, padding_to)
             store_zeros(

@@ -1,4 +1,4 @@
-"""Triton kernel of the selective scan, forward: a thread carries a channel through time.
+"""Triton kernel of the selective scan, forward: a thread carries a channel through a piece of time.
 
 What bounds it. A frame of a channel with 16 states costs 16 exponentials, besides 4 for the step
 size and the gate, and as many bytes as its inputs and output have: 16 in float32. On a Hopper GPU
@@ -6,17 +6,12 @@ the special function units need about as long for the former as the memory for t
 everything else must fit beside them. So
 
 - A thread owns a channel and keeps its states in registers: the sum over states needs no exchange,
-  time no parallel scan, every decay is computed once. Channels are the lanes: memory with channels
-  last is read in whole lines.
+  time no parallel scan. Channels are the lanes: memory with channels last is read in whole lines.
 - The next frames are fetched while the present ones are computed.
-- Where there are too few channels to fill the GPU, a program takes fewer than 32 and spreads the
-  states over the lanes that are left.
-- Both directions of a bidirectional layer run one after the other in the same program and through
-  the same code. The second adds to what the first wrote: nothing is flipped, nothing is stored
-  twice.
-
-The block sizes come from this arithmetic and from the compiled code; they have not been tuned by
-measurements.
+- Where there are too few channels to fill the GPU, time is cut (`triton_pieces`).
+- Both directions of a bidirectional layer run one after the other in the same program, over the
+  same piece and through the same code. The second adds to what the first wrote, which is still in
+  the caches: nothing is flipped, nothing is stored twice.
 """
 
 # Triton's compiler has no unpacking within a tuple.
@@ -25,7 +20,9 @@ measurements.
 import triton
 import triton.language as tl
 
+from ops.selective_scan.triton_pieces import blocks_of_piece, entering_state, segment_of
 from ops.selective_scan.triton_rows import (
+    STEP,
     TILE,
     channels_of_program,
     either,
@@ -34,29 +31,28 @@ from ops.selective_scan.triton_rows import (
     nearest_frame,
     packed_projection,
     place_in_scan,
+    places_of_states,
     step_size,
     store_rows,
     store_zeros,
 )
 from ops.triton_sequences import LOG2E, num_valid_frames, sigmoid
 
-# Frames that are unrolled, and fetched ahead. Divides TILE.
-STEP = tl.constexpr(8)
-
 
 @triton.jit
 def _scan_way(
     first, second, is_second, z, y, valid, time, dim, group, num_groups, channel, channel_mask,
-    reverse, block_frames, block_from, block_to, output_scale, add, NUM_STATE: tl.constexpr,
+    reverse, block_frames, piece_frames, output_scale, add, NUM_STATE: tl.constexpr,
     STATES: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr, VARIABLE_B: tl.constexpr,
     VARIABLE_C: tl.constexpr, SOFTPLUS: tl.constexpr, CUT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Scans the blocks block_from .. block_to of an item; where ``add``, on top of ``y``."""
+    """Scans the program's piece of an item; where ``add``, on top of ``y``."""
+    piece = tl.program_id(1)
     sign = tl.where(reverse, -1, 1)
     item = tl.program_id(2).to(tl.int64)
     n = tl.arange(0, STATES)[:, None]
     state_mask = (n < NUM_STATE) & channel_mask
-    of_parameter = n * dim + channel
+    of_parameter = places_of_states(n, channel, dim, time)
     of_item = item * NUM_STATE * dim + of_parameter
     u = either(first.u.pointer, second.u.pointer, is_second, BOTH)
     delta = either(first.delta.pointer, second.delta.pointer, is_second, BOTH)
@@ -76,17 +72,24 @@ def _scan_way(
     else:
         C_t = tl.load(C + of_parameter, mask=state_mask, other=0.0)
 
-    final_block = tl.maximum(valid - 1, 0) // block_frames
-    block_to = tl.minimum(block_to, final_block + 1)
+    ends = either(first.ends, second.ends, is_second, BOTH)
+    steps = either(first.steps, second.steps, is_second, BOTH)
+    block_from, block_to = blocks_of_piece(piece, block_frames, piece_frames, valid)
     for block in range(block_from, block_to):
-        lo = block * block_frames
-        hi = tl.minimum(lo + block_frames, valid)
+        segment = segment_of(block, piece, block_frames, piece_frames, valid, reverse)
+        lo = segment.lo
+        hi = segment.hi
         h = tl.zeros([STATES, channel.shape[1]], tl.float32)
         if first.initial_state is not None:
-            enters = block == tl.where(reverse, final_block, 0)
+            enters = segment.enters
             if BOTH:
+                # Only the first way has states from and to somewhere else.
                 enters = enters & (is_second == 0)
             h = tl.load(first.initial_state + of_item, mask=state_mask & enters, other=0.0)
+        h = entering_state(
+            h, A2, ends, steps, piece, tl.num_programs(1), segment.distance, reverse, dim, channel,
+            of_parameter, state_mask, channel_mask, NUM_STATE,
+        )  # fmt: skip
 
         step_from = lo // STEP
         step_to = tl.where(hi > lo, tl.cdiv(hi, STEP), step_from)
@@ -123,7 +126,7 @@ def _scan_way(
             if first.states is not None:
                 states = either(first.states, second.states, is_second, BOTH)
                 edge = tl.where(reverse, start + 1, start)
-                if (edge % TILE == 0) & (i > 0):
+                if (edge % TILE == 0) & ((i > 0) | (segment.distance > 0)):
                     tile = item * (tl.cdiv(time, TILE) - 1)
                     tile += tl.where(reverse, start // TILE, start // TILE - 1)
                     kept_states = states + tile * NUM_STATE * dim
@@ -153,24 +156,25 @@ def _scan_way(
                 y.pointer, y, rows, channel, channel_mask, start, lo, hi, reverse, STEP, WIDE
             )
             start = after
-        leaves = block == tl.where(reverse, 0, final_block)
-        tl.store(last_state + of_item, h, mask=state_mask & leaves)
+        # Where a scan the other way round would begin.
+        turned = segment_of(block, piece, block_frames, piece_frames, valid, reverse == 0)
+        tl.store(last_state + of_item, h, mask=state_mask & turned.enters)
 
 
 @triton.jit(
     do_not_specialize=[
         "time", "first_reverse", "second_reverse", "first_block_frames", "second_block_frames",
-        "blocks_per_program", "add",
+        "piece_frames", "add",
     ]
 )  # fmt: skip
 def selective_scan_forward_kernel(
     first, second, z, y, lengths, time, dim, num_groups, first_reverse, second_reverse,
-    first_block_frames, second_block_frames, blocks_per_program, add, output_scale,
+    first_block_frames, second_block_frames, piece_frames, add, output_scale,
     NUM_STATE: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr,
     FULL_CHANNELS: tl.constexpr, BOTH: tl.constexpr, ADD: tl.constexpr, VARIABLE_B: tl.constexpr,
     VARIABLE_C: tl.constexpr, SOFTPLUS: tl.constexpr, CUT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One way, or the sum of two. Grid (blocks of channels, programs in time, batch).
+    """One way, or the sum of two. Grid (blocks of channels, pieces, batch).
 
     Args:
         first: `WayPointers`.
@@ -180,28 +184,25 @@ def selective_scan_forward_kernel(
         y: `Sequence`.
         lengths: int64 (batch,) or None.
         first_block_frames: frames after which the first way begins anew.
-        blocks_per_program: how many of these blocks a program takes; all of them if BOTH.
+        piece_frames: frames of a piece; of a single piece ``ends`` are not read.
         add: nonzero to add to what ``y`` holds, which needs ADD; the second way always does.
         output_scale: factor of the output.
     """
     group, channel, channel_mask = channels_of_program(dim, num_groups, CHANNELS, FULL_CHANNELS)
     valid = num_valid_frames(lengths, time)
-    block_from = tl.program_id(1) * blocks_per_program
-    block_to = tl.minimum(block_from + blocks_per_program, tl.cdiv(time, first_block_frames))
     for way in range(2 if BOTH else 1):
         is_second = way == 1
         if BOTH:
             # The second way reads what other threads of the program have written.
             tl.debug_barrier()
-        block_frames = either(first_block_frames, second_block_frames, is_second, BOTH)
         _scan_way(
             first, second, is_second, z, y, valid, time, dim, group, num_groups, channel,
-            channel_mask, either(first_reverse, second_reverse, is_second, BOTH) != 0, block_frames,
-            block_from, either(block_to, tl.cdiv(time, block_frames), is_second, BOTH),
+            channel_mask, either(first_reverse, second_reverse, is_second, BOTH) != 0,
+            either(first_block_frames, second_block_frames, is_second, BOTH), piece_frames,
             output_scale, is_second | (add != 0), NUM_STATE, STATES, BOTH, ADD, VARIABLE_B,
             VARIABLE_C, SOFTPLUS, CUT, WIDE,
         )  # fmt: skip
     if lengths is not None:
-        padding_from = tl.maximum(block_from * first_block_frames, valid)
-        padding_to = tl.minimum(block_to * first_block_frames, time)
+        padding_from = tl.maximum(tl.program_id(1) * piece_frames, valid)
+        padding_to = tl.minimum((tl.program_id(1) + 1) * piece_frames, time)
         store_zeros(y.pointer, y, channel, channel_mask, padding_from, padding_to)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple, overload
 
 import torch
@@ -17,15 +16,36 @@ from ops.selective_scan.triton_backward import (
     selective_scan_backward_kernel,
 )
 from ops.selective_scan.triton_forward import selective_scan_forward_kernel
-from ops.selective_scan.triton_rows import TILE, WARP, WayPointers, pack_projection_kernel
+from ops.selective_scan.triton_pieces import selective_scan_ends_kernel
+from ops.selective_scan.triton_rows import TILE, WARP, WayPointers, pack_projections_kernel
 from ops.triton_sequences import Sequence
 
 # States that a thread of the forward keeps in registers.
 _STATES_PER_THREAD = 16
-# A program takes as many blocks of `reset_every` frames as hold this many: each leaves a part of
-# the gradient of A, and the parts together must stay small against the inputs.
-_FRAMES_PER_PROGRAM = 256
 _PACKED_FRAMES = 64
+
+
+class Tuning(NamedTuple):
+    """What decides over speed alone; `benchmarks.scan_gpu` tries others.
+
+    Attributes:
+        programs: of a warp each, that a multiprocessor is wanted to have: time is cut until then.
+        enough_programs: with so many, time is not cut: cutting repeats the exponentials.
+        min_piece_frames: the shortest piece.
+        forward_registers: of a thread, which decides how many programs run at once.
+        ends_registers: of a thread of the kernel that prepares the pieces.
+        backward_registers: of a thread; None leaves it to the compiler.
+    """
+
+    programs: int = 48
+    enough_programs: int = 7
+    min_piece_frames: int = 64
+    forward_registers: int | None = 128
+    ends_registers: int | None = 128
+    backward_registers: int | None = 168
+
+
+TUNING = Tuning()
 
 
 def launch_forward(
@@ -38,16 +58,15 @@ def launch_forward(
     ways, z, softplus, lengths = arguments
     for launch in _launches(ways, lengths):
         call = launch.call
-        channels = _forward_channels(call)
-        first, second = _pair(
-            call.pointers(ways[i], last_states[i], states[i] if states else None)
-            for i in launch.ways
-        )
+        first, second = launch.pointers(last_states, states)
         with torch.cuda.device_of(y):
-            selective_scan_forward_kernel[call.grid(channels)](
+            first, second = launch.find_ends(first, second, None, None, softplus)
+            selective_scan_forward_kernel[call.grid(call.channels)](
                 first, second, _sequence(z), _sequence(y), lengths, *launch.sizes(),
-                STATES=triton.next_power_of_2(call.num_states), CHANNELS=channels,
-                **launch.constants(channels, softplus, z, y), num_warps=1,
+                CHANNELS=call.channels, VARIABLE_B=launch.variable[0],
+                VARIABLE_C=launch.variable[1], **launch.ways_constants(),
+                **call.constants(call.channels, softplus, z, y),
+                num_warps=1, maxnreg=TUNING.forward_registers,
             )  # fmt: skip
 
 
@@ -63,15 +82,23 @@ def launch_backward(
     grad_z = None if z is None else empty_like(z)
     for launch in _launches(ways, lengths):
         call = launch.call
-        grid = call.grid(WARP.value)
-        split = _backward_split(call, grid)
-        parts = [_GradientParts(call, grid, ways[i], grad_last_states[i]) for i in launch.ways]
-        first, second = _pair(call.pointers(ways[i], None, states[i]) for i in launch.ways)
+        parts = [_GradientParts(call, ways[i], grad_last_states[i]) for i in launch.ways]
+        first, second = launch.pointers(None, states)
+        first_grads, second_grads = _pair(part.pointers() for part in parts)
         with torch.cuda.device_of(grad_y):
-            selective_scan_backward_kernel[grid](
-                first, second, *_pair(part.pointers() for part in parts), _sequence(z),
-                _sequence(grad_y), _sequence(grad_z), lengths, *launch.sizes(), SPLIT=split,
-                **launch.constants(WARP.value, softplus, z, grad_y), num_warps=split,
+            first_ends, second_ends = launch.find_ends(
+                first._replace(initial_state=first_grads.last_state),
+                second._replace(initial_state=second_grads.last_state),
+                z, grad_y, softplus,
+            )  # fmt: skip
+            first_grads = first_grads._replace(ends=first_ends.ends, steps=first_ends.steps)
+            second_grads = second_grads._replace(ends=second_ends.ends, steps=second_ends.steps)
+            selective_scan_backward_kernel[call.grid(WARP.value)](
+                first, second, first_grads, second_grads, _sequence(z), _sequence(grad_y),
+                _sequence(grad_z), lengths, *launch.sizes(), VARIABLE_B=launch.variable[0],
+                VARIABLE_C=launch.variable[1], **launch.ways_constants(),
+                **call.constants(WARP.value, softplus, z, grad_y),
+                num_warps=1, maxnreg=TUNING.backward_registers,
             )  # fmt: skip
         grads += [part.collect() for part in parts]
     return grads, grad_z
@@ -84,6 +111,52 @@ class _Launch(NamedTuple):
     ways: tuple[int, ...]
     scale: float
 
+    @property
+    def variable(self) -> tuple[bool, bool]:
+        """Whether B and C vary over time."""
+        first = self.call.ways[0]
+        return first.B.dim() == 4, first.C.dim() == 4
+
+    def pointers(
+        self, last_states: list[Tensor] | None, states: list[Tensor] | None
+    ) -> tuple[WayPointers, WayPointers]:
+        """What the kernels are told of the first way and the second, or the first again."""
+        call = self.call
+        return _pair(
+            call.pointers(
+                way, projections, last_states[i] if last_states else None,
+                states[i] if states else None,
+            )
+            for i, way, projections in zip(self.ways, call.ways, call.projections(), strict=True)
+        )  # fmt: skip
+
+    def find_ends(
+        self, first: WayPointers, second: WayPointers, z: Tensor | None, grad_y: Tensor | None,
+        softplus: bool,
+    ) -> tuple[WayPointers, WayPointers]:  # fmt: skip
+        """Both with the ``ends`` and ``steps`` of their states, or for ``grad_y`` of gradients."""
+        call = self.call
+        if call.num_pieces == 1:
+            return first, second
+        count = len(self.ways)
+        per_piece = call.num_states * call.dim
+        ends = call.new(count, call.batch, call.num_pieces, per_piece)
+        steps = call.new(count, call.batch, call.num_pieces, call.dim)
+        first = first._replace(ends=ends[0], steps=steps[0])
+        second = second._replace(ends=ends[-1], steps=steps[-1])
+        channel_blocks, num_pieces, batch = call.grid(call.channels)
+        turns = int(grad_y is not None)
+        of_each = [call.ways[0], call.ways[-1]]
+        selective_scan_ends_kernel[(channel_blocks, num_pieces * count, batch)](
+            first, second, _sequence(z), _sequence(grad_y), call.lengths, call.time, call.dim,
+            call.groups, *(int(way.reverse) ^ turns for way in of_each),
+            *(call.block_frames(way) for way in of_each), call.piece_frames, self.scale,
+            CHANNELS=call.channels, VARIABLE=self.variable[turns], BOTH=count == 2,
+            **call.constants(call.channels, softplus, z, grad_y),
+            num_warps=1, maxnreg=TUNING.ends_registers,
+        )  # fmt: skip
+        return first, second
+
     def sizes(self) -> tuple:
         """The arguments of a kernel from ``time`` to ``output_scale``."""
         call, of_each = self.call, [self.call.ways[0], self.call.ways[-1]]
@@ -93,18 +166,14 @@ class _Launch(NamedTuple):
             call.groups,
             *(int(way.reverse) for way in of_each),
             *(call.block_frames(way) for way in of_each),
-            call.blocks_per_program,
+            call.piece_frames,
             int(self._adds()),
             self.scale,
         )
 
-    def constants(self, channels: int, softplus: bool, *shared: Tensor | None) -> dict:
-        """What kernels are compiled for; ``shared`` are sequences that belong to no way."""
+    def ways_constants(self) -> dict:
         both = len(self.ways) == 2
-        return self.call.constants(channels, softplus, *shared) | {
-            "BOTH": both,
-            "ADD": both or self._adds(),
-        }
+        return {"BOTH": both, "ADD": both or self._adds()}
 
     def _adds(self) -> bool:
         return self.ways[0] > 0
@@ -126,25 +195,6 @@ def _alike(first: Way, second: Way) -> bool:
         return way.u.stride(), way.delta.stride(), types, present
 
     return parts(first) == parts(second) and second.initial_state is None
-
-
-def _forward_channels(call: _Call) -> int:
-    """Channels of a program: of a warp's lanes, those that are left hold further states."""
-    states = triton.next_power_of_2(call.num_states)
-    channels = max(1, min(WARP.value, WARP.value * _STATES_PER_THREAD // states))
-    # A warp for each of the four schedulers of a multiprocessor.
-    while channels > 8 and call.num_programs(channels) < 4 * _num_multiprocessors(call.device):
-        channels //= 2
-    return channels
-
-
-def _backward_split(call: _Call, grid: tuple[int, int, int]) -> int:
-    """Warps that share the states: its registers leave room for two per scheduler."""
-    split, programs = 1, math.prod(grid)
-    wanted = 8 * _num_multiprocessors(call.device)
-    while split < min(4, call.num_states // 2 + 1) and split * programs < wanted:
-        split *= 2
-    return split
 
 
 @functools.cache
@@ -181,69 +231,99 @@ class _Call:
         self.batch, self.dim, self.time = ways[0].u.shape
         self.device = ways[0].u.device
         self.num_states = ways[0].A.shape[1]
+        self.states = triton.next_power_of_2(self.num_states)
         projections = [x for way in ways for x in (way.B, way.C) if x.dim() == 4]
         self.groups = max((x.shape[1] for x in projections), default=1)
-        blocks = triton.cdiv(self.time, self.block_frames(ways[0]))
-        # Two ways share programs, which cannot be cut where one of them goes on.
-        self.blocks_per_program = blocks
-        if len(ways) == 1:
-            wanted = triton.cdiv(_FRAMES_PER_PROGRAM, self.block_frames(ways[0]))
-            self.blocks_per_program = min(blocks, wanted)
-        self.programs_in_time = triton.cdiv(blocks, self.blocks_per_program)
+        # Of a warp's lanes, those that are left hold further states.
+        self.channels = max(1, min(WARP.value, WARP.value * _STATES_PER_THREAD // self.states))
+        self.piece_frames = self._piece_frames()
+        self.num_pieces = triton.cdiv(self.time, self.piece_frames)
+
+    def _piece_frames(self) -> int:
+        programs = self._channel_blocks(WARP.value) * self.batch
+        multiprocessors = _num_multiprocessors(self.device)
+        pieces = 1
+        if programs < TUNING.enough_programs * multiprocessors:
+            pieces = triton.cdiv(TUNING.programs * multiprocessors, programs)
+        frames = max(triton.cdiv(self.time, pieces), TUNING.min_piece_frames)
+        return triton.cdiv(frames, TILE.value) * TILE.value
+
+    def new(self, *shape: int) -> Tensor:
+        """Uninitialised memory in float32."""
+        return self.ways[0].u.new_empty(shape, dtype=torch.float32)
 
     def block_frames(self, way: Way) -> int:
         return way.reset_every or self.time
 
-    def grid(self, channels: int) -> tuple[int, int, int]:
-        channel_blocks = self.groups * triton.cdiv(self.dim // self.groups, channels)
-        return channel_blocks, self.programs_in_time, self.batch
+    def _channel_blocks(self, channels: int) -> int:
+        return self.groups * triton.cdiv(self.dim // self.groups, channels)
 
-    def num_programs(self, channels: int) -> int:
-        channel_blocks, in_time, batch = self.grid(channels)
-        return channel_blocks * in_time * batch
+    def grid(self, channels: int) -> tuple[int, int, int]:
+        return self._channel_blocks(channels), self.num_pieces, self.batch
 
     def constants(self, channels: int, softplus: bool, *shared: Tensor | None) -> dict:
-        first = self.ways[0]
+        """What kernels are compiled for; ``shared`` are sequences that belong to no way."""
         sequences = [x for way in self.ways for x in (way.u, way.delta)]
         sequences += [x for x in shared if x is not None]
         return {
             "NUM_STATE": self.num_states,
+            "STATES": self.states,
             "FULL_CHANNELS": self.dim // self.groups % channels == 0,
-            "VARIABLE_B": first.B.dim() == 4,
-            "VARIABLE_C": first.C.dim() == 4,
             "SOFTPLUS": softplus,
             "CUT": any(way.reset_every is not None for way in self.ways),
             "WIDE": any(x.stride(2) * self.time >= 2**31 for x in sequences),
         }
 
-    def pointers(self, way: Way, last_state: Tensor | None, states: Tensor | None) -> WayPointers:
+    def pointers(
+        self, way: Way, projections: list[Tensor], last_state: Tensor | None,
+        states: Tensor | None,
+    ) -> WayPointers:  # fmt: skip
+        A = float32(way.A.t())
+        B, C = projections
         return WayPointers(
             _sequence(way.u),
             _sequence(way.delta),
-            float32(way.A.t()),
-            self._projection(way.B, way.reverse),
-            self._projection(way.C, way.reverse),
+            A,
+            B,
+            C,
             float32(way.D),
             float32(way.delta_bias),
             states,
             _by_state(way.initial_state),
             None if last_state is None else last_state.transpose(1, 2),
+            # Not None, for which kernels would be compiled apart; of one piece nobody reads them.
+            A,
+            A,
         )
 
-    def _projection(self, projection: Tensor, reverse: bool) -> Tensor:
-        if projection.dim() == 2:
-            return float32(projection.t())
-        projection = projection.expand(-1, self.groups, -1, -1)
-        num_tiles = triton.cdiv(self.time, TILE.value)
-        packed = projection.new_empty(
-            self.batch, self.groups, num_tiles * TILE.value, self.num_states, dtype=torch.float32
-        )
-        grid = (triton.cdiv(packed.shape[2], _PACKED_FRAMES), self.groups, self.batch)
+    def projections(self) -> list[list[Tensor]]:
+        """B and C of each way as the kernels want them, packed together where they are alike."""
+        pairs = [[way.B, way.C] for way in self.ways]
+        kinds: dict[tuple, list[tuple[int, int]]] = {}
+        for i, pair in enumerate(pairs):
+            for j, x in enumerate(pair):
+                if x.dim() == 2:
+                    pair[j] = float32(x.t())
+                else:
+                    x = pair[j] = x.expand(-1, self.groups, -1, -1)
+                    kinds.setdefault((x.dtype, x.stride()), []).append((i, j))
+        for places in kinds.values():
+            sources = [pairs[i][j] for i, j in places]
+            reverse = [self.ways[i].reverse for i, _ in places]
+            for (i, j), packed in zip(places, self._pack(sources, reverse), strict=True):
+                pairs[i][j] = packed
+        return pairs
+
+    def _pack(self, sources: list[Tensor], reverse: list[bool]) -> Tensor:
+        frames = triton.cdiv(self.time, TILE.value) * TILE.value
+        packed = self.new(len(sources), self.batch, self.groups, frames, self.num_states)
+        grid = (triton.cdiv(frames, _PACKED_FRAMES), self.groups * len(sources), self.batch)
         with torch.cuda.device_of(packed):
-            pack_projection_kernel[grid](
-                projection, packed, self.lengths, self.time, int(reverse), self.groups,
-                *projection.stride(), NUM_STATE=self.num_states,
-                STATES=triton.next_power_of_2(self.num_states), FRAMES=_PACKED_FRAMES,
+            pack_projections_kernel[grid](
+                *(sources * 4)[:4], packed, self.lengths, self.time,
+                sum(int(turned) << i for i, turned in enumerate(reverse)), self.groups,
+                *sources[0].stride(), NUM_STATE=self.num_states, STATES=self.states,
+                FRAMES=_PACKED_FRAMES, KINDS=len(sources),
             )  # fmt: skip
         return packed
 
@@ -251,25 +331,19 @@ class _Call:
 class _GradientParts:
     """Memory for the gradients of a way, and their sums once the kernel has filled it."""
 
-    def __init__(
-        self, call: _Call, grid: tuple[int, int, int], way: Way, grad_last_state: Tensor | None
-    ):
+    def __init__(self, call: _Call, way: Way, grad_last_state: Tensor | None):
         self.call, self.way, self.grad_last_state = call, way, _by_state(grad_last_state)
-        channel_blocks, in_time, batch = grid
-        new = functools.partial(way.u.new_empty, dtype=torch.float32)
-        parameter = (batch, in_time, call.num_states, call.dim)
+        channel_blocks, pieces, batch = call.grid(WARP.value)
+        parameter = (batch, pieces, call.num_states, call.dim)
         self.u, self.delta = empty_like(way.u), empty_like(way.delta)
-        self.A, self.carry = new(parameter), new(parameter)
-        self.B = new(parameter) if way.B.dim() == 2 else None
-        self.C = new(parameter) if way.C.dim() == 2 else None
-        self.D, self.bias = new(batch, in_time, call.dim), new(batch, in_time, call.dim)
+        self.A, self.carry = call.new(*parameter), call.new(*parameter)
+        self.B = call.new(*parameter) if way.B.dim() == 2 else None
+        self.C = call.new(*parameter) if way.C.dim() == 2 else None
+        self.D, self.bias = (call.new(batch, pieces, call.dim) for _ in range(2))
         kinds = (way.B.dim() == 4) + (way.C.dim() == 4)
         self.projections = None
         if kinds:
-            self.projections = new(kinds, batch, channel_blocks, call.num_states, call.time)
-            if call.lengths is not None:
-                # The kernel stays away from padding.
-                self.projections.zero_()
+            self.projections = call.new(kinds, batch, channel_blocks, call.num_states, call.time)
 
     def pointers(self) -> WayGradientPointers:
         return WayGradientPointers(
@@ -283,6 +357,8 @@ class _GradientParts:
             self.projections,
             self.carry,
             self.grad_last_state,
+            self.carry,
+            self.carry,
         )
 
     def collect(self) -> WayGradients:
@@ -309,13 +385,12 @@ class _GradientParts:
         way, call = self.way, self.call
         if way.initial_state is None:
             return None
-        program = torch.zeros(call.batch, dtype=torch.int64, device=call.device)
+        piece = torch.zeros(call.batch, dtype=torch.int64, device=call.device)
         if way.reverse:
-            valid = program + call.time if call.lengths is None else call.lengths
-            block = (valid - 1).clamp(min=0) // call.block_frames(way)
-            program = block // call.blocks_per_program
+            valid = piece + call.time if call.lengths is None else call.lengths
+            piece = (valid - 1).clamp(min=0) // call.piece_frames
         items = torch.arange(call.batch, device=call.device)
-        grad = self.carry[items, program].transpose(1, 2)
+        grad = self.carry[items, piece].transpose(1, 2)
         return empty_like(way.initial_state).copy_(grad)
 
 

@@ -27,6 +27,8 @@ from ops.triton_sequences import LOG2E, Sequence, num_valid_frames
 
 # Frames between two kept states, and of a tile of the backward.
 TILE = tl.constexpr(TILE_FRAMES)
+# Frames that a scan unrolls, and fetches ahead. Divides TILE.
+STEP = tl.constexpr(8)
 # Lanes of a warp.
 WARP = tl.constexpr(32)
 # The last of a tuple of tuples: Triton 3.6 forgets the constants of the inner ones (a stride of 1)
@@ -39,7 +41,8 @@ class WayPointers(NamedTuple):
 
     A and constant B, C are (state, dim); time-varying B, C come from `pack_projection_kernel`; D
     and bias are (dim,), states (batch, tiles, state, dim), initial and last state (batch, state,
-    dim). All of these are contiguous float32, or None.
+    dim), ends (batch, pieces, state, dim) and steps (batch, pieces, dim), which `triton_pieces`
+    explains. All of these are contiguous float32, or None.
     """
 
     u: Sequence
@@ -52,6 +55,8 @@ class WayPointers(NamedTuple):
     states: torch.Tensor | None
     initial_state: torch.Tensor | None
     last_state: torch.Tensor | None
+    ends: torch.Tensor
+    steps: torch.Tensor
     end: int = END
 
 
@@ -63,11 +68,21 @@ def channels_of_program(dim, num_groups, CHANNELS: tl.constexpr, FULL: tl.conste
     group = tl.program_id(0) // blocks
     within = (tl.program_id(0) % blocks) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     if CHANNELS < WARP:
-        # Else a store of states, by four channels a thread, would decide how threads compute.
+        # See `places_of_states`; lanes that are left hold further states.
         within = tl.max_contiguous(within, [1, 1])
     # A mask known to be true leaves no trace in the code.
     exists = tl.full(within.shape, True, tl.int1) if FULL else within < group_channels
     return group, group * group_channels + within, exists
+
+
+@triton.jit
+def places_of_states(n, channel, dim, time):
+    """Places (states, channels) in memory (state, dim).
+
+    An access by four channels a thread would decide how threads compute. So the compiler does not
+    learn that addresses are multiples of anything: ``time >> 31`` is 0, of which it knows nothing.
+    """
+    return n * dim + channel + (time >> 31)
 
 
 @triton.jit
@@ -250,21 +265,34 @@ def place_in_scan(t, time, reverse):
     return tl.where(reverse, packed_frames(time) - 1 - t, t)
 
 
-@triton.jit(do_not_specialize=["time", "reverse"])
-def pack_projection_kernel(
-    source, packed, lengths, time, reverse, num_groups, stride_batch, stride_group, stride_state,
-    stride_frame, NUM_STATE: tl.constexpr, STATES: tl.constexpr, FRAMES: tl.constexpr,
+@triton.jit(do_not_specialize=["time", "reversed_kinds"])
+def pack_projections_kernel(
+    source_0, source_1, source_2, source_3, packed, lengths, time, reversed_kinds, num_groups,
+    stride_batch, stride_group, stride_state, stride_frame, NUM_STATE: tl.constexpr,
+    STATES: tl.constexpr, FRAMES: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
-    """B or C (batch, groups, state, time) to float32 (batch, groups, tiles * TILE, state).
+    """B and C (batch, groups, state, time) to float32 (kinds, batch, groups, tiles * TILE, state).
 
     Frames stand in scan order, so that those of a tile lie at constant distances in either
     direction, and a thread reads the states of a frame as vectors. Padding becomes zero, which
-    spares the scans a mask. Grid (blocks of FRAMES, groups, batch).
+    spares the scans a mask. Grid (blocks of FRAMES, groups * KINDS, batch).
+
+    Args:
+        source_0: the first of KINDS tensors of the same type and strides.
+        reversed_kinds: bit i is set where source i is scanned in reverse.
     """
     item = tl.program_id(2).to(tl.int64)
-    group = tl.program_id(1)
+    group = tl.program_id(1) % num_groups
+    kind = tl.program_id(1) // num_groups
+    source = source_0
+    if KINDS > 1:
+        source = tl.where(kind == 1, source_1, source)
+    if KINDS > 2:
+        source = tl.where(kind == 2, source_2, source)
+    if KINDS > 3:
+        source = tl.where(kind == 3, source_3, source)
     place = tl.program_id(0) * FRAMES + tl.arange(0, FRAMES)[None, :]
-    t = place_in_scan(place, time, reverse != 0)
+    t = place_in_scan(place, time, ((reversed_kinds >> kind) & 1) != 0)
     n = tl.arange(0, STATES)[:, None]
     source += item * stride_batch + group.to(tl.int64) * stride_group
     values = tl.load(
@@ -272,5 +300,6 @@ def pack_projection_kernel(
         mask=(n < NUM_STATE) & (t >= 0) & (t < num_valid_frames(lengths, time)),
         other=0.0,
     )
-    target = packed_projection(packed, group, num_groups, time, NUM_STATE) + place * NUM_STATE + n
+    row = (kind * tl.num_programs(2) + item) * num_groups + group
+    target = packed + (row * packed_frames(time) + place) * NUM_STATE + n
     tl.store(target, values, mask=(n < NUM_STATE) & (place < packed_frames(time)))

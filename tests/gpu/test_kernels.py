@@ -7,8 +7,8 @@ from tests.ops import scans, test_causal_conv1d
 from tests.ops.scans import assert_close
 
 BACKENDS = {"cpu": "auto", "cuda": "triton"}
-# Neither 1 nor a multiple of 16, which strides would tell the compiler.
-CHANNELS, TIMES = 64, [7, 17, 37, 65]
+# Neither 1 nor a multiple of 16, which strides would tell the compiler; one piece and several.
+CHANNELS, TIMES = 64, [7, 17, 65, 201]
 # Float32 in blocks and bfloat16 without: two kernels, not four. A result in bfloat16 may round to
 # the neighbour.
 PRECISIONS = [(torch.float32, 5, 1e-5), (torch.bfloat16, None, 2**-8)]

@@ -157,27 +157,31 @@ def call_as_tests_of_the_gpu_do() -> None:
 
 def main(capability: int) -> None:
     driver.set_active(AbsentGpu(capability))
-    forward, backward, pack = unlaunched(
+    forward, backward, ends, pack = unlaunched(
         triton_launch,
         "selective_scan_forward_kernel",
         "selective_scan_backward_kernel",
-        "pack_projection_kernel",
+        "selective_scan_ends_kernel",
+        "pack_projections_kernel",
     )
-    kernels = [forward, backward, pack]
+    kernels = [forward, backward, ends, pack]
     kernels += unlaunched(
         triton_kernels, "causal_conv1d_forward_kernel", "causal_conv1d_backward_kernel"
     )
-    # Plenty of channels for the GPU: the case that has to be fast.
-    triton_launch._num_multiprocessors = lambda _: 0
-    # A step of training never has the length of the one before: one compilation must serve all.
+    triton_launch._num_multiprocessors = lambda _: 132
+    # A step of training never has the length of the one before: one compilation must serve all,
+    # those of one piece and of several.
     for time in (1, 7, 64, 400):
         call_scan(time, True, torch.bfloat16)
         call_convolution(time, torch.bfloat16)
     for kernel in kernels:
-        assert len(kernel.variants) == 1, (kernel.kernel.__name__, len(kernel.variants))
+        # What the frames of a piece leave of the state, and of its gradient.
+        wanted = 2 if kernel is ends else 1
+        assert len(kernel.variants) == wanted, (kernel.kernel.__name__, len(kernel.variants))
     forward.compile_wholly()
+    ends.compile_wholly()
     pack.compile_wholly()
-    for convolved in kernels[3:]:
+    for convolved in kernels[4:]:
         convolved.compile_wholly()
     backward.compile_partly()
 
@@ -185,7 +189,6 @@ def main(capability: int) -> None:
     forward.variants.clear()
     backward.variants.clear()
     call_scan(7, True, torch.float32, bare=True)
-    triton_launch._num_multiprocessors = lambda _: 1000
     call_scan(7, False, torch.float32)
     for kernel in (forward, backward):
         assert len(kernel.variants) == 2
@@ -195,10 +198,9 @@ def main(capability: int) -> None:
     # convolutions that have a direction each.
     for kernel in kernels:
         kernel.forget()
-    triton_launch._num_multiprocessors = lambda _: 132
     call_as_tests_of_the_gpu_do()
     counts = [len(kernel.variants) for kernel in kernels]
-    assert counts == [3, 3, 3, 6, 6], counts
+    assert counts == [3, 3, 4, 3, 6, 6], counts
 
 
 if __name__ == "__main__":

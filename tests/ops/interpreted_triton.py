@@ -120,11 +120,30 @@ def test_scan_with_any_block_size(multiprocessors, channels_last, monkeypatch):
     check_scan(inputs, reverse=True)
 
 
-def test_scan_cut_into_more_blocks_than_a_program_takes(monkeypatch):
-    monkeypatch.setattr(triton_launch, "_FRAMES_PER_PROGRAM", 10)
-    for reverse in (False, True):
-        inputs = random_inputs(17, batch=2, dim=2, state=1)
-        check_scan(inputs, lengths=torch.tensor([17, 6]), reset_every=7, reverse=reverse)
+@pytest.fixture
+def _short_pieces(monkeypatch):
+    """Time is cut wherever it can be."""
+    tuning = triton_launch.TUNING._replace(programs=1000, enough_programs=1000, min_piece_frames=1)
+    monkeypatch.setattr(triton_launch, "TUNING", tuning)
+
+
+@pytest.mark.usefixtures("_short_pieces")
+@pytest.mark.parametrize(
+    ("reverse", "reset_every"), itertools.product([False, True], [None, 7, 16, 40])
+)
+def test_scan_in_pieces(reverse, reset_every):
+    inputs = random_inputs(50, batch=3, dim=2, state=1)
+    lengths = torch.tensor([50, 35, 0])
+    check_scan(inputs, lengths=lengths, reset_every=reset_every, reverse=reverse)
+
+
+@pytest.mark.usefixtures("_short_pieces")
+@pytest.mark.parametrize("constant", ["B", "C"])
+def test_scan_in_pieces_without_a_gate(constant):
+    inputs = random_inputs(33, batch=1, dim=3, state=2, constant=constant, channels_last=True)
+    for name in ("z", "D", "delta_bias", "initial_state"):
+        del inputs[name]
+    check_scan(inputs, reverse=constant == "C")
 
 
 def test_scan_with_many_states():
