@@ -42,7 +42,8 @@ def commands(text: str) -> list[str]:
     """Command lines of the fenced blocks, continuation lines joined."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    lines = [line.removeprefix("$ ").split("  #")[0].strip() for line in lines]
+    lines = [line.removeprefix("$ ").split("  #")[0].strip(" &") for line in lines]
+    lines = [re.sub(r"^.*(?:\| |srun )(?=python|torchrun)", "", line) for line in lines]
     return [line for line in lines if re.match(r"(python|torchrun|make)\s", line)]
 
 
