@@ -1,12 +1,14 @@
-"""What docs/inference.md shows works."""
+"""What the pages show in Python works."""
 
+import json
 import re
 from pathlib import Path
 
 from inference.formats import FORMATS, MAX_LINE_CHARACTERS
 from transcribe import build_parser
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "inference.md").read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).resolve().parents[2]
+TEXT = (REPOSITORY / "docs" / "inference.md").read_text(encoding="utf-8")
 
 
 def test_the_first_lines_of_python_run(tiny_bundle, tone_corpus, capsys):
@@ -24,3 +26,12 @@ def test_every_format_and_option_is_described():
     for option in options - {"-h", "--help"}:
         assert f"`{option}" in TEXT, option
     assert f"at most {MAX_LINE_CHARACTERS} characters" in TEXT
+
+
+def test_the_evaluation_in_python_gives_the_score_of_the_run(tiny_run, tone_corpus, capsys):
+    page = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code = code.replace("results/demo/corpus", str(tone_corpus))
+    exec(code.replace("results/demo", str(tiny_run)), {})
+    score = json.loads((tiny_run / "results.json").read_text())["splits"]["test-clean"]
+    assert capsys.readouterr().out == f"WER {score['wer']:.2f} %\n"
