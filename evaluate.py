@@ -81,7 +81,11 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     from inference.scoring.reports import results_table, run_record, update_results
 
     record = run_record(
-        seed=0, precision=arguments.precision, device=str(recognizer.device), command=command
+        seed=0,
+        precision=arguments.precision,
+        eval_precision=arguments.precision,
+        device=str(recognizer.device),
+        command=command,
     )
     scores: dict[str, SplitScore] = {}
     skipped: dict[str, str] = {}

@@ -1,5 +1,7 @@
 """Files that are either whole or not there."""
 
+import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import IO, Literal
 
 _BLOCK_BYTES = 1 << 20
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""Errors of file systems that have no locks."""
 
 
 @contextmanager
@@ -41,6 +45,39 @@ def atomic_write(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[I
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextmanager
+def alone_with(path: str | Path) -> Iterator[None]:
+    """Inside, other processes that want to be alone with the file wait: to read it and replace it.
+
+    The lock is a hidden file beside it, held by the process and released with it, on NFS as well;
+    where a file system has no locks nobody waits.
+    """
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(lock, "a") as stream:
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            # Who had it before may have removed it, and a third process may have the next one.
+            if not _is_at(lock, stream):
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, stream: IO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def file_digest(path: str | Path, algorithm: str = "sha256") -> str:

@@ -87,22 +87,31 @@ def test_manifests_can_be_moved_with_their_corpus(run):
     assert all(row.wav.startswith("$data_root/") for row in read_manifest(run / "train.csv"))
 
 
+def evaluate(corpus, folder, *more, **keys):
+    """The run evaluated with these keys: (names of its evaluations, results.json)."""
+    flags = ["--test_only", *more]
+    assert train(command_line(corpus, folder, flags=flags, **keys)) == 0
+    results = results_of(folder)
+    return list(results["evaluations"]), results
+
+
 def test_test_only_needs_nothing_but_the_split_and_the_run(copy, tmp_path):
     other = make_corpus(tmp_path / "other", {"test-clean": 2}, num_words=1)
     for checkpoint in checkpoints(copy):
         shutil.rmtree(checkpoint)
     for manifest in copy.glob("*.csv"):
         manifest.unlink()
-    before = results_of(copy)["splits"]["test-other"]
-    hyperparams = (copy / "hyperparams.yaml").read_bytes()
-    arguments = command_line(other, copy, flags=["--test_only"], test_splits="[test-clean]")
-    assert train(arguments) == 0
-    results = results_of(copy)["splits"]
-    assert results["test-clean"]["utterances"] == 2
-    assert results["test-clean"]["words"] == 3
-    assert results["test-other"] == before
+    before = {path.name: path.read_bytes() for path in copy.glob("*_test-*")}
+    splits, hyperparams = results_of(copy)["splits"], (copy / "hyperparams.yaml").read_bytes()
+    (name,), results = evaluate(other, copy, test_splits="[test-clean]")
+    # Another corpus whose split has the same name is another evaluation.
+    scored = results["evaluations"][name]["splits"]["test-clean"]
+    assert (scored["utterances"], scored["words"]) == (2, 3)
+    assert results["splits"] == splits
+    assert {path.name: path.read_bytes() for path in copy.glob("*_test-*")} == before
     assert (copy / "hyperparams.yaml").read_bytes() == hyperparams
-    assert not (copy / "train.csv").exists()
+    assert not list(copy.glob("*.csv"))
+    assert not list(copy.glob(".manifests*"))
 
 
 def test_texts_do_not_depend_on_the_batch(copy, run, tone_corpus):
@@ -428,18 +437,53 @@ def test_a_split_may_be_given_without_brackets(tone_corpus, tmp_path):
     assert results_of(folder)["splits"].keys() == {"test-other"}
 
 
-def test_an_evaluation_keeps_the_record_of_the_training(copy, tone_corpus):
-    trained = results_of(copy)
-    flags = ["--test_only"]
-    arguments = command_line(
-        tone_corpus, copy, flags=flags, test_splits="[test-other]", seed=77, test_beam_size=2
+def test_evaluations_have_a_name_a_folder_and_a_record_each(copy, tone_corpus, tmp_path, capsys):
+    trained, reports = results_of(copy), {p.name: p.read_bytes() for p in copy.glob("*_test-*")}
+    averaged = (copy / "save" / "averaged" / "model.ckpt").read_bytes()
+    arpa = tmp_path / "words.arpa"
+    manifest = str(copy / "train.csv")
+    make_ngram([manifest, "--order", "1", "--output", str(arpa)])
+    other = {"test_splits": "[test-other]"}
+    evaluate(tone_corpus, copy, **other, seed=77, test_beam_size=2, eval_precision="bf16")
+    evaluate(tone_corpus, copy, **other, kenlm_model_path=arpa, avg_checkpoints=1)
+    names, results = evaluate(tone_corpus, copy, "--eval_name", "mine", **other, alpha=0.9)
+    assert names == [
+        "test-other_beam2_bf16",
+        "test-other_words_beam100_avg_checkpoints1",
+        "mine",
+    ]
+    assert {key: results[key] for key in trained} == trained
+    assert {path.name: path.read_bytes() for path in copy.glob("*_test-*")} == reports
+    assert (copy / "save" / "averaged" / "model.ckpt").read_bytes() == averaged
+    small = results["evaluations"]["test-other_beam2_bf16"]
+    assert small["run"]["seed"] == 77
+    assert small["run"]["eval_precision"] == small["settings"]["eval_precision"] == "bf16"
+    assert trained["run"]["eval_precision"] == "fp32"
+    assert small["settings"]["test_beam_size"] == 2
+    for name in names:
+        last = (copy / "eval" / name / "wer_test-other.txt").read_text().splitlines()[-1]
+        scores = results["evaluations"][name]["splits"]["test-other"]
+        assert last == f"WER: {scores['wer']:.2f}%  CER: {scores['cer']:.2f}%"
+    # The same again is the same; another one cannot take its name.
+    again, _ = evaluate(tone_corpus, copy, **other, test_beam_size=2, eval_precision="bf16")
+    assert again == names
+    capsys.readouterr()
+    taken = ["--test_only", "--eval_name", "mine"]
+    assert train(command_line(tone_corpus, copy, flags=taken, **other, alpha=0.1)) != 0
+    assert "mine is another evaluation of this run (then / now: alpha 0.9 / 0.1" in (
+        capsys.readouterr().err
     )
-    assert train(arguments) == 0
-    results = results_of(copy)
-    assert results["run"] == trained["run"]
-    assert results["evaluations"].keys() == {"test-other"}
-    assert results["evaluations"]["test-other"]["seed"] == 77
-    assert results["splits"]["test-clean"] == trained["splits"]["test-clean"]
+
+
+def test_the_runs_own_evaluation_can_be_repeated(copy, tone_corpus):
+    before = results_of(copy)
+    for name in ("wer_test-other.txt", "hyp_test-clean.tsv"):
+        (copy / name).unlink()
+    _, results = evaluate(tone_corpus, copy)
+    assert results["run"] == before["run"]
+    assert results["splits"]["test-clean"]["wer"] == before["splits"]["test-clean"]["wer"]
+    assert (copy / "wer_test-other.txt").is_file()
+    assert (copy / "hyp_test-clean.tsv").is_file()
 
 
 def test_checkpoints_keep_the_tokens_that_they_were_trained_with(copy, tone_corpus, capsys):

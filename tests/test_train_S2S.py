@@ -251,9 +251,9 @@ def test_a_language_model_trained_on_the_transcripts_joins_the_search(tone_corpu
     )
     scoring = ("--test_only", "--test_splits", "[test-clean]")
     train(*scoring)
-    alone = (tmp_path / "run" / "hyp_test-clean.tsv").read_text()
+    names = ("test-clean_beam2", "test-clean_lm5_beam2")
+    alone, joined = (tmp_path / "run" / "eval" / name / "hyp_test-clean.tsv" for name in names)
     with_lm = ("--no_lm", "False", "--pretrained_lm_tokenizer_path", str(tmp_path / "lm" / "lm"))
     train(*scoring, *with_lm, "--lm_weight", "5.0")
-    joined = (tmp_path / "run" / "hyp_test-clean.tsv").read_text()
-    assert len(joined.splitlines()) == len(alone.splitlines()) > 1
-    assert joined != alone
+    assert len(joined.read_text().splitlines()) == len(alone.read_text().splitlines()) > 1
+    assert joined.read_text() != alone.read_text()

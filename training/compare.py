@@ -2,7 +2,7 @@
 
 Prints one Markdown table of word error rates with bootstrap intervals, and what each run gains
 over the first one on the same utterances. A run is an output folder with ``results.json`` and
-``hyp_<split>.tsv``.
+``hyp_<split>.tsv``; its further evaluations (``--test_only``) have rows of their own.
 
 Bootstrap over utterances, paired differences and probability of improvement: see
 ``inference/scoring/bootstrap.py``.
@@ -23,6 +23,7 @@ from common.files import atomic_write
 from common.tables import format_number, markdown_table
 from inference.scoring.bootstrap import central_interval, resampled_rates
 from inference.scoring.reports import SplitScore, read_hypotheses, read_results
+from training.named_evaluation import EVAL_FOLDER
 
 _EXAMPLES_SHOWN = 3
 
@@ -40,11 +41,17 @@ class EvaluatedSplit:
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """A run's evaluations; ``parameters`` is None where the run did not record it."""
+    """One evaluation of a run.
+
+    Attributes:
+        parameters: None where the run did not record it.
+        is_named: not the run's own one: it may be of splits and utterances that no other has.
+    """
 
     name: str
     parameters: int | None
     splits: dict[str, EvaluatedSplit]
+    is_named: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,10 +94,13 @@ def compare(folders: Sequence[str | os.PathLike], *, samples: int = 1000, seed: 
     if samples < 1:
         raise ValueError(f"the number of bootstrap samples must be at least 1, not {samples}")
     runs = [
-        read_run(folder, name) for folder, name in zip(folders, _run_names(folders), strict=True)
+        evaluated
+        for folder, name in zip(folders, _run_names(folders), strict=True)
+        for evaluated in read_evaluations(folder, name)
     ]
     for run in runs[1:]:
-        _check_comparable(runs[0], run)
+        if not run.is_named:
+            _check_comparable(runs[0], run)
     rates = {
         (run.name, split): resampled_rates(evaluated.errors, evaluated.words, samples, seed)
         for run in runs
@@ -99,8 +109,8 @@ def compare(folders: Sequence[str | os.PathLike], *, samples: int = 1000, seed: 
     return "\n\n".join([_table(runs, rates), *_left_out(runs)]) + "\n"
 
 
-def read_run(folder: str | os.PathLike, name: str) -> EvaluatedRun:
-    """Read what a run's evaluation left in its folder.
+def read_evaluations(folder: str | os.PathLike, name: str) -> list[EvaluatedRun]:
+    """A run's own evaluation and its named ones, which are called ``<run>:<evaluation>``.
 
     Raises:
         FileNotFoundError: it is not the folder of an evaluated run.
@@ -114,14 +124,30 @@ def read_run(folder: str | os.PathLike, name: str) -> EvaluatedRun:
             f"{folder} has no results.json: it is not the output folder of an evaluated run"
         )
     results = read_results(folder)
-    if not results["splits"]:
+    parameters = (results.get("model") or {}).get("parameters")
+    own = (name, folder, results["splits"], False)
+    named = (
+        (f"{name}:{evaluation}", folder / EVAL_FOLDER / evaluation, entry["splits"], True)
+        for evaluation, entry in results.get("evaluations", {}).items()
+        # evaluate.py records there how it scored a split, and has its scores among the others.
+        if "splits" in entry
+    )
+    evaluated = [
+        EvaluatedRun(
+            label,
+            parameters,
+            {
+                split: _read_split(reports, split, SplitScore.from_json(entry))
+                for split, entry in splits.items()
+            },
+            is_named,
+        )
+        for label, reports, splits, is_named in (own, *named)
+        if splits
+    ]
+    if not evaluated:
         raise ValueError(f"{folder}: no split has been evaluated yet")
-    model = results.get("model") or {}
-    splits = {
-        split: _read_split(folder, split, SplitScore.from_json(entry))
-        for split, entry in results["splits"].items()
-    }
-    return EvaluatedRun(name, model.get("parameters"), splits)
+    return evaluated
 
 
 def _probability_below_zero(differences: np.ndarray) -> float:
@@ -228,6 +254,9 @@ def _difference(first: EvaluatedRun, run: EvaluatedRun, split: str, rates: dict)
     """How a run's WER differs from the first one's on the same utterances."""
     if run is first or split not in first.splits:
         return ["-", "-", "-"]
+    ours, theirs = first.splits[split], run.splits[split]
+    if (ours.ids, ours.references) != (theirs.ids, theirs.references):
+        return ["-", "-", "-"]
     differences = rates[run.name, split] - rates[first.name, split]
     gain = central_interval(
         run.splits[split].score.wer - first.splits[split].score.wer, differences
@@ -242,7 +271,7 @@ def _difference(first: EvaluatedRun, run: EvaluatedRun, split: str, rates: dict)
 def _left_out(runs: Sequence[EvaluatedRun]) -> list[str]:
     first, *others = runs
     lines = []
-    for run in others:
+    for run in (run for run in others if not run.is_named):
         unmatched = sorted(set(first.splits) ^ set(run.splits))
         if unmatched:
             lines.append(f"Not in both {first.name} and {run.name}: {', '.join(unmatched)}.")

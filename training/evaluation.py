@@ -2,69 +2,173 @@
 
 import json
 import logging
+import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.checkpoints import average_checkpoints
-from speechbrain.utils.distributed import ddp_barrier, if_main_process, is_distributed_initialized
+from speechbrain.utils.distributed import if_main_process, is_distributed_initialized
 
 from common.errors import UserError
 from common.files import atomic_write
 from inference.bundle import RUN_BUNDLE, write_bundle
-from inference.scoring.reports import SplitScore, run_record, update_results, write_split_report
+from inference.scoring.reports import (
+    SplitScore,
+    record_evaluation,
+    run_record,
+    update_results,
+    write_split_report,
+)
 from modules.weights import load_model_weights
 from training.brains.asr_brain import ASRBrain
 from training.brains.optimization import count_parameters
 from training.data.recordings import evaluation_batches
+from training.launch.processes import on_main
+from training.named_evaluation import Evaluation
 
 logger = logging.getLogger(__name__)
 
+_ATTEMPTS = 5
 
-def average_best(brain: ASRBrain, num_best: int) -> None:
-    """Load the mean of the best checkpoints' weights and keep it as ``save/averaged``.
 
-    Without checkpoints the ``save/averaged`` of an earlier evaluation is loaded.
+@dataclass(frozen=True)
+class BestWeights:
+    """What the best checkpoints say together.
+
+    Attributes:
+        model, normalizer: the means of their weights and of their statistics.
+        described: what they are: the mean's ``averaged.json``.
+    """
+
+    model: dict[str, torch.Tensor]
+    normalizer: dict[str, Any]
+    described: list[dict[str, Any]]
+
+
+def average_best(brain: ASRBrain, num_best: int, keep: bool = True) -> None:
+    """Load the mean of the best checkpoints, or without any that of an earlier evaluation.
+
+    Args:
+        num_best: checkpoints.
+        keep: leave the mean as ``save/averaged``, the model that the run's scores are of.
 
     Raises:
-        UserError: the run has neither, or they belong to another architecture.
+        UserError: the run has neither, or they are damaged or belong to another architecture.
     """
     folder = Path(brain.checkpointer.checkpoints_dir) / "averaged"
-    key = {f"{brain.best_is}_key": brain.best_metric}
-    best = brain.checkpointer.find_intact(**key, max_num_checkpoints=num_best)
-    if best and if_main_process():
+    best = on_main(best_weights, brain, num_best)
+    if best is None:
+        best = on_main(read_averaged, brain, folder)
+    elif keep and if_main_process():
         folder.mkdir(parents=True, exist_ok=True)
-        for checkpoint in best:
-            # A clear message before averaging meets tensors of different shapes.
-            load_model_weights(brain.hparams.model, checkpoint.paramfiles["model"])
-        with atomic_write(folder / "model.ckpt", "wb") as stream:
-            torch.save(average_checkpoints(best, "model"), stream)
-        with atomic_write(folder / "normalizer.ckpt", "wb") as stream:
-            stream.write(best[0].paramfiles["normalizer"].read_bytes())
+        for name, content in (("model", best.model), ("normalizer", best.normalizer)):
+            with atomic_write(folder / f"{name}.ckpt", "wb") as stream:
+                torch.save(content, stream)
         with atomic_write(folder / "averaged.json") as stream:
-            metric = brain.best_metric
-            described = [
-                {"checkpoint": c.path.name, "epoch": c.meta["epoch"], metric: c.meta[metric]}
-                for c in best
-            ]
-            json.dump(described, stream, indent=2)
-    ddp_barrier()
-    if not (folder / "model.ckpt").is_file():
-        raise UserError(
-            f"{brain.checkpointer.checkpoints_dir} holds no finished epoch to evaluate. "
-            "Train first, or give the output_folder of a trained run."
-        )
-    load_model_weights(brain.hparams.model, folder / "model.ckpt")
-    brain.hparams.normalize._load(folder / "normalizer.ckpt")
-    if if_main_process() and best:
+            json.dump(best.described, stream, indent=2)
+    brain.hparams.model.load_state_dict(best.model)
+    normalize = brain.hparams.normalize
+    normalize._load_statistics_dict(
+        {key: _moved(value, normalize.device) for key, value in best.normalizer.items()}
+    )
+
+
+def best_weights(brain: ASRBrain, num_best: int) -> BestWeights | None:
+    """The mean of the best checkpoints; None where there is no checkpoint of a finished epoch.
+
+    Raises:
+        UserError: they belong to another architecture.
+    """
+    key = {f"{brain.best_is}_key": brain.best_metric}
+    for attempt in range(_ATTEMPTS):
+        best = brain.checkpointer.find_intact(**key, max_num_checkpoints=num_best)
+        if not best:
+            return None
+        try:
+            for checkpoint in best:
+                # A clear message before averaging meets tensors of different shapes.
+                load_model_weights(brain.hparams.model, checkpoint.paramfiles["model"])
+            weights = BestWeights(
+                average_checkpoints(best, "model", partial(torch.load, map_location="cpu")),
+                mean_statistics([_loaded(c.paramfiles["normalizer"]) for c in best]),
+                [
+                    {
+                        "checkpoint": c.path.name,
+                        "epoch": c.meta["epoch"],
+                        brain.best_metric: c.meta[brain.best_metric],
+                    }
+                    for c in best
+                ],
+            )
+        except (OSError, UserError):
+            # A training beside this evaluation may have replaced one of them by a better one.
+            if attempt + 1 == _ATTEMPTS or all(c.path.is_dir() for c in best):
+                raise
+            continue
         epochs = ", ".join(str(c.meta["epoch"]) for c in best)
         logger.info("Evaluating the mean of %d checkpoint(s), epochs %s", len(best), epochs)
+        return weights
+    raise AssertionError("the last attempt returns or raises")
 
 
-def evaluate_split(brain: ASRBrain, split: str, dataset: DynamicItemDataset) -> SplitScore | None:
-    """Decode one split, every rank its share; returns the score on the main process."""
+def mean_statistics(normalizers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of what normalisers have collected; where they agree, exactly that."""
+    first = normalizers[0]
+    mean = dict(first, count=max(state["count"] for state in normalizers))
+    for key, value in first.items():
+        if isinstance(value, torch.Tensor) and value.numel():
+            differences = torch.stack([state[key] - value for state in normalizers])
+            mean[key] = value + differences.mean(0)
+    return mean
+
+
+def read_averaged(brain: ASRBrain, folder: Path) -> BestWeights:
+    """The ``save/averaged`` of an earlier evaluation.
+
+    Raises:
+        UserError: there is none, it is damaged, or it belongs to another architecture.
+    """
+    model, normalizer = folder / "model.ckpt", folder / "normalizer.ckpt"
+    if not model.is_file():
+        raise UserError(
+            f"{folder.parent} holds no finished epoch to evaluate. "
+            "Train first, or give the output_folder of a trained run."
+        )
+    load_model_weights(brain.hparams.model, model)
+    try:
+        statistics = _loaded(normalizer)
+        mean_statistics([statistics])
+    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+        raise UserError(
+            f"{normalizer} {reason}, and there is no checkpoint to make it from. Copy it from "
+            "where the run was trained: no other normaliser suits the model."
+        ) from None
+    return BestWeights(_loaded(model), statistics, [])
+
+
+def _loaded(path: str | Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _moved(value: Any, device: str | torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def evaluate_split(
+    brain: ASRBrain, split: str, dataset: DynamicItemDataset, folders: Sequence[Path]
+) -> SplitScore | None:
+    """Decode one split, every rank its share; returns the score on the main process.
+
+    Args:
+        folders: get the reports.
+    """
     loader_kwargs = evaluation_batches(dataset, vars(brain.hparams))
     batches = list(loader_kwargs["batch_sampler"])
     if is_distributed_initialized():
@@ -82,54 +186,67 @@ def evaluate_split(brain: ASRBrain, split: str, dataset: DynamicItemDataset) -> 
     if not if_main_process():
         return None
     ids = sorted(transcripts)
-    return write_split_report(
-        brain.hparams.output_folder,
-        split,
-        ids,
-        [transcripts[i][0] for i in ids],
-        [transcripts[i][1] for i in ids],
-        audio_s=sum(float(row["duration"]) for row in dataset.data.values()),
-        decode_s=decode_s,
-    )
+    score = None
+    for folder in folders:
+        score = write_split_report(
+            folder,
+            split,
+            ids,
+            [transcripts[i][0] for i in ids],
+            [transcripts[i][1] for i in ids],
+            audio_s=sum(float(row["duration"]) for row in dataset.data.values()),
+            decode_s=decode_s,
+        )
+    return score
 
 
 def evaluate_splits(
     brain: ASRBrain,
     datasets: Mapping[str, DynamicItemDataset],
     command: list[str],
-    test_only: bool = False,
+    evaluation: Evaluation | None = None,
 ) -> dict[str, SplitScore]:
     """Evaluate every split with the averaged weights; results.json is written after each.
 
     Args:
         command: the command line, for results.json.
-        test_only: this process did not train the model: results.json keeps the record of who did.
+        evaluation: of a run that is not trained now; None ends a training.
     """
     brain.unwrap_modules()
-    average_best(brain, brain.hparams.avg_checkpoints)
+    is_own = evaluation is None or evaluation.is_own
+    average_best(brain, brain.hparams.avg_checkpoints, keep=is_own)
+    run = Path(brain.hparams.output_folder)
+    folders = [run] if is_own else []
+    if evaluation is not None:
+        folders.append(evaluation.folder)
+    meta = {} if is_own else {"evaluation": evaluation.name}
     scores = {}
     with brain.stop_request:
         for split, dataset in datasets.items():
-            score = evaluate_split(brain, split, dataset)
+            score = evaluate_split(brain, split, dataset, folders)
             stats = {}
             if score is not None:
                 scores[split] = score
-                update_results(
-                    brain.hparams.output_folder,
-                    {split: score},
-                    model=describe_model(brain),
-                    run=run_record(
-                        seed=brain.hparams.seed,
-                        precision=brain.precision,
-                        device=brain.device,
-                        command=command,
-                    ),
-                    test_only=test_only,
+                record = run_record(
+                    seed=brain.hparams.seed,
+                    precision=brain.precision,
+                    eval_precision=brain.eval_precision,
+                    device=brain.device,
+                    command=command,
                 )
+                if is_own:
+                    model = describe_model(brain)
+                    update_results(
+                        run, {split: score}, model, record if evaluation is None else None
+                    )
+                if evaluation is not None:
+                    record_evaluation(
+                        run, evaluation.name, {split: score}, evaluation.settings, record
+                    )
                 stats = {"loss": brain.last_test_loss, "WER": score.wer, "CER": score.cer}
             # On every process: a logger writes on the main one and then waits for the others.
             for stats_logger in brain.loggers:
-                stats_logger.log_stats({"split": split}, test_stats=stats)
+                stats_logger.log_stats(meta | {"split": split}, test_stats=stats)
     return scores
 
 

@@ -4,18 +4,20 @@ import hashlib
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
-from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.run_opts import RunOptions
 
 from common.errors import UserError
+from common.files import file_digest
 from corpora.librispeech import find_data_root
 from decoding.pretrained_lm import TOKENIZER_FILE, fetch_pretrained
 from inference.scoring.reports import results_table
-from librispeech_prepare import prepare_librispeech
 from modules.weights import load_model_weights
 from text.tokenizer import (
     TOKENIZER_SETTINGS,
@@ -25,8 +27,25 @@ from text.tokenizer import (
     train_tokenizer,
 )
 from training.brains.asr_brain import ASRBrain
+from training.checkpoints.fingerprint import (
+    Described,
+    check_same,
+    read_fingerprint,
+    rows_digest,
+    text_digest,
+    write_fingerprint,
+)
 from training.checkpoints.run_tokenizer import copy_tokenizer, keep_tokenizer
 from training.data.augmentation import SpeedPerturbation
+from training.data.preparation import (
+    beside,
+    check_distinct,
+    make_lists_of_splits,
+    manifest_rows,
+    move_manifests,
+    prepare_manifests,
+    train_manifest,
+)
 from training.data.recordings import (
     Loaders,
     SkippedUtterances,
@@ -40,56 +59,18 @@ from training.data.recordings import (
     with_characters,
 )
 from training.evaluation import evaluate_splits, leave_bundle
-from training.launch.start import make_output_folder, start_run
+from training.launch.command_line import CommandLine
+from training.launch.processes import on_main
+from training.launch.run_lock import sole_run
+from training.launch.start import make_output_folder, start_run, write_hyperparams
+from training.launch.yaml_file import resolved_text
+from training.named_evaluation import plan_evaluation
 from training.reporting.loggers import make_loggers
 from training.splicing.splice import Splicing
 
 logger = logging.getLogger(__name__)
 
-
-def train_manifest(hparams: Mapping) -> str:
-    """Name of the manifest of all training splits; one of a split's own is not overwritten."""
-    splits = {*hparams["train_splits"], *hparams["dev_splits"], *hparams["test_splits"]}
-    name = "train"
-    while name in splits and hparams["train_splits"] != [name]:
-        name = f"all_{name}"
-    return f"{name}.csv"
-
-
-def check_splits(hparams: dict, test_only: bool) -> None:
-    """Make lists of splits that were given as one name.
-
-    Raises:
-        UserError: there is nothing to train or to validate on.
-    """
-    for key in ("train_splits", "dev_splits", "test_splits"):
-        if isinstance(hparams[key], str):
-            hparams[key] = [hparams[key]]
-        if not hparams[key] and key != "test_splits" and not test_only:
-            raise UserError(f"{key} is empty. Name at least one split, such as '[dev-clean]'.")
-
-
-def prepare_manifests(hparams: dict, test_only: bool) -> None:
-    """Write the manifests that this run reads; of a test-only run, those of the test splits."""
-    train = [] if test_only else list(hparams["train_splits"])
-    dev = [] if test_only else list(hparams["dev_splits"])
-    # A split may be validated on and tested on: its manifest is one.
-    test = [split for split in hparams["test_splits"] if split not in [*train, *dev]]
-    try:
-        prepare_librispeech(
-            hparams["data_folder"],
-            hparams["output_folder"],
-            tr_splits=train,
-            dev_splits=dev,
-            te_splits=test,
-            merge_lst=train,
-            merge_name=train_manifest(hparams) if train else None,
-            skip_prep=hparams["skip_prep"],
-            held_out_speakers=hparams["held_out_speakers"],
-            skip_bad=hparams["skip_bad"],
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+TRAINING_DATA = "training data"
 
 
 def tokenizer_file(hparams: dict) -> Path:
@@ -128,14 +109,18 @@ def prepare_tokenizer(hparams: dict) -> None:
     keep(settings, digest, partial(train_tokenizer, transcripts, model_file, **settings))
 
 
-def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
+def dataio_prepare(
+    hparams: dict, test_only: bool = False, manifests: str | Path | None = None
+) -> Loaders:
     """Datasets and batches of a run whose manifests and tokenizer exist.
 
     Args:
         hparams: of the recipe's YAML.
         test_only: leave the training and validation sets out; nothing of them needs to exist.
+        manifests: folder of the manifests; by default the ``output_folder``.
     """
     folder = Path(hparams["output_folder"])
+    manifests = folder if manifests is None else Path(manifests)
     splits = list(hparams["test_splits"])
     if not test_only:
         splits = [*hparams["train_splits"], *hparams["dev_splits"], *splits]
@@ -146,14 +131,16 @@ def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
     tokenizer = load_tokenizer(tokenizer_file(hparams), hparams["output_neurons"])
     sample_rate = hparams["sample_rate"]
     tests = {
-        split: make_dataset(read_rows(folder / f"{split}.csv", data_root), tokenizer, sample_rate)
+        split: make_dataset(
+            read_rows(manifests / f"{split}.csv", data_root), tokenizer, sample_rate
+        )
         for split in hparams["test_splits"]
     }
     loaders = Loaders(train=None, valid=None, tests=tests, tokenizer=tokenizer)
     if test_only:
         return loaders
 
-    rows = read_rows(folder / train_manifest(hparams), data_root)
+    rows = read_rows(manifests / train_manifest(hparams), data_root)
     policy = hparams["unknown_characters"]
     unknown = count_unknown_characters(tokenizer, (row["wrd"] for row in rows.values()))
     check_unknown_characters(unknown, policy, "Training transcripts")
@@ -176,9 +163,9 @@ def dataio_prepare(hparams: dict, test_only: bool = False) -> Loaders:
         rows, tokenizer, sample_rate, loaders.perturbation, loaders.splicing
     )
     loaders.train_sampler, loaders.train_kwargs = training_batches(loaders.train, hparams)
-    dev = {}
-    for split in hparams["dev_splits"]:
-        dev.update(read_rows(folder / f"{split}.csv", data_root))
+    dev_sets = {s: read_rows(manifests / f"{s}.csv", data_root) for s in hparams["dev_splits"]}
+    check_distinct(dev_sets.items())
+    dev = {key: row for rows in dev_sets.values() for key, row in rows.items()}
     loaders.valid = make_dataset(dev, tokenizer, sample_rate)
     loaders.valid_kwargs = evaluation_batches(loaders.valid, hparams)
     return loaders
@@ -202,24 +189,42 @@ def run_recipe(
         Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
     line, hparams, run_opts = start_run(argv, description)
-    test_only = run_opts.test_only
-    check_splits(hparams, test_only)
+    make_lists_of_splits(hparams, run_opts.test_only)
     try:
         hparams["speech_encoder"].check_widths()
     except ValueError as error:
         raise UserError(f"{line.param_file}: {error}") from None
-    if test_only and not tokenizer_file(hparams).is_file():
-        raise UserError(
-            f"{tokenizer_file(hparams)} is missing: --test_only needs the output_folder of a "
-            "trained run."
+    # An evaluation reads, and writes where no other does.
+    with nullcontext() if run_opts.test_only else sole_run(hparams["output_folder"]):
+        return _run(line, hparams, run_opts, brain_class, prepare_searches, argv)
+
+
+def _run(
+    line: CommandLine,
+    hparams: dict,
+    run_opts: RunOptions,
+    brain_class: type[ASRBrain],
+    prepare_searches: Callable[[dict, SentencePieceProcessor], None],
+    argv: Sequence[str],
+) -> ASRBrain:
+    test_only, checkpointer = run_opts.test_only, hparams["checkpointer"]
+    evaluation = None
+    if test_only:
+        on_main(_require_trained, tokenizer_file(hparams))
+        checkpointer.only_reads = True
+        make_output_folder(hparams, test_only)
+        evaluation = on_main(
+            plan_evaluation,
+            hparams,
+            resolved_text(line.param_file, line.overrides),
+            run_opts.eval_precision,
+            line.eval_name,
         )
-    if not test_only:
-        hparams["checkpointer"].check_architecture()
-    make_output_folder(line, hparams, test_only)
-    run_on_main(prepare_manifests, args=[hparams, test_only])
-    if not test_only:
-        run_on_main(prepare_tokenizer, args=[hparams])
-    loaders = dataio_prepare(hparams, test_only)
+    else:
+        checkpointer.check_architecture()
+        make_output_folder(hparams, test_only)
+        on_main(prepare_training, line, hparams)
+    loaders = dataio_prepare(hparams, test_only, evaluation and evaluation.manifests)
     hparams["tokenizer"] = loaders.tokenizer
     prepare_searches(hparams, loaders.tokenizer)
     if line.init_from is not None and not test_only:
@@ -229,7 +234,7 @@ def run_recipe(
         opt_class=hparams["opt_class"],
         hparams=hparams,
         run_opts=run_opts,
-        checkpointer=hparams["checkpointer"],
+        checkpointer=checkpointer,
     )
     if not test_only:
         brain.loggers += make_loggers(hparams)
@@ -246,9 +251,64 @@ def run_recipe(
             valid_loader_kwargs=loaders.valid_kwargs,
         )
     command = [Path(sys.argv[0]).name, *argv]
-    scores = evaluate_splits(brain, loaders.tests, command, test_only)
+    scores = evaluate_splits(brain, loaders.tests, command, evaluation)
     if if_main_process():
-        leave_bundle(hparams["output_folder"])
-        print(f"\n{results_table(scores)}\n\nReports: {hparams['output_folder']}")
+        if evaluation is None or evaluation.is_own:
+            leave_bundle(hparams["output_folder"])
+        reports = hparams["output_folder"] if evaluation is None else evaluation.folder
+        print(f"\n{results_table(scores)}\n\nReports: {reports}")
         logger.info("Command: %s", shlex.join(command))
     return brain
+
+
+def _require_trained(tokenizer: Path) -> None:
+    if not tokenizer.is_file():
+        raise UserError(
+            f"{tokenizer} is missing: --test_only needs the output_folder of a trained run."
+        )
+
+
+def prepare_training(line: CommandLine, hparams: dict) -> None:
+    """Manifests, tokenizer and records of a training; a run goes on with what it began with.
+
+    Raises:
+        UserError: something cannot be prepared, or the run's checkpoints were trained on something
+            else. The run's files are as they were, then.
+    """
+    folder = Path(hparams["output_folder"])
+    has_checkpoints = bool(hparams["checkpointer"].list_checkpoints())
+    earlier = read_fingerprint(folder) if has_checkpoints else {}
+    if earlier and not hparams["skip_prep"]:
+        splits = [*hparams["train_splits"], *hparams["dev_splits"], *hparams["test_splits"]]
+        names = [train_manifest(hparams), *(f"{split}.csv" for split in splits)]
+        with beside(folder, names) as scratch:
+            prepare_manifests(hparams, scratch, test_only=False)
+            check_same(folder, earlier, {TRAINING_DATA: _training_data(hparams, scratch)})
+            move_manifests(scratch, folder)
+    else:
+        prepare_manifests(hparams, folder, test_only=False)
+    parts = {TRAINING_DATA: _training_data(hparams, folder)}
+    check_same(folder, earlier, parts)
+    prepare_tokenizer(hparams)
+    model_file = tokenizer_file(hparams)
+    parts["tokenizer"] = {"file": str(model_file), "sha256": file_digest(model_file)}
+    check_same(folder, earlier, parts)
+    parts["hyperparameters"] = {
+        "file": str(line.param_file),
+        "sha256": text_digest(resolved_text(line.param_file, line.overrides)),
+    }
+    for split in hparams["test_splits"]:
+        rows = manifest_rows(folder / f"{split}.csv")
+        parts[f"test split {split}"] = {"sha256": rows_digest(rows)}
+    write_hyperparams(line, folder)
+    write_fingerprint(folder, parts)
+
+
+def _training_data(hparams: dict, folder: Path) -> Described:
+    rows = manifest_rows(folder / train_manifest(hparams))
+    return {
+        "corpus": str(hparams["data_folder"]),
+        "splits": " ".join(hparams["train_splits"]),
+        "utterances": f"{len(rows)} utterances",
+        "sha256": rows_digest(rows),
+    }

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from speechbrain.utils.metric_stats import ErrorRateStats
 
-from common.files import atomic_write
+from common.files import alone_with, atomic_write
 from common.provenance import git_commit, package_version
 from common.tables import format_duration, format_number, markdown_table, text_table
 from inference.scoring.bootstrap import Interval, central_interval, resampled_rates
@@ -78,13 +78,23 @@ class SplitScore:
         """The inverse of :meth:`as_json`.
 
         Raises:
-            ValueError: a key is missing or unknown.
+            ValueError: a key is missing or unknown, or a value is no number.
         """
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"not the scores of a split: {entry!r}")
         fields = {"del_" if key == "del" else key: value for key, value in entry.items()}
         try:
-            return cls(**fields)
+            score = cls(**fields)
         except TypeError as error:
             raise ValueError(f"not the scores of a split: {dict(entry)} ({error})") from None
+        wrong = [key for key, value in entry.items() if not _is_number(value)]
+        if wrong:
+            raise ValueError(f"not the scores of a split: {wrong[0]} is {entry[wrong[0]]!r}")
+        return score
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def write_split_report(
@@ -125,14 +135,15 @@ def write_split_report(
 
     folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_stats(folder / f"wer_{split}.txt", words)
+    summary, cer = words.summarize(), characters.summarize("WER")
+    # Scripts look for the last line.
+    _write_stats(folder / f"wer_{split}.txt", words, f"WER: {summary['WER']:.2f}%  CER: {cer:.2f}%")
     _write_stats(folder / f"cer_{split}.txt", characters)
     rows = [HYPOTHESES_HEADER]
     rows += zip(ids, map(" ".join, reference_words), map(" ".join, hypothesis_words), strict=True)
     _write_text(folder / f"hyp_{split}.tsv", "".join("\t".join(row) + "\n" for row in rows))
     _write_text(folder / f"errors_{split}.txt", analyse_errors(words.scores))
 
-    summary, cer = words.summarize(), characters.summarize("WER")
     return SplitScore(
         wer=summary["WER"],
         cer=cer,
@@ -174,7 +185,7 @@ def update_results(
     output_folder: str | os.PathLike,
     splits: Mapping[str, SplitScore],
     model: Mapping,
-    run: Mapping,
+    run: Mapping | None,
     test_only: bool = False,
 ) -> Path:
     """Merge an evaluation into the run's ``results.json``.
@@ -183,7 +194,7 @@ def update_results(
         output_folder: the run's folder.
         splits: scores of the splits evaluated now; those evaluated earlier stay.
         model: facts about the model (``parameters``, ...); replaces the earlier ones.
-        run: see :func:`run_record`; replaces the earlier one.
+        run: see :func:`run_record`; replaces the earlier one. None keeps it.
         test_only: keep the earlier ``run``, of the training; ``run`` goes to ``evaluations``, split
             by split.
 
@@ -194,21 +205,80 @@ def update_results(
     """
     path = Path(output_folder) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    earlier: dict = {}
+    with alone_with(path):
+        earlier = _earlier_results(path)
+        results = dict(earlier)
+        results["splits"] = earlier["splits"] | {n: score.as_json() for n, score in splits.items()}
+        results["model"] = dict(model)
+        results["run"] = dict(earlier.get("run") or {}) if run is None else dict(run)
+        intervals = {k: v for k, v in earlier.get("intervals", {}).items() if k not in splits}
+        intervals |= _intervals_of(splits)
+        # Splits that evaluate.py scored; an evaluation of a run has its scores with it.
+        evaluations = {
+            name: entry
+            for name, entry in earlier.get("evaluations", {}).items()
+            if name not in splits or "splits" in entry
+        }
+        if test_only and run is not None and earlier.get("run"):
+            results["run"] = earlier["run"]
+            evaluations |= {name: dict(run) for name in splits}
+        for name, value in (("intervals", intervals), ("evaluations", evaluations)):
+            results.pop(name, None)
+            if value:
+                results[name] = value
+        _write_results(path, results)
+    return path
+
+
+def record_evaluation(
+    output_folder: str | os.PathLike,
+    name: str,
+    splits: Mapping[str, SplitScore],
+    settings: Mapping,
+    run: Mapping,
+) -> Path:
+    """Merge scores into ``evaluations[name]`` of a run's ``results.json``.
+
+    Args:
+        output_folder: the run's folder.
+        name: of an evaluation beside the run's own one.
+        splits: scores of the splits evaluated now; those of the same settings stay.
+        settings: what the scores depend on.
+        run: see :func:`run_record`.
+    """
+    path = Path(output_folder) / "results.json"
+    with alone_with(path):
+        results = _earlier_results(path)
+        evaluations = results.setdefault("evaluations", {})
+        earlier = evaluations.get(name) or {}
+        same = earlier.get("settings") == dict(settings)
+        entry = {
+            "splits": dict(earlier["splits"]) if same else {},
+            "intervals": dict(earlier.get("intervals", {})) if same else {},
+            "settings": dict(settings),
+            "run": dict(run),
+        }
+        entry["splits"] |= {split: score.as_json() for split, score in splits.items()}
+        entry["intervals"] |= _intervals_of(splits)
+        evaluations[name] = entry
+        _write_results(path, results)
+    return path
+
+
+def _earlier_results(path: Path) -> dict:
+    """What is to be kept of a ``results.json``; one that cannot be read is set aside."""
     if path.exists():
         try:
-            earlier = read_results(output_folder)
+            return read_results(path.parent)
         except ValueError as error:
             aside = path.with_name("results.json.unreadable")
             os.replace(path, aside)
             logger.warning("%s It is kept as %s.", error, aside)
-    results = {
-        "splits": earlier.get("splits", {}) | {n: score.as_json() for n, score in splits.items()},
-        "model": dict(model),
-        "run": dict(run),
-    }
-    intervals = {k: v for k, v in earlier.get("intervals", {}).items() if k not in splits}
-    intervals |= {
+    return {"splits": {}}
+
+
+def _intervals_of(splits: Mapping[str, SplitScore]) -> dict[str, dict[str, list[float]]]:
+    return {
         name: {
             "wer": [score.wer_interval.low, score.wer_interval.high],
             "cer": [score.cer_interval.low, score.cer_interval.high],
@@ -216,16 +286,10 @@ def update_results(
         for name, score in splits.items()
         if score.wer_interval and score.cer_interval
     }
-    if intervals:
-        results["intervals"] = intervals
-    evaluations = {k: v for k, v in earlier.get("evaluations", {}).items() if k not in splits}
-    if test_only and "run" in earlier:
-        results["run"] = earlier["run"]
-        evaluations |= {name: dict(run) for name in splits}
-    if evaluations:
-        results["evaluations"] = evaluations
+
+
+def _write_results(path: Path, results: Mapping) -> None:
     _write_text(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    return path
 
 
 def read_results(output_folder: str | os.PathLike) -> dict:
@@ -242,11 +306,27 @@ def read_results(output_folder: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is not valid JSON ({error}): evaluate again.") from None
     if not isinstance(results, dict) or not isinstance(results.get("splits"), dict):
         raise ValueError(f"{path} holds no scores of splits: evaluate again.")
+    for split, entry in results["splits"].items():
+        try:
+            SplitScore.from_json(entry)
+        except ValueError as error:
+            raise ValueError(f"{path}, split {split}: {error}. Evaluate again.") from None
+    for key in ("model", "run", "intervals", "evaluations"):
+        if not isinstance(results.get(key, {}), dict):
+            raise ValueError(f"{path}: {key} is {results[key]!r}, no mapping: evaluate again.")
+    for name, entry in results.get("evaluations", {}).items():
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: evaluation {name} is {entry!r}: evaluate again.")
     return results
 
 
 def run_record(
-    *, seed: int, precision: str, device: str, command: str | Sequence[str]
+    *,
+    seed: int,
+    precision: str,
+    device: str,
+    command: str | Sequence[str],
+    eval_precision: str | None = None,
 ) -> dict[str, object]:
     """What it takes to repeat a run: the ``run`` entry of ``results.json``.
 
@@ -255,8 +335,9 @@ def run_record(
         precision: fp32, fp16 or bf16.
         device: device it ran on.
         command: the command line, or its arguments (as in ``sys.argv``), which are then quoted.
+        eval_precision: of the evaluation, where it may differ from the training's.
     """
-    return {
+    record: dict[str, object] = {
         "seed": seed,
         "commit": git_commit(),
         "versions": {"python": platform.python_version()}
@@ -265,6 +346,9 @@ def run_record(
         "device": str(device),
         "command": command if isinstance(command, str) else shlex.join(map(str, command)),
     }
+    if eval_precision is not None:
+        record["eval_precision"] = eval_precision
+    return record
 
 
 def results_table(
@@ -324,9 +408,11 @@ def _interval(value: float, stats: ErrorRateStats) -> Interval:
     return central_interval(value, resampled_rates(errors, tokens))
 
 
-def _write_stats(path: Path, stats: ErrorRateStats) -> None:
+def _write_stats(path: Path, stats: ErrorRateStats, last_line: str | None = None) -> None:
     with atomic_write(path) as file:
         stats.write_stats(file)
+        if last_line is not None:
+            file.write(f"{last_line}\n")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from inference.scoring.bootstrap import resample_counts
-from inference.scoring.reports import update_results, write_split_report
+from inference.scoring.reports import record_evaluation, update_results, write_split_report
 from training.compare import compare, main
 
 UTTERANCES = 300
@@ -206,3 +206,23 @@ def test_a_run_is_not_compared_with_itself(tmp_path):
 def test_at_least_one_bootstrap_sample(tmp_path):
     with pytest.raises(ValueError, match="at least 1"):
         compare([make_run(tmp_path / "a", [1])], samples=0)
+
+
+def test_named_evaluations_have_rows_of_their_own(tmp_path, wrong_words):
+    run = make_run(tmp_path / "a", wrong_words)
+    better = np.maximum(wrong_words - 1, 0)
+    for name, split, wrong in (("lm", "test-clean", better), ("mine", "mine", wrong_words[:5])):
+        ids = [f"1-1-{i:04d}" for i in range(len(wrong))]
+        hypotheses = [" ".join(["WRONG"] * n + WORDS.split()[n:]) for n in wrong]
+        score = write_split_report(
+            *(run / "eval" / name, split, ids, [WORDS] * len(ids), hypotheses),
+            audio_s=100,
+            decode_s=4,
+        )
+        record_evaluation(run, name, {split: score}, {"beam": 1}, {})
+    report = compare([run])
+    (own,), (lm,), (mine,) = (cells(report, (name,)) for name in ("a", "a:lm", "a:mine"))
+    assert [own[1], lm[1], mine[1]] == ["test-clean", "test-clean", "mine"]
+    assert float(lm[3]) < float(own[3])
+    assert float(lm[8]) == pytest.approx(float(lm[3]) - float(own[3]), abs=0.011)
+    assert mine[8:] == ["-", "-", "-"]

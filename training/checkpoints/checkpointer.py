@@ -96,17 +96,17 @@ def _set_aside(folder: Path, prefix: str) -> None:
         os.replace(folder, folder.with_name(prefix + folder.name))
 
 
-def _dismiss(folder: Path, damage: str) -> None:
-    logger.warning("Checkpoint %s is damaged (%s) and not used.", folder, damage)
-    _set_aside(folder, DAMAGED_PREFIX)
-
-
 class RunCheckpointer(Checkpointer):
     """SpeechBrain's checkpointer, made atomic.
 
     A checkpoint is written under a temporary name, its sizes and checksums are recorded, and only
     then does it get the name under which it is found. A damaged one is reported and passed over.
+
+    Attributes:
+        only_reads: leave damaged checkpoints where they are: a training may be at work beside.
     """
+
+    only_reads = False
 
     def _new_checkpoint_dirpath(self):
         return self._unfinished(super()._new_checkpoint_dirpath())
@@ -166,17 +166,29 @@ class RunCheckpointer(Checkpointer):
             intact = []
             for folder in super()._list_checkpoint_dirs():
                 if not _has_meta(folder):
-                    _dismiss(folder, f"{METAFNAME} cannot be read")
+                    self._dismiss(folder, f"{METAFNAME} cannot be read")
             limit = criteria.pop("max_num_checkpoints", None)
             for checkpoint in self.find_checkpoints(**criteria):
                 damage = find_damage(checkpoint.path)
                 if damage:
-                    _dismiss(checkpoint.path, damage)
+                    self._dismiss(checkpoint.path, damage)
                     continue
                 intact.append(checkpoint)
                 if len(intact) == limit:
                     break
         return ddp_broadcast(intact)
+
+    def _dismiss(self, folder: Path, damage: str) -> None:
+        logger.warning("Checkpoint %s is damaged (%s) and not used.", folder, damage)
+        if not self.only_reads:
+            _set_aside(folder, DAMAGED_PREFIX)
+
+    def _delete_checkpoint(self, checkpoint, verbosity=logging.INFO):
+        # Who reads beside the training meets it whole or not at all.
+        vanishing = self._unfinished(checkpoint.path)
+        os.replace(checkpoint.path, vanishing)
+        shutil.rmtree(vanishing)
+        logger.log(verbosity, "Deleted checkpoint %s", checkpoint.path)
 
     def recover_if_possible(
         self, importance_key=None, max_key=None, min_key=None, ckpt_predicate=None

@@ -18,11 +18,12 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from common.errors import UserError
 from corpora.audio import read_audio
-from corpora.manifest import DATA_ROOT, read_manifest
+from corpora.manifest import DATA_ROOT
 from decoding.ctc_alignment import min_ctc_frames
 from text.tokenizer import BOS_ID, EOS_ID, tokens_of
 from training.data.augmentation import SpeedPerturbation
 from training.data.epoch_batches import EpochBatches
+from training.data.preparation import manifest_rows
 from training.launch.interrupts import UndisturbedWorker
 from training.splicing.splice import Splicing
 
@@ -82,16 +83,9 @@ def read_rows(manifest: str | Path, data_root: str | Path) -> dict[str, dict]:
     """Rows of a manifest by utterance id, ``$data_root`` replaced, ``duration`` in seconds.
 
     Raises:
-        UserError: no such file, not a manifest, or no rows.
+        UserError: no such file, not a manifest, no rows, or an id that is there twice.
     """
-    if not Path(manifest).is_file():
-        raise UserError(f"No manifest {manifest}. Run without --skip_prep to make it.")
-    try:
-        rows = read_manifest(manifest)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if not rows:
-        raise UserError(f"{manifest} has no utterances.")
+    rows = manifest_rows(Path(manifest))
     return {
         row.ID: {
             "wav": row.wav.replace(DATA_ROOT, str(data_root), 1),

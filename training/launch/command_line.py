@@ -55,6 +55,7 @@ class CommandLine:
         overrides: YAML keys to replace, already parsed as YAML values.
         resume: a checkpoint folder to go on from instead of the latest of the run.
         init_from: a file of model weights to start from.
+        eval_name: what an evaluation is called.
     """
 
     param_file: str
@@ -62,10 +63,11 @@ class CommandLine:
     overrides: dict
     resume: str | None
     init_from: str | None
+    eval_name: str | None = None
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    """SpeechBrain's options with this repository's two additions."""
+    """SpeechBrain's options with this repository's three additions."""
     parser = argparse.ArgumentParser(
         # A YAML key that begins like an option is not that option.
         allow_abbrev=False,
@@ -86,6 +88,13 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "--init_from",
         metavar="FILE",
         help="Start from the model weights in this file (a model.ckpt); a resumed run ignores it.",
+    )
+    parser.add_argument(
+        "--eval_name",
+        metavar="NAME",
+        help="With --test_only: reports go to eval/NAME of the output folder, scores to "
+        "evaluations in its results.json. By default the name says what distinguishes this "
+        "evaluation: its splits, language model and beam.",
     )
     run, others = (
         parser.add_argument_group(title)
@@ -131,6 +140,11 @@ def parse_command_line(argv: Sequence[str], description: str) -> CommandLine:
         check_setting(key, value, "--")
     resume = given.pop("resume", None)
     init_from = given.pop("init_from", None)
+    eval_name = given.pop("eval_name", None)
+    if eval_name is not None and not given.get("test_only"):
+        raise UserError(
+            "--eval_name names an evaluation of a trained run: give --test_only with it."
+        )
     if given.get("ckpt_interval_steps", 0) > 0:
         # SpeechBrain refuses both; the interval that was typed replaces the one of the YAML file.
         given.setdefault("ckpt_interval_minutes", 0)
@@ -140,6 +154,7 @@ def parse_command_line(argv: Sequence[str], description: str) -> CommandLine:
         overrides=parse_overrides(rest, [a.dest for a in parser._actions if a.nargs == 0]),
         resume=resume,
         init_from=init_from,
+        eval_name=eval_name,
     )
 
 

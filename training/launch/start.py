@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import speechbrain as sb
-from speechbrain.utils.distributed import ddp_init_group, if_main_process
+from speechbrain.utils.distributed import ddp_init_group
 from speechbrain.utils.run_opts import RunOptions
 
 from common.files import atomic_write
@@ -54,16 +54,15 @@ def run_options(line: CommandLine, hparams: Mapping) -> RunOptions:
     return RunOptions.from_dictionary(options)
 
 
-def make_output_folder(line: CommandLine, hparams: dict, test_only: bool) -> None:
-    """Makes the output folder with its log and, of a training run, its hyperparameters.
-
-    The record of how a model was trained outlives an evaluation with other settings.
-    """
+def make_output_folder(hparams: dict, test_only: bool) -> None:
+    """Makes the output folder with its log."""
     sb.create_experiment_directory(
         experiment_directory=hparams["output_folder"], save_env_desc=not test_only
     )
-    if not test_only and if_main_process():
-        # SpeechBrain empties the file of an earlier run before it writes.
-        with atomic_write(Path(hparams["output_folder"]) / "hyperparams.yaml") as stream:
-            stream.write(f"# From {Path(line.param_file).absolute()}\n# yamllint disable\n")
-            stream.write(resolved_text(line.param_file, line.overrides))
+
+
+def write_hyperparams(line: CommandLine, folder: str | Path) -> None:
+    """Leaves the record of how a model is trained, which outlives evaluations."""
+    with atomic_write(Path(folder) / "hyperparams.yaml") as stream:
+        stream.write(f"# From {Path(line.param_file).absolute()}\n# yamllint disable\n")
+        stream.write(resolved_text(line.param_file, line.overrides))

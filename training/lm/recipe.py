@@ -4,13 +4,15 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from speechbrain.utils.checkpoints import average_checkpoints
-from speechbrain.utils.distributed import ddp_barrier, if_main_process, run_on_main
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.run_opts import RunOptions
 
 from common.errors import UserError
 from common.files import atomic_write, file_digest
@@ -25,8 +27,19 @@ from text.tokenizer import (
     train_tokenizer,
 )
 from training.brains.optimization import count_parameters
+from training.checkpoints.fingerprint import (
+    Described,
+    check_same,
+    read_fingerprint,
+    text_digest,
+    write_fingerprint,
+)
 from training.checkpoints.run_tokenizer import copy_tokenizer, keep_tokenizer
-from training.launch.start import make_output_folder, start_run
+from training.launch.command_line import CommandLine
+from training.launch.processes import on_main
+from training.launch.run_lock import sole_run
+from training.launch.start import make_output_folder, start_run, write_hyperparams
+from training.launch.yaml_file import resolved_text
 from training.lm.brain import LMBrain, Perplexity
 from training.lm.text_batches import TextBatches, TextLoader, read_sentences
 from training.reporting.loggers import make_loggers
@@ -52,14 +65,21 @@ def run_lm_recipe(argv: Sequence[str], description: str) -> dict[str, Perplexity
         Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
     line, hparams, options = start_run(argv, description)
+    with nullcontext() if options.test_only else sole_run(hparams["output_folder"]):
+        return _run(line, hparams, options, argv)
+
+
+def _run(
+    line: CommandLine, hparams: dict, options: RunOptions, argv: Sequence[str]
+) -> dict[str, Perplexity]:
     folder = Path(hparams["output_folder"])
     tokenizer_file = Path(hparams["save_folder"]) / "tokenizer.model"
-    if options.test_only and not tokenizer_file.is_file():
-        raise UserError(
-            f"{tokenizer_file} is missing: --test_only needs the output_folder of a trained run."
-        )
-    make_output_folder(line, hparams, options.test_only)
-    run_on_main(prepare_tokenizer, args=[hparams, tokenizer_file])
+    if options.test_only:
+        on_main(_require_trained, tokenizer_file)
+        hparams["checkpointer"].only_reads = True
+    make_output_folder(hparams, options.test_only)
+    if not options.test_only:
+        on_main(prepare_training, line, hparams, tokenizer_file)
     tokenizer = load_tokenizer(tokenizer_file, hparams["output_neurons"])
     if line.init_from is not None and not options.test_only:
         load_model_weights(hparams["model"], Path(line.init_from), "file")
@@ -83,6 +103,9 @@ def run_lm_recipe(argv: Sequence[str], description: str) -> dict[str, Perplexity
         for name, paths in texts.items()
         if paths
     }
+    for text in held_out.values():
+        # An empty text is refused here rather than after an epoch.
+        next(iter(text.dataset))
     if not options.test_only:
         if "valid" not in held_out:
             raise UserError(
@@ -113,6 +136,41 @@ def run_lm_recipe(argv: Sequence[str], description: str) -> dict[str, Perplexity
             print(f"{name}: perplexity {score.value:.2f} over {score.num_tokens} tokens")
         print(f"Language model and tokenizer: {folder / 'lm'}")
     return scores
+
+
+def _require_trained(tokenizer_file: Path) -> None:
+    if not tokenizer_file.is_file():
+        raise UserError(
+            f"{tokenizer_file} is missing: --test_only needs the output_folder of a trained run."
+        )
+
+
+def prepare_training(line: CommandLine, hparams: Mapping, tokenizer_file: Path) -> None:
+    """Tokenizer and records of a training; a run goes on with the text that it began with.
+
+    Raises:
+        UserError: see ``prepare_tokenizer``; or the run's checkpoints were trained on another text.
+    """
+    folder, texts = Path(hparams["output_folder"]), paths_of(hparams["train_text"])
+    for path in texts:
+        if not Path(path).is_file():
+            raise UserError(f"There is no text file {path}.")
+    digests = [file_digest(path) for path in texts]
+    parts: dict[str, Described] = {
+        "training text": {"files": " ".join(texts), "sha256": text_digest(" ".join(digests))}
+    }
+    has_checkpoints = bool(hparams["checkpointer"].list_checkpoints())
+    earlier = read_fingerprint(folder) if has_checkpoints else {}
+    check_same(folder, earlier, parts)
+    prepare_tokenizer(hparams, tokenizer_file)
+    parts["tokenizer"] = {"file": str(tokenizer_file), "sha256": file_digest(tokenizer_file)}
+    check_same(folder, earlier, parts)
+    parts["hyperparameters"] = {
+        "file": str(line.param_file),
+        "sha256": text_digest(resolved_text(line.param_file, line.overrides)),
+    }
+    write_hyperparams(line, folder)
+    write_fingerprint(folder, parts)
 
 
 def paths_of(value: str | Sequence[str] | None) -> list[str]:

@@ -1,0 +1,70 @@
+"""What a run's model was trained on: ``fingerprint.json``."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import atomic_write
+from corpora.manifest import ManifestRow
+
+FINGERPRINT_FILE = "fingerprint.json"
+
+Described = dict[str, Any]
+"""A thing that a run is made of: its ``sha256``, and what a person knows it by."""
+
+
+def rows_digest(rows: Iterable[ManifestRow]) -> str:
+    """Digest of what is said in which recordings, wherever they are and however they are listed."""
+    lines = sorted(f"{row.ID}\t{row.duration:.2f}\t{row.wrd}\n" for row in rows)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """Digest of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_fingerprint(folder: str | Path) -> dict[str, Described]:
+    """What the folder's run is made of, by name; nothing where that was not recorded."""
+    try:
+        content = json.loads((Path(folder) / FINGERPRINT_FILE).read_text(encoding="utf-8"))
+        return {name: part for name, part in content.items() if "sha256" in part}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def write_fingerprint(folder: str | Path, parts: Mapping[str, Described]) -> None:
+    """Replace what is recorded."""
+    with atomic_write(Path(folder) / FINGERPRINT_FILE) as stream:
+        json.dump(parts, stream, indent=1, ensure_ascii=False)
+        stream.write("\n")
+
+
+def check_same(
+    folder: str | Path, earlier: Mapping[str, Described], now: Mapping[str, Described]
+) -> None:
+    """Refuse to go on with other things than the checkpoints in ``folder`` were trained on.
+
+    Args:
+        now: those things that must be the same; what was not recorded is not compared.
+
+    Raises:
+        UserError: names both, and the ways out.
+    """
+    for name, part in now.items():
+        recorded = earlier.get(name, part)
+        if recorded["sha256"] != part["sha256"]:
+            raise UserError(
+                f"{folder} holds a run with the {name} {_named(recorded)}; now it is "
+                f"{_named(part)}. Nothing was changed. Give the one that the run began with, or "
+                "another --output_folder; --init_from FILE starts there from this run's weights. "
+                f"Where you know that it should go on nonetheless, delete {FINGERPRINT_FILE}."
+            )
+
+
+def _named(part: Described) -> str:
+    described = [str(value) for key, value in part.items() if key != "sha256"]
+    return f"{', '.join(described)} (sha256 {part['sha256'][:8]})"

@@ -1,0 +1,34 @@
+"""What one process of a run does for all of them."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from speechbrain.utils.distributed import ddp_broadcast, if_main_process, main_process_only
+
+from common.errors import EXIT_USER_ERROR, UserError
+
+Result = TypeVar("Result")
+
+
+def on_main(function: Callable[..., Result], *arguments: object) -> Result:
+    """Call a function on the main process; every process gets its result, which can be pickled.
+
+    Files are asked for here alone: on shared storage other hosts see them later.
+
+    Raises:
+        UserError: from the function; the other processes end with its exit status.
+    """
+
+    def outcome() -> tuple[Result | None, UserError | None]:
+        try:
+            return function(*arguments), None
+        except UserError as error:
+            return None, error
+
+    result, error = ddp_broadcast(main_process_only(outcome)())
+    if error is not None:
+        if if_main_process():
+            raise error
+        sys.exit(EXIT_USER_ERROR)
+    return result
