@@ -166,6 +166,16 @@ class TestRun:
         lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(lines[-1])["step"] == windows + 1
 
+    def test_another_text_is_refused_in_the_folder_of_a_run(self, files, tmp_path):
+        run(files, tmp_path, "transformer_small", "--number_of_epochs", "1")
+        with pytest.raises(UserError, match=r"the training text .*valid.txt"):
+            run(files, tmp_path, "transformer_small", "--train_text", str(files / "valid.txt"))
+        # The same under another name goes on.
+        moved = tmp_path / "moved.txt.gz"
+        moved.write_bytes((files / "train.txt.gz").read_bytes())
+        longer = ("--train_text", str(moved), "--number_of_epochs", "2")
+        run(files, tmp_path, "transformer_small", *longer)
+
     def test_an_evaluation_alone_needs_a_trained_run(self, files, tmp_path):
         with pytest.raises(UserError, match="trained run"):
             run(files, tmp_path, "transformer_small", "--test_only")
@@ -198,9 +208,12 @@ class TestRun:
             (["--tokenizer_path", "nowhere.model"], "tokenizer_path nowhere.model"),
             (["--output_neurons", "5"], "belongs to another model"),
             (["--valid_text", "null"], "valid_text is empty"),
+            (["--valid_text", "{empty}"], "valid_text: .*empty.txt has no sentence"),
         ],
     )
     def test_what_the_user_got_wrong_is_said(self, arguments, message, files, tmp_path):
+        (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
+        arguments = [word.format(empty=tmp_path / "empty.txt") for word in arguments]
         with pytest.raises(UserError, match=message):
             run(files, tmp_path, "transformer_small", *arguments)
 

@@ -103,9 +103,9 @@ def _run(
         for name, paths in texts.items()
         if paths
     }
-    for text in held_out.values():
-        # An empty text is refused here rather than after an epoch.
-        next(iter(text.dataset))
+    for name, paths in texts.items():
+        if paths and next(read_sentences(paths), None) is None:
+            raise UserError(f"{name}_text: {', '.join(paths)} has no sentence: nothing to score.")
     if not options.test_only:
         if "valid" not in held_out:
             raise UserError(

@@ -156,15 +156,10 @@ class TextBatches(IterableDataset):
             if own >= self.first_batch and (own - self.first_batch) % workers == index:
                 yield _collated(group[self.rank])
         if own < 0:
-            if not group:
-                raise UserError(
-                    f"{', '.join(map(str, self.paths))}: there is no sentence with a token that "
-                    "the tokenizer knows. Is the text empty, or of another language or case?"
-                )
             raise UserError(
                 f"{', '.join(map(str, self.paths))}: epoch {self.epoch} has fewer batches than "
                 f"processes ({self.num_ranks}). Give more text, lower max_batch_tokens or "
-                "text_parts."
+                "text_parts, or check that the tokenizer knows the characters of the text."
             )
 
     def _batches(self) -> Iterator[list[list[int]]]:
