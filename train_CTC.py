@@ -47,7 +47,7 @@ class ASR(ASRBrain):
 
     def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> CTCOutputs:
         """Waveforms to log probabilities."""
-        batch = batch.to(self.device)
+        batch = batch.to(self.device, non_blocking=True)
         front_end = self.front_end(batch, stage)
         return CTCOutputs(self._log_probs(front_end, self.draw_chunks(stage)), front_end)
 

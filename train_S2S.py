@@ -24,6 +24,7 @@ from torch import Tensor
 from decoding.searches import prepare_joint_search
 from modules.lengths import relative_lengths
 from training.brains.asr_brain import ASRBrain, FrontEndOutput
+from training.data.recordings import to_device
 from training.data.token_noise import replace_tokens
 from training.recipe import dataio_prepare, run_recipe
 
@@ -48,7 +49,7 @@ class ASR(ASRBrain):
 
     def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> S2SOutputs:
         """Waveforms and the tokens so far to log probabilities."""
-        batch = batch.to(self.device)
+        batch = batch.to(self.device, non_blocking=True)
         front_end = self.front_end(batch, stage)
         tokens_BU = batch.tokens_bos.data.repeat(front_end.copies, 1)
         if stage == sb.Stage.TRAIN and self.hparams.decoder_token_noise:
@@ -99,7 +100,7 @@ class ASR(ASRBrain):
         SpeechBrain masks positions at or above this times the width: half a token less keeps
         rounding from letting a padded one in.
         """
-        num_targets_B = batch.num_tokens.to(self.device) + 1
+        num_targets_B = to_device(batch.num_tokens, self.device) + 1
         return (num_targets_B - 0.5) / batch.tokens_eos.data.shape[1]
 
     def decode(self, outputs: S2SOutputs, batch: PaddedBatch, stage: sb.Stage) -> list[str] | None:

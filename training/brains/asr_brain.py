@@ -13,11 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import Interrupted
-from decoding.ctc_alignment import min_ctc_frames
 from modules.speech_encoder import SpeechEncoder
 from training.brains.run_brain import RunBrain
 from training.data.augmentation import SpectrogramAugmentation, SpeedPerturbation
-from training.data.recordings import SkippedUtterances, evaluation_batches
+from training.data.recordings import SkippedUtterances, evaluation_batches, to_device
 from training.losses.ctc import consistency_loss, ctc_loss, flat_start_loss, mean_over_feasible
 from training.seeding import seed_everything
 from training.splicing.cut_speech import Emissions, WordCutter, cut_speech
@@ -31,11 +30,13 @@ class FrontEndOutput:
     Attributes:
         frames_BTFC: frames, zero beyond each item's own.
         num_frames_B: integer frames of each item.
+        num_frames: the same as numbers of the host.
         copies: how many augmented copies of the batch stand one after the other in it.
     """
 
     frames_BTFC: Tensor
     num_frames_B: Tensor
+    num_frames: list[int]
     copies: int
 
 
@@ -84,17 +85,16 @@ class ASRBrain(RunBrain):
 
         With a ``consistency_weight`` what is augmented is repeated, each copy augmented anew.
         """
-        hparams, copies = self.hparams, 1
-        feats_BTM, num_frames_B = self.speech_encoder.features(
-            batch.sig.data, batch.num_samples.to(self.device), self.epoch
+        hparams, encoder, copies = self.hparams, self.speech_encoder, 1
+        lengths = encoder.num_feature_frames(batch.num_samples).tolist()
+        feats_BTM, num_frames_B = encoder.features(
+            batch.sig.data, to_device(batch.num_samples, self.device), self.epoch
         )
         if self.augments(stage):
             copies = 2 if hparams.consistency_weight else 1
             feats_BTM = torch.cat(
                 [
-                    self.spectrogram_augmentation(
-                        feats_BTM, num_frames_B, batch.id, self.epoch, view
-                    )
+                    self.spectrogram_augmentation(feats_BTM, lengths, batch.id, self.epoch, view)
                     for view in range(copies)
                 ]
             )
@@ -102,7 +102,9 @@ class ASRBrain(RunBrain):
         # From here on only dropout draws random numbers.
         if stage == sb.Stage.TRAIN:
             seed_everything(hparams.seed, self.epoch, self.step, self.rank)
-        return FrontEndOutput(*self.speech_encoder.frontend(feats_BTM, num_frames_B), copies)
+        frames_BTFC, num_frames_B = encoder.frontend(feats_BTM, num_frames_B)
+        lengths = encoder.num_frames(batch.num_samples).tolist() * copies
+        return FrontEndOutput(frames_BTFC, num_frames_B, lengths, copies)
 
     def ctc_objective(
         self, log_probs_BTV: Tensor, front_end: FrontEndOutput, batch: PaddedBatch, stage: sb.Stage
@@ -117,7 +119,7 @@ class ASRBrain(RunBrain):
             log_probs_BTV,
             batch.tokens.data.repeat(front_end.copies, 1),
             front_end.num_frames_B,
-            batch.num_tokens.to(self.device).repeat(front_end.copies),
+            to_device(batch.num_tokens, self.device).repeat(front_end.copies),
             hparams.blank_index,
         )
         if training and self.epoch <= hparams.flat_start_epochs:
@@ -127,30 +129,27 @@ class ASRBrain(RunBrain):
             loss_B, feasible_B = ctc_loss(*arguments)
         loss = mean_over_feasible(loss_B, feasible_B)
         if training:
-            self.note_infeasible(list(batch.id), feasible_B, front_end, batch)
+            self.note_infeasible(front_end, batch)
             if front_end.copies > 1:
                 loss = loss + hparams.consistency_weight * consistency_loss(
                     log_probs_BTV, front_end.num_frames_B, feasible_B
                 )
         return loss
 
-    def note_infeasible(
-        self, ids: list[str], feasible_B: Tensor, front_end: FrontEndOutput, batch: PaddedBatch
-    ) -> None:
+    def note_infeasible(self, front_end: FrontEndOutput, batch: PaddedBatch) -> None:
         """List utterances that were too short for their tokens in skipped.csv."""
-        if bool(feasible_B.all()):
-            return
-        num_tokens_B = batch.num_tokens.cpu()
-        needed_B = min_ctc_frames(batch.tokens.data.cpu(), num_tokens_B)
-        rows = range(len(ids))
+        items = zip(batch.id, batch.said, batch.wrd, batch.num_tokens, batch.min_frames, strict=True)
         reasons = {
-            ids[i]: f"{int(front_end.num_frames_B[i])} frames for {int(needed_B[i])} "
-            "(tokens and repetitions) after speed perturbation"
-            for i in rows
+            utterance_id: f"{frames} frames for {int(needed)} (tokens and repetitions) after speed "
+            "perturbation"
+            for (utterance_id, said, words, num_tokens, needed), frames in zip(
+                items, front_end.num_frames, strict=False
+            )
             # A spliced utterance is none of the corpus, and another one next time.
-            if not bool(feasible_B[i]) and batch.said[i] == batch.wrd[i]
+            if (frames < needed or num_tokens == 0) and said == words
         }
-        self.skipped.add(reasons)
+        if reasons:
+            self.skipped.add(reasons)
 
     def on_stage_start(self, stage, epoch=None):
         """Seed the stage, reset what is measured in it."""

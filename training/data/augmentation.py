@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from training.seeding import seeded
+from training.data.batched_augmentation import augment_batch, batched_forms
+from training.seeding import derive_seed, seeded
 
 
 class SpeedPerturbation:
@@ -36,7 +37,7 @@ class SpeedPerturbation:
 
 
 class SpectrogramAugmentation:
-    """SpecAugment-style drops and warps, one utterance at a time.
+    """SpecAugment-style drops and warps, by utterance; on a GPU the same for all at once.
 
     Args:
         augmentations: modules that map (1, T, M) to (1, T, M), applied in turn.
@@ -46,12 +47,13 @@ class SpectrogramAugmentation:
     def __init__(self, augmentations: Sequence[torch.nn.Module], seed: int):
         self.augmentations = list(augmentations)
         self.seed = seed
+        self.batched = batched_forms(self.augmentations)
 
     @torch.no_grad()
     def __call__(
         self,
         feats_BTM: torch.Tensor,
-        num_frames_B: torch.Tensor,
+        lengths: Sequence[int],
         ids: Sequence[str],
         epoch: int,
         view: int = 0,
@@ -59,13 +61,16 @@ class SpectrogramAugmentation:
         """Augmented copy; frames at and after an item's length are returned as they came.
 
         Args:
-            num_frames_B: valid feature frames of each item.
+            lengths: valid feature frames of each item.
             view: number of the copy when an utterance is augmented more than once.
         """
+        keys = [(self.seed, epoch, utterance_id, view, "spectrogram") for utterance_id in ids]
+        if feats_BTM.device.type == "cuda" and self.batched:
+            seeds = [derive_seed(*key) for key in keys]
+            return augment_batch(self.batched, feats_BTM, lengths, seeds)
         out_BTM = feats_BTM.clone()
-        lengths = num_frames_B.tolist()
-        for row, (utterance_id, frames) in enumerate(zip(ids, lengths, strict=True)):
-            with seeded(self.seed, epoch, utterance_id, view, "spectrogram"):
+        for row, (key, frames) in enumerate(zip(keys, lengths, strict=True)):
+            with seeded(*key):
                 # Drawn on the CPU, whatever the device: the same masks everywhere.
                 item_1TM = out_BTM[row : row + 1, :frames].cpu()
                 for augment in self.augmentations:

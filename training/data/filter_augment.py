@@ -21,18 +21,19 @@ class FilterAugment(torch.nn.Module):
         self.bands_low = bands_low
         self.bands_high = bands_high
 
-    def forward(self, feats_1TM: torch.Tensor) -> torch.Tensor:
-        """Features (1, T, M) to their filtered copy."""
-        num_bands = int(torch.randint(self.bands_low, self.bands_high + 1, ()))
-        last = feats_1TM.shape[-1] - 1
-        edges_K = torch.cat(
-            [torch.zeros(1), torch.rand(num_bands - 1).sort().values, torch.ones(1)]
-        )
-        edges_K = edges_K * last
-        gains_K = (2 * torch.rand(num_bands + 1) - 1) * self.max_gain
-        bins_M = torch.arange(last + 1, dtype=torch.float32)
+    def curve(self, num_bins: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """A curve (``num_bins``,); without a generator drawn from torch's own."""
+        num_bands = int(torch.randint(self.bands_low, self.bands_high + 1, (), generator=generator))
+        last = num_bins - 1
+        inner_K = torch.rand(num_bands - 1, generator=generator).sort().values
+        edges_K = torch.cat([torch.zeros(1), inner_K, torch.ones(1)]) * last
+        gains_K = (2 * torch.rand(num_bands + 1, generator=generator) - 1) * self.max_gain
+        bins_M = torch.arange(num_bins, dtype=torch.float32)
         upper_M = torch.searchsorted(edges_K, bins_M).clamp(1, num_bands)
         left_M, right_M = edges_K[upper_M - 1], edges_K[upper_M]
         share_M = (bins_M - left_M) / (right_M - left_M).clamp_min(1e-6)
-        curve_M = torch.lerp(gains_K[upper_M - 1], gains_K[upper_M], share_M)
-        return feats_1TM + curve_M.to(feats_1TM)
+        return torch.lerp(gains_K[upper_M - 1], gains_K[upper_M], share_M)
+
+    def forward(self, feats_1TM: torch.Tensor) -> torch.Tensor:
+        """Features (1, T, M) to their filtered copy."""
+        return feats_1TM + self.curve(feats_1TM.shape[-1]).to(feats_1TM)

@@ -64,18 +64,23 @@ class CountSamples:
 
 
 class Tokenize:
-    """A transcript as CTC targets, decoder input (bos first), decoder targets (eos last), count."""
+    """A transcript as CTC targets, decoder input (bos first), decoder targets (eos last).
+
+    Beside them their number, and the fewest frames that a CTC path through them needs.
+    """
 
     def __init__(self, tokenizer: spm.SentencePieceProcessor):
         self.tokenizer = tokenizer
 
-    def __call__(self, words: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    def __call__(self, words: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
         tokens = tokens_of(self.tokenizer, words)
+        tokens_U = torch.tensor(tokens, dtype=torch.long)
         return (
-            torch.tensor(tokens, dtype=torch.long),
+            tokens_U,
             torch.tensor([BOS_ID, *tokens], dtype=torch.long),
             torch.tensor([*tokens, EOS_ID], dtype=torch.long),
             len(tokens),
+            int(min_ctc_frames(tokens_U[None], torch.tensor([len(tokens)]))),
         )
 
 
@@ -179,13 +184,13 @@ def make_dataset(
         DynamicItem(
             ["said"],
             Tokenize(tokenizer),
-            ["tokens", "tokens_bos", "tokens_eos", "num_tokens"],
+            ["tokens", "tokens_bos", "tokens_eos", "num_tokens", "min_frames"],
         )
     )
     dataset.set_output_keys(
         [
             *("id", "duration", "wrd", "said", "sig", "num_samples"),
-            *("tokens", "tokens_bos", "tokens_eos", "num_tokens"),
+            *("tokens", "tokens_bos", "tokens_eos", "num_tokens", "min_frames"),
         ]
     )
     return dataset
@@ -203,6 +208,13 @@ def pad_right(tensors: list[torch.Tensor], **options) -> tuple[torch.Tensor, tor
 
 
 collate = partial(PaddedBatch, padding_func=pad_right)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor of the host on a device, without waiting for what the device has to do."""
+    if torch.device(device).type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass
