@@ -124,9 +124,13 @@ def large_ones_slow(names: Sequence[str]) -> list:
 
 
 def metrics(output_folder: Path) -> list[dict]:
-    """What a run logged."""
+    """What a run logged, without what its machine took for it."""
     text = (output_folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    entries = [json.loads(line) for line in text.splitlines()]
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(("_s", "_gib", "_percent"))}
+        for entry in entries
+    ]
 
 
 def checkpoints(output_folder: Path) -> list[Path]:

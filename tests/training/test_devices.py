@@ -8,6 +8,9 @@ from training.launch.devices import (
     check_device,
     check_precision,
     distributed_backend_for,
+    explained_memory,
+    gpu_use_percent,
+    memory_gib,
     own_device,
     peak_memory_gib,
 )
@@ -86,3 +89,38 @@ def test_fp16_is_for_cuda():
 
 def test_peak_memory_of_this_process_is_between_the_interpreter_and_the_machine():
     assert 0.01 < peak_memory_gib("cpu") < 10_000
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"
+        ),
+        MemoryError("4 GiB"),
+    ],
+)
+def test_a_lack_of_memory_names_the_batch_and_the_keys_to_lower(error):
+    with (
+        pytest.raises(
+            UserError, match=r"batch of 900 s: .* Lower max_batch_length_train or"
+        ) as told,
+        explained_memory(("max_batch_length_train", "batch_size"), lambda batch: f"{batch} s", 900),
+    ):
+        raise error
+    assert "--gradient_checkpointing True" in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_other_faults_stay_what_they_are():
+    with (
+        pytest.raises(RuntimeError, match="shapes"),
+        explained_memory(("batch_size",), str, 1),
+    ):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_a_cpu_has_no_memory_of_its_own_and_no_use():
+    assert memory_gib("cpu") is None
+    assert gpu_use_percent("cpu") is None

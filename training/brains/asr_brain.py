@@ -51,6 +51,8 @@ class ASRBrain(RunBrain):
     best_metric = "WER"
     best_is = "min"
     amount_unit = "audio_s"
+    memory_keys = ("max_batch_length_train", "max_batch_ex", "batch_size")
+    memory_keys_of_evaluation = ("max_batch_length_val", "test_beam_size")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -75,6 +77,14 @@ class ASRBrain(RunBrain):
     def amount(self, batch: PaddedBatch) -> float:
         """Seconds of audio; a perturbed or spliced utterance counts as that of the manifest."""
         return float(sum(batch.duration))
+
+    def describe_size(self, batch: PaddedBatch) -> str:
+        """Utterances and seconds."""
+        longest_s = float(max(batch.duration))
+        return (
+            f"{len(batch.id)} utterances with {self.amount(batch):.0f} s of audio, the longest of "
+            f"{longest_s:.1f} s"
+        )
 
     def augments(self, stage: sb.Stage) -> bool:
         """Whether this stage is trained on augmented speech: from ``augment_from_epoch`` on."""
@@ -138,7 +148,9 @@ class ASRBrain(RunBrain):
 
     def note_infeasible(self, front_end: FrontEndOutput, batch: PaddedBatch) -> None:
         """List utterances that were too short for their tokens in skipped.csv."""
-        items = zip(batch.id, batch.said, batch.wrd, batch.num_tokens, batch.min_frames, strict=True)
+        items = zip(
+            batch.id, batch.said, batch.wrd, batch.num_tokens, batch.min_frames, strict=True
+        )
         reasons = {
             utterance_id: f"{frames} frames for {int(needed)} (tokens and repetitions) after speed "
             "perturbation"

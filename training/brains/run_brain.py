@@ -2,7 +2,10 @@
 
 import json
 import logging
+import math
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +32,36 @@ from training.brains.optimization import (
     scale_gradients,
 )
 from training.checkpoints.checkpointer import load_model_hook
-from training.launch.devices import peak_memory_gib
+from training.launch.devices import (
+    explained_memory,
+    gpu_use_percent,
+    memory_gib,
+    peak_memory_gib,
+)
 from training.launch.interrupts import StopRequest
 from training.reporting.metrics_log import MetricsLog
 from training.reporting.plots import plot_curves
+from training.reporting.step_clock import StepClock
 from training.seeding import seed_everything
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class UnreadBatch:
+    """What the host has not seen yet of a batch.
+
+    Attributes:
+        step: number of the batch in its epoch.
+        loss: on the device.
+        items: what the batch holds, for a message.
+        norm: of the gradient, where it was applied after this batch.
+    """
+
+    step: int
+    loss: Tensor
+    items: str
+    norm: Tensor | None
 
 
 @register_checkpoint_hooks
@@ -50,6 +76,8 @@ class RunBrain(sb.Brain):
     best_metric = "loss"
     best_is = "min"
     amount_unit = "batches"
+    memory_keys: tuple[str, ...] = ("batch_size",)
+    memory_keys_of_evaluation: tuple[str, ...] = ("batch_size",)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -66,6 +94,12 @@ class RunBrain(sb.Brain):
         self._stage_started = 0.0
         self._train_stats: dict = {}
         self._train_steps = 0
+        self.clock = StepClock(self.device)
+        self.reads_late = False
+        self._unread: list[UnreadBatch] = []
+        self._last_loss = self._last_norm = math.nan
+        self._epoch_seconds: dict[str, float] = defaultdict(float)
+        self._search_s = 0.0
         if self.checkpointer is not None:
             self.checkpointer.custom_load_hooks["model"] = load_model_hook
 
@@ -77,20 +111,39 @@ class RunBrain(sb.Brain):
         """Hook of the subclasses: how much a batch holds, in ``amount_unit``."""
         raise NotImplementedError
 
+    def describe_size(self, batch) -> str:
+        """What a message says of a batch that did not fit into memory."""
+        return f"{self.amount(batch):.0f} {self.amount_unit}"
+
     def score(self, outputs, batch, stage: sb.Stage) -> None:
         """Hook of the subclasses: what an evaluation measures beside the loss."""
 
     # -- one batch ------------------------------------------------------------------------------
 
     def fit_batch(self, batch) -> Tensor:
-        """One forward and backward; all ranks agree before it on skipping and on stopping."""
+        """One forward and backward, and where it completes a window an optimiser step."""
         should_step = self._completes_window()
         self._window_batches += 1
+        self.clock.end_of("data")
         self.on_fit_batch_start(batch, should_step)
+        fit = self._fit_unread if self.reads_late else self._fit_read
+        with explained_memory(self.memory_keys, self.describe_size, batch):
+            outputs, loss, stop = fit(batch, should_step)
+        self.on_fit_batch_end(batch, outputs, loss, should_step)
+        self.clock.start()
+        if stop and should_step:
+            self._save_intra_epoch_ckpt()
+            raise Interrupted(stop)
+        return loss.detach()
+
+    def _fit_read(self, batch, should_step: bool) -> tuple[Any, Tensor, int]:
+        """All ranks agree before the backward on skipping and on stopping: the host sees the loss.
+
+        Returns:
+            outputs, loss, and the signal that asks for an end (0: none).
+        """
         with self.no_sync(not should_step):
-            with self.training_ctx:
-                outputs = self.compute_forward(batch, sb.Stage.TRAIN)
-                loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
+            outputs, loss = self._forward(batch)
             finite_here = bool(torch.isfinite(loss))
             finite, stop = self.agree(finite_here, self.stop_request.signal_number)
             if finite:
@@ -99,15 +152,70 @@ class RunBrain(sb.Brain):
                 ids = "that of another process" if finite_here else self.describe(batch)
                 self._count_nonfinite("loss", ids)
                 self._void_window = True
+        self.clock.end_of("backward")
+        self._unread.append(UnreadBatch(self.step, loss.detach(), "", None))
         if should_step:
             self._step_or_skip(batch)
-        self.on_fit_batch_end(batch, outputs, loss, should_step)
-        loss = loss.detach().cpu()
-        if stop and should_step:
-            self.avg_train_loss = self.update_average(loss, self.avg_train_loss)
-            self._save_intra_epoch_ckpt()
-            raise Interrupted(stop)
-        return loss
+        self.clock.end_of("optimizer")
+        self.read_losses()
+        return outputs, loss, stop
+
+    def _fit_unread(self, batch, should_step: bool) -> tuple[Any, Tensor, int]:
+        """The same without waiting for the device: the losses are read every few steps.
+
+        A loss that is not finite makes all gradients so, on every rank, and the device itself
+        leaves out the optimiser step. The schedule counts such a step.
+        """
+        with self.no_sync(not should_step):
+            outputs, loss = self._forward(batch)
+            poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+            self.scaler.scale(loss * poison / self.grad_accumulation_factor).backward()
+        self.clock.end_of("backward")
+        norm = self._step_on_device() if should_step else None
+        self.clock.end_of("optimizer")
+        self._unread.append(UnreadBatch(self.step, loss.detach(), self.describe(batch), norm))
+        last = self.is_last_batch()
+        if should_step and (last or self.optimizer_step % self.hparams.log_interval_steps == 0):
+            self.read_losses()
+        elif is_distributed_initialized() or not should_step:
+            # The others are asked where everybody reads.
+            return outputs, loss, 0
+        return outputs, loss, self.agree(True, self.stop_request.signal_number)[1]
+
+    def _forward(self, batch) -> tuple[Any, Tensor]:
+        with self.training_ctx:
+            outputs = self.compute_forward(batch, sb.Stage.TRAIN)
+            loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
+        self.clock.end_of("forward")
+        return outputs, loss
+
+    def read_losses(self) -> None:
+        """Wait for what the device has to do, and note what came out of it."""
+        if not self._unread:
+            return
+        nothing = self._unread[0].loss.new_zeros(())
+        pairs = [
+            torch.stack([one.loss.double(), (nothing if one.norm is None else one.norm).double()])
+            for one in self._unread
+        ]
+        for one, (loss, norm) in zip(self._unread, torch.stack(pairs).tolist(), strict=True):
+            if math.isfinite(loss):
+                self.avg_train_loss -= self.avg_train_loss / one.step
+                self.avg_train_loss += loss / one.step
+            if self.reads_late and not math.isfinite(loss):
+                self._count_nonfinite("loss", one.items)
+            elif self.reads_late and not math.isfinite(norm) and not self.scaler.is_enabled():
+                self._count_nonfinite("gradient", one.items)
+            self._last_loss = loss
+            if one.norm is not None:
+                self._last_norm = norm
+        self._unread.clear()
+
+    def update_average(self, loss, avg_loss):
+        """As SpeechBrain's; in training ``read_losses`` has done it."""
+        if self.modules.training:
+            return self.avg_train_loss
+        return super().update_average(loss, avg_loss)
 
     def agree(self, finite: bool, signal_number: int) -> tuple[bool, int]:
         """Whether all ranks have ``finite``, and the signal that any of them got (0: none).
@@ -122,21 +230,38 @@ class RunBrain(sb.Brain):
         return not nonfinite, signal_number
 
     def _step_or_skip(self, batch) -> None:
-        window_batches, self._window_batches = self._window_batches, 0
         if self._void_window:
             # The batches accumulated beside a non-finite one were not synchronised: drop them all.
-            self._void_window = False
+            self._void_window, self._window_batches = False, 0
             self.zero_grad(set_to_none=True)
             return
-        self.scaler.unscale_(self.optimizer)
-        if window_batches < self.grad_accumulation_factor:
-            # The last of an epoch: each loss was divided by the whole factor.
-            scale_gradients(self.optimizer, self.grad_accumulation_factor / window_batches)
-        norm = clip_gradients(self.optimizer, self.max_grad_norm)
+        norm = self._clipped()
         if not torch.isfinite(norm) and not self.scaler.is_enabled():
             self._count_nonfinite("gradient", self.describe(batch))
             self.zero_grad(set_to_none=True)
             return
+        self._unread[-1].norm = norm
+        self._apply_gradients()
+
+    def _step_on_device(self) -> Tensor:
+        """An optimiser step that the device leaves out where the gradient is not finite."""
+        norm = self._clipped()
+        if not self.scaler.is_enabled():
+            # What a scaler of fp16 tells a fused optimiser.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~norm.isfinite()).float()
+        self._apply_gradients()
+        return norm
+
+    def _clipped(self) -> Tensor:
+        """Clip the gradients of a window; returns their norm before."""
+        window_batches, self._window_batches = self._window_batches, 0
+        self.scaler.unscale_(self.optimizer)
+        if window_batches < self.grad_accumulation_factor:
+            # The last of an epoch: each loss was divided by the whole factor.
+            scale_gradients(self.optimizer, self.grad_accumulation_factor / window_batches)
+        return clip_gradients(self.optimizer, self.max_grad_norm)
+
+    def _apply_gradients(self) -> None:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -155,16 +280,27 @@ class RunBrain(sb.Brain):
 
     def on_fit_batch_end(self, batch, outputs, loss, should_step):
         """Log the step."""
-        del outputs
+        del outputs, loss
         self._amount += self.amount(batch)
         if should_step and self.optimizer_step % self.hparams.log_interval_steps == 0:
             values = {
                 "step": self.optimizer_step,
                 "epoch": self.epoch,
-                "train_loss": float(loss.detach()),
+                "train_loss": self._last_loss,
                 "lr": self.optimizer.param_groups[0]["lr"],
+                "grad_norm": self._last_norm,
+                **self._read_clock(),
+                "memory_gib": memory_gib(self.device),
+                "gpu_use_percent": gpu_use_percent(self.device),
             }
-            self._log_step(values)
+            self._log_step({key: value for key, value in values.items() if value is not None})
+
+    def _read_clock(self) -> dict[str, float]:
+        """Seconds of the steps since the last line of the log, by part of the work."""
+        seconds = self.clock.read()
+        for part, value in seconds.items():
+            self._epoch_seconds[part] += value
+        return {f"{part}_s": round(value, 4) for part, value in seconds.items()}
 
     def _log_step(self, values: dict) -> None:
         if if_main_process():
@@ -182,11 +318,16 @@ class RunBrain(sb.Brain):
                 raise Interrupted(stop)
         elif self.stop_request.signal_number:
             raise Interrupted(self.stop_request.signal_number)
-        with self.evaluation_ctx:
+        with (
+            explained_memory(self.memory_keys_of_evaluation, self.describe_size, batch),
+            self.evaluation_ctx,
+        ):
             outputs = self.compute_forward(batch, stage=stage)
-            loss = self.compute_objectives(outputs, batch, stage=stage)
+            loss = self.compute_objectives(outputs, batch, stage=stage).detach().cpu()
+            started = time.perf_counter()
             self.score(outputs, batch, stage)
-        return loss.detach().cpu()
+            self._search_s += time.perf_counter() - started
+        return loss
 
     def unwrap_modules(self) -> None:
         """Drop the distributed wrappers, whose forward waits for the other ranks."""
@@ -199,9 +340,12 @@ class RunBrain(sb.Brain):
     def on_stage_start(self, stage, epoch=None):
         """Seed the stage, reset what is measured in it."""
         self._stage_started = time.perf_counter()
-        self._amount = 0.0
+        self._amount, self._search_s = 0.0, 0.0
         if stage == sb.Stage.TRAIN:
             self.epoch = epoch
+            self._epoch_seconds.clear()
+            self.clock.read()
+            self.clock.start()
             self._void_window, self._window_batches = False, 0
             # Creating a loader's iterator draws from the main generator.
             seed_everything(self.hparams.seed, epoch, "loader", self.rank)
@@ -213,24 +357,31 @@ class RunBrain(sb.Brain):
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log an epoch, save its checkpoint, decide on stopping early."""
         if stage == sb.Stage.TRAIN:
+            self.read_losses()
+            self._read_clock()
             seconds = max(time.perf_counter() - self._stage_started, 1e-9)
             self._train_stats = {
-                "loss": stage_loss,
+                "loss": self.avg_train_loss,
                 f"{self.amount_unit}_per_s": self._amount / seconds,
                 "peak_memory_gib": peak_memory_gib(self.device),
+                "grad_norm": self._last_norm,
+                **{f"{part}_s": value for part, value in self._epoch_seconds.items()},
             }
             self._train_steps = self.step
             return
         if stage != sb.Stage.VALID:
             return
         stats = self.validation_stats(stage_loss)
+        measured = {"search_s": round(self._search_s, 4)}
         meta = {
             "epoch": epoch,
             "step": self.optimizer_step,
             "lr": self.optimizer.param_groups[0]["lr"],
         }
         for stats_logger in self.loggers:
-            stats_logger.log_stats(meta, train_stats=self._train_stats, valid_stats=stats)
+            stats_logger.log_stats(
+                meta, train_stats=self._train_stats, valid_stats=stats | measured
+            )
         if self.hparams.early_stop_patience:
             self.hparams.counter.update_metric(stats[self.best_metric])
         self.checkpointer.save_checkpoint(meta={"epoch": epoch, **stats})
@@ -243,6 +394,7 @@ class RunBrain(sb.Brain):
                 epoch=epoch,
                 valid_loss=stats["loss"],
                 **{k.lower(): v for k, v in stats.items() if k != "loss"},
+                **measured,
             )
             plot_curves(
                 self.metrics_log.path,
@@ -262,11 +414,19 @@ class RunBrain(sb.Brain):
         self.optimizers_dict = {"opt_class": self.optimizer}
         for group in self.optimizer.param_groups:
             group["lr"] = first_lr(self.hparams.noam_scheduler)
+        # Only a fused optimiser can be told on the device to leave out a step.
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        self.reads_late = fused and torch.device(self.device).type == "cuda"
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable("optimizer", self.optimizer)
 
     def on_fit_start(self):
         """Wrap, make the optimiser, go on from a checkpoint if there is one."""
+        if torch.device(self.device).type == "cuda":
+            logger.info(
+                "The first steps compile kernels for this GPU, once for a machine and a network: "
+                "some twenty seconds."
+            )
         self._compile()
         self._wrap_distributed()
         self.init_optimizers()
@@ -307,6 +467,9 @@ class RunBrain(sb.Brain):
     def make_dataloader(self, dataset, stage, ckpt_prefix=None, **loader_kwargs):
         """As SpeechBrain's, whose record of the position would be a count of batches."""
         del ckpt_prefix
+        if torch.device(self.device).type == "cuda":
+            # From there a copy to the device does not keep the host.
+            loader_kwargs.setdefault("pin_memory", True)
         loader = super().make_dataloader(dataset, stage, ckpt_prefix=None, **loader_kwargs)
         if stage == sb.Stage.TRAIN:
             self._train_loader = loader
@@ -368,6 +531,7 @@ class RunBrain(sb.Brain):
         return due and self._completes_window()
 
     def _save_intra_epoch_ckpt(self):
+        self.read_losses()
         self.checkpointer.save_checkpoint(end_of_epoch=False, meta={INTRA_EPOCH_CKPT_FLAG: True})
         self.checkpointer.keep_best(
             self.hparams.avg_checkpoints, **{f"{self.best_is}_key": self.best_metric}

@@ -1,8 +1,13 @@
 """Where a run computes, and what that place can do."""
 
+import functools
+import importlib.util
 import os
 import resource
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from speechbrain.utils.distributed import get_local_rank
@@ -79,3 +84,58 @@ def peak_memory_gib(device: torch.device | str) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def memory_gib(device: torch.device | str) -> float | None:
+    """Memory of a GPU that tensors take now; None elsewhere."""
+    device = torch.device(device)
+    return torch.cuda.memory_allocated(device) / 2**30 if device.type == "cuda" else None
+
+
+@functools.cache
+def _can_ask_for_use() -> bool:
+    return importlib.util.find_spec("pynvml") is not None
+
+
+def gpu_use_percent(device: torch.device | str) -> float | None:
+    """Share of the last moments in which the GPU computed; None where nothing tells it."""
+    device = torch.device(device)
+    if device.type != "cuda" or not _can_ask_for_use():
+        return None
+    try:
+        return float(torch.cuda.utilization(device))
+    except (RuntimeError, OSError):
+        # Some machines hide the driver's management library from those who may compute.
+        return None
+
+
+@contextmanager
+def explained_memory(
+    keys: Sequence[str], describe: Callable[[Any], str], batch: object
+) -> Iterator[None]:
+    """Turns a lack of memory into a message that says what to lower.
+
+    Args:
+        keys: of the YAML file, that decide how large a batch is.
+        describe: says how large ``batch`` was.
+
+    Raises:
+        UserError: something inside did not fit into memory.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        first = str(error).partition("\n")[0]
+        raise UserError(
+            f"Out of memory in a batch of {describe(batch)}: {first} Lower {' or '.join(keys)} (a "
+            "larger grad_accumulation_factor keeps the effective batch), or give "
+            "--gradient_checkpointing True; then repeat the command to go on."
+        ) from error
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from training.brains.run_brain import RunBrain
+from training.data.recordings import to_device
 from training.lm.text_batches import PAD_ID, TextBatch, TextLoader
 from training.seeding import seed_everything
 
@@ -59,14 +60,14 @@ class LMBrain(RunBrain):
         if stage == sb.Stage.TRAIN:
             # Dropout depends on the place in the run, so that a resumed run is the unbroken one.
             seed_everything(self.hparams.seed, self.epoch, self.step, self.rank)
-        return self.modules.model(batch.tokens_bos.to(self.device))
+        return self.modules.model(to_device(batch.tokens_bos, self.device))
 
     def compute_objectives(self, predictions: Tensor, batch: TextBatch, stage: sb.Stage) -> Tensor:
         """Mean cross-entropy per token in nats; smoothed labels in training only."""
         training = stage == sb.Stage.TRAIN
         loss = cross_entropy(
             predictions.float().flatten(0, 1),
-            batch.tokens_eos.to(self.device).flatten(),
+            to_device(batch.tokens_eos, self.device).flatten(),
             ignore_index=PAD_ID,
             label_smoothing=self.hparams.label_smoothing if training else 0.0,
         )

@@ -15,8 +15,10 @@ class MetricsLog:
     """Append-only ``metrics.jsonl``, safe against a process that is killed while it writes.
 
     Each line is ``{"step": optimiser steps, ...}`` with whatever else was measured there:
-    ``epoch``, ``train_loss`` and ``lr`` during an epoch, ``valid_loss``, ``wer`` and ``cer`` (both
-    percent) after one. A value that is not finite is stored as null.
+    ``epoch``, ``train_loss``, ``lr``, ``grad_norm`` and, of the steps since the line before,
+    ``data_s``, ``forward_s``, ``backward_s`` and ``optimizer_s`` during an epoch (on a GPU also
+    ``memory_gib`` and ``gpu_use_percent``), ``valid_loss``, ``wer`` and ``cer`` (both percent) and
+    ``search_s`` after one. A value that is not finite is stored as null.
 
     Args:
         path: the file; it is created by the first :meth:`append`.

@@ -36,7 +36,7 @@ class StepClock:
         self._marks.append((part, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part since the last reading; the device must have done all marked work."""
+        """Seconds of each part since the last reading; the device has to be done with them."""
         seconds: dict[str, float] = defaultdict(float)
         for (_, begin), (part, end) in zip(self._marks, self._marks[1:], strict=False):
             if part is not None:
