@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from speechbrain.nnet.normalization import LayerNorm
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class ConmambaEncoderLayer(nn.Module):
         """Applies the layer to the next chunk of streams, or to whole utterances (None)."""
         padding_BT, lengths_B = surroundings.padding_BT, surroundings.lengths_B
         mask_BT1 = None if padding_BT is None else padding_BT.unsqueeze(-1)
-        x_BTD = x_BTD + 0.5 * self.ffn_module1(x_BTD)
+        x_BTD = torch.add(x_BTD, self.ffn_module1(x_BTD), alpha=0.5)
         mixed_BTD, mamba = self.mamba(
             self.norm1(x_BTD),
             lengths_B,
@@ -102,7 +103,8 @@ class ConmambaEncoderLayer(nn.Module):
                 x_BTD, state.conv_BPD, mask_BT1, lengths_B
             )
             x_BTD, state = x_BTD + convolved_BTD, ConmambaLayerState(mamba, conv_BPD)
-        return self.norm2(x_BTD + 0.5 * self.ffn_module2(x_BTD)), state
+        x_BTD = torch.add(x_BTD, self.ffn_module2(x_BTD), alpha=0.5)
+        return self.norm2(x_BTD), state
 
     def forward_in_pieces(self, x_BTD: Tensor, piece_frames: int) -> Tensor:
         """Applies the layer to a whole recording in memory for a piece; changes ``x_BTD``."""

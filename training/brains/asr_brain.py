@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from common.errors import Interrupted
 from modules.speech_encoder import SpeechEncoder
+from training.brains.graphs import CudaCapture, GraphedEncoder, check_graphs
 from training.brains.run_brain import RunBrain
 from training.data.augmentation import SpectrogramAugmentation, SpeedPerturbation
 from training.data.recordings import SkippedUtterances, evaluation_batches, to_device
@@ -69,6 +70,8 @@ class ASRBrain(RunBrain):
         self.transcripts: dict[str, tuple[str, str]] = {}
         self.speech_encoder: SpeechEncoder = hparams.speech_encoder
         self.speech_encoder.compute_features.to(self.device)
+        if hparams.cuda_graphs and not self.test_only:
+            check_graphs(hparams, self.device, bool(self.compile))
 
     def describe(self, batch: PaddedBatch) -> str:
         """The ids of the utterances."""
@@ -233,6 +236,13 @@ class ASRBrain(RunBrain):
         """As the parent's; the front end that is called is the one that synchronises gradients."""
         super().on_fit_start()
         self.speech_encoder.CNN = self.modules.CNN
+        if self.hparams.cuda_graphs:
+            stack, capture = self.hparams.Transformer.encoder, CudaCapture(self.training_dtype)
+            stack.forward = GraphedEncoder(stack, self.hparams.cuda_graphs, capture)
+
+    def casts_weights(self) -> bool:
+        """As the parent's; a captured step casts by itself."""
+        return super().casts_weights() and not self.hparams.cuda_graphs
 
     def unwrap_modules(self) -> None:
         """As the parent's, for the front end too."""

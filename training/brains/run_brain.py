@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import speechbrain as sb
 import torch
 import yaml
-from speechbrain.core import INTRA_EPOCH_CKPT_FLAG
+from speechbrain.core import INTRA_EPOCH_CKPT_FLAG, AMPConfig
 from speechbrain.utils.checkpoints import (
     mark_as_loader,
     mark_as_saver,
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.errors import Interrupted, UserError
+from training.brains.cast_weights import CastWeights
 from training.brains.optimization import (
     clip_gradients,
     first_lr,
@@ -96,6 +98,7 @@ class RunBrain(sb.Brain):
         self._train_steps = 0
         self.clock = StepClock(self.device)
         self.reads_late = False
+        self.cast_weights: CastWeights | None = None
         self._unread: list[UnreadBatch] = []
         self._last_loss = self._last_norm = math.nan
         self._epoch_seconds: dict[str, float] = defaultdict(float)
@@ -183,7 +186,8 @@ class RunBrain(sb.Brain):
         return outputs, loss, self.agree(True, self.stop_request.signal_number)[1]
 
     def _forward(self, batch) -> tuple[Any, Tensor]:
-        with self.training_ctx:
+        cast = nullcontext() if self.cast_weights is None else self.cast_weights.in_place()
+        with self.training_ctx, cast:
             outputs = self.compute_forward(batch, sb.Stage.TRAIN)
             loss = self.compute_objectives(outputs, batch, sb.Stage.TRAIN)
         self.clock.end_of("forward")
@@ -429,6 +433,8 @@ class RunBrain(sb.Brain):
             )
         self._compile()
         self._wrap_distributed()
+        if self.casts_weights():
+            self.cast_weights = CastWeights(self.modules.values(), self.training_dtype)
         self.init_optimizers()
         if self.checkpointer is None:
             return
@@ -444,6 +450,19 @@ class RunBrain(sb.Brain):
             if if_main_process():
                 self.metrics_log.truncate_after(self.optimizer_step)
             self._judge_stopping_anew()
+
+    @property
+    def training_dtype(self) -> torch.dtype:
+        """Of autocast in training."""
+        return AMPConfig.from_name(self.precision).dtype
+
+    def casts_weights(self) -> bool:
+        """Whether all weights are cast at the beginning of a step, not one use at a time."""
+        # Layers that run twice would meet two kinds of weights.
+        recomputes = getattr(self.hparams, "gradient_checkpointing", False)
+        on_gpu = torch.device(self.device).type == "cuda"
+        half = self.training_dtype != torch.float32
+        return on_gpu and half and not recomputes and not self.compile
 
     def _judge_stopping_anew(self) -> None:
         """An early stop is undone where ``early_stop_patience`` is longer now, or 0."""

@@ -1,0 +1,142 @@
+"""Steps that are captured for a few shapes train as steps that are not."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_CTC
+import train_S2S
+from common.errors import UserError
+from tests.ctc_runs import CONMAMBA, CONMAMBAMAMBA, TINY_S2S, command_line, train
+from tests.modules.networks import assert_same_gradients, gradients, padded_batch, small_network
+from training.brains import asr_brain
+from training.brains.graphs import GraphedEncoder, check_graphs, rounded_up
+
+LENGTHS = [37, 20, 9]
+
+
+def no_capture(layers, example):
+    """What stands for a graph where there is no GPU: the layers, which see one shape."""
+    del example
+    return layers
+
+
+def step(network, lengths):
+    """Valid outputs and gradients of a training step."""
+    torch.manual_seed(0)
+    x_BTD, lengths_B = padded_batch(lengths)
+    out_BTD = network.encode(x_BTD, lengths_B)
+    assert out_BTD.shape[:2] == x_BTD.shape[:2]
+    valid = [out[:length] for out, length in zip(out_BTD, lengths, strict=True)]
+    sum(out.sin().sum() for out in valid).backward()
+    found = gradients(network)
+    network.zero_grad()
+    return [out.detach() for out in valid], found
+
+
+@pytest.mark.parametrize("encoder", ["conmamba", "mamba"])
+def test_padding_to_a_shape_changes_no_output_and_no_gradient(encoder, one_thread):
+    network = small_network(encoder).train()
+    graphed = GraphedEncoder(network.encoder, 4, no_capture)
+    plain = [step(network, lengths) for lengths in (LENGTHS, LENGTHS, [19] * 17)]
+    network.encoder.forward = graphed
+    found = [step(network, lengths) for lengths in (LENGTHS, LENGTHS, [19] * 17)]
+    for (outputs, grads), (wanted, wanted_grads) in zip(found, plain, strict=True):
+        for output, reference in zip(outputs, wanted, strict=True):
+            torch.testing.assert_close(output, reference, rtol=1e-5, atol=1e-5)
+        assert_same_gradients(grads, wanted_grads)
+    assert list(graphed.steps) == [(3, 40)]
+
+
+def test_a_shape_is_captured_when_it_comes_again_and_no_more_than_were_allowed():
+    network = small_network("conmamba").train()
+    graphed = GraphedEncoder(network.encoder, 2, no_capture)
+    network.encoder.forward = graphed
+    for frames in (16, 18, 16, 20, 18, 20, 20):
+        step(network, [frames, 5])
+    assert list(graphed.steps) == [(2, 16), (2, 18)]
+
+
+def test_evaluation_and_inner_outputs_go_the_plain_way():
+    network = small_network("conmamba")
+    graphed = GraphedEncoder(network.encoder, 2, no_capture)
+    network.encoder.forward = graphed
+    x_BTD, lengths_B = padded_batch(LENGTHS)
+    network.eval().encode(x_BTD, lengths_B)
+    network.train().encode(x_BTD, lengths_B, intermediate_layers=[1])
+    with torch.no_grad():
+        network.encode(x_BTD, lengths_B)
+    assert not graphed.seen
+
+
+def test_shapes_are_few_and_little_is_padded():
+    counts = range(1, 3001)
+    rounded = [rounded_up(count) for count in counts]
+    assert all(count <= up <= 1.125 * count for count, up in zip(counts, rounded, strict=True))
+    assert len(set(rounded)) <= 16 + 8 * 8
+
+
+@pytest.mark.parametrize(("recipe", "keys"), [("CTC", {}), ("S2S", TINY_S2S)], ids=["CTC", "S2S"])
+def test_the_losses_of_twenty_steps_are_those_without(
+    recipe, keys, tone_corpus, tmp_path, monkeypatch, one_thread
+):
+    main, yaml_file = {
+        "CTC": (train_CTC.main, CONMAMBA),
+        "S2S": (train_S2S.main, CONMAMBAMAMBA),
+    }[recipe]
+    keys = keys | {
+        "number_of_epochs": 4,
+        "dynamic_batching": False,
+        "batch_size": 1,
+        "transformer_dropout": 0.0,
+        "grad_accumulation_factor": 2,
+        "test_splits": "[]",
+    }
+    captured = []
+
+    def capture(layers, example):
+        captured.append(tuple(example[0].shape[:2]))
+        return layers
+
+    monkeypatch.setattr(asr_brain, "check_graphs", lambda *arguments: None)
+    monkeypatch.setattr(asr_brain, "CudaCapture", lambda dtype: capture)
+    losses = {}
+    for graphs in (0, 3):
+        folder = tmp_path / str(graphs)
+        arguments = command_line(tone_corpus, folder, yaml_file, **keys, cuda_graphs=graphs)
+        assert train(arguments, main) == 0
+        entries = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+        losses[graphs] = [entry["train_loss"] for entry in entries if "train_loss" in entry]
+    assert len(losses[0]) == 20
+    torch.testing.assert_close(losses[3], losses[0], rtol=1e-5, atol=1e-5)
+    assert 0 < len(captured) <= 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "cpu"}, "needs CUDA"),
+        ({"encoder_module": "conformer"}, "encoders that attend"),
+        ({"distributed": True}, "several processes"),
+        ({"compiles": True}, "--compile"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"layerdrop_prob": 0.1}, "layerdrop_prob"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes, reason, monkeypatch):
+    asked = {
+        "device": "cuda",
+        "compiles": False,
+        "encoder_module": "conmamba",
+        "gradient_checkpointing": False,
+        "layerdrop_prob": 0.0,
+    } | changes
+    encoder = SimpleNamespace(layerdrop_prob=asked.pop("layerdrop_prob"))
+    run = asked.pop("device"), asked.pop("compiles")
+    distributed = asked.pop("distributed", False)
+    monkeypatch.setattr("training.brains.graphs.is_distributed_initialized", lambda: distributed)
+    hparams = SimpleNamespace(cuda_graphs=8, Transformer=SimpleNamespace(encoder=encoder), **asked)
+    with pytest.raises(UserError, match=f"cuda_graphs is 8, but .*{reason}"):
+        check_graphs(hparams, *run)
