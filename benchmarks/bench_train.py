@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +84,10 @@ class TimedBrain(ASRBrain):
         optimizer = self.opt_class(network.parameters())
 
         def train(number: int, shape: torch.Size, num_frames_B: torch.Tensor) -> None:
-            with self.training_ctx:
+            cast = nullcontext() if self.cast_weights is None else self.cast_weights.in_place()
+            with self.training_ctx, cast:
                 frames_BTFC = torch.randn(shape, device=self.device)
-                loss = network.encode(frames_BTFC, num_frames_B)[0].float().square().mean()
+                loss = network.encode(frames_BTFC, num_frames_B).float().square().mean()
             self.scaler.scale(loss).backward()
             if number % self.grad_accumulation_factor == 0:
                 self.scaler.step(optimizer)

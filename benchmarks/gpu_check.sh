@@ -130,6 +130,7 @@ an4() {
   local later=(--augment_from_epoch 1 --flat_start_epochs 0)
   train_rate an4 70 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" "${small[@]}"
   train_rate an4_augmented 70 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" "${small[@]}" "${later[@]}"
+  [ -n "$DRY" ] || train_rate an4_graphs 80 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" "${later[@]}" --cuda_graphs 24
 }
 
 small() {

@@ -104,8 +104,8 @@ def gpu_use_percent(device: torch.device | str) -> float | None:
         return None
     try:
         return float(torch.cuda.utilization(device))
-    except (RuntimeError, OSError):
-        # Some machines hide the driver's management library from those who may compute.
+    except Exception:
+        # Some machines hide the driver's management library, whose errors are a class of its own.
         return None
 
 
