@@ -5,11 +5,13 @@ import contextlib
 import pytest
 import torch
 from speechbrain.augment.freq_domain import SpectrogramDrop, Warping
+from speechbrain.dataio.batch import PaddedBatch
 
 from tests.modules.networks import padded_batch, small_network
 from training.brains.cast_weights import CastWeights
 from training.brains.graphs import CudaCapture, GraphedEncoder
 from training.data.augmentation import SpectrogramAugmentation
+from training.data.copied_ahead import CopiedAhead
 from training.data.filter_augment import FilterAugment
 
 STEPS = 20
@@ -74,6 +76,31 @@ def test_weights_cast_once_give_what_autocast_gives():
         network.zero_grad()
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=2**-7, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_batches_that_are_copied_ahead_are_those_of_the_loader():
+    def batches():
+        generator = torch.Generator().manual_seed(0)
+        for number in range(20):
+            sizes = torch.randint(1, 60000, (5,), generator=generator).tolist()
+            items = [
+                {"id": f"{number}-{size}", "sig": torch.full((size,), number)} for size in sizes
+            ]
+            yield PaddedBatch(items).pin_memory()
+
+    loader = list(batches())
+    wanted = [batch.sig.data.clone() for batch in loader]
+    found = []
+    for batch in CopiedAhead(loader, "cuda"):
+        assert batch.sig.data.is_cuda
+        # Work that takes longer than the copy of the next.
+        noise = torch.randn(2000, 2000, device="cuda")
+        for _ in range(10):
+            noise = noise @ noise * 1e-3
+        found.append(batch.sig.data * 1 + noise[0, 0].long() * 0)
+    for copied, of_loader in zip(found, wanted, strict=True):
+        assert torch.equal(copied.cpu(), of_loader)
 
 
 def test_augmentation_is_that_of_the_cpu(device):

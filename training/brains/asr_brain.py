@@ -17,6 +17,7 @@ from modules.speech_encoder import SpeechEncoder
 from training.brains.graphs import CudaCapture, GraphedEncoder, check_graphs
 from training.brains.run_brain import RunBrain
 from training.data.augmentation import SpectrogramAugmentation, SpeedPerturbation
+from training.data.copied_ahead import CopiedAhead
 from training.data.recordings import SkippedUtterances, evaluation_batches, to_device
 from training.losses.ctc import consistency_loss, ctc_loss, flat_start_loss, mean_over_feasible
 from training.seeding import seed_everything
@@ -231,6 +232,11 @@ class ASRBrain(RunBrain):
         _, stop = self.agree(True, self.stop_request.signal_number)
         if stop:
             raise Interrupted(stop)
+
+    def _fit_train(self, train_set, epoch, enable):
+        if torch.device(self.device).type == "cuda":
+            train_set = CopiedAhead(train_set, self.device)
+        super()._fit_train(train_set, epoch, enable)
 
     def on_fit_start(self):
         """As the parent's; the front end that is called is the one that synchronises gradients."""
