@@ -164,6 +164,7 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         brain = measure(arguments, rest, Path(folder))
+        entries = brain.metrics_log.read()
         encoder_s = brain.encoder_seconds()
     rate, encoder_rate = brain.audio_s / brain.seconds, brain.audio_s / encoder_s
     print(
@@ -172,6 +173,8 @@ def main() -> None:
         f"{encoder_rate:.0f}; {rate / encoder_rate:.0%} of it",
         flush=True,
     )
+    if entries:
+        print(f"{arguments.yaml}: last line of the log: {entries[-1]}")
 
 
 if __name__ == "__main__":
