@@ -44,14 +44,14 @@ def conv_forward(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
 
     x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
     y = empty_like(x)
-    state = x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1, dtype=torch.float32)
+    state = x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1)
     with torch.cuda.device_of(x):
         causal_conv1d_forward_kernel[_grid(x)](
-            Sequence(x, *x.stride()), float32(weight.t()), float32(bias), float32(initial_state),
+            Sequence(x, *x.stride()), float32(weight), float32(bias), float32(initial_state),
             Sequence(y, *y.stride()), state, lengths, x.shape[2], x.shape[1],
             reset_every or x.shape[2], **_constants(weight, activation, reverse),
         )  # fmt: skip
-    return y, state.to(x.dtype)
+    return y, state
 
 
 def conv_backward(
@@ -60,26 +60,11 @@ def conv_backward(
     arguments: ConvArguments,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state; None where absent."""
-    from ops.causal_conv1d.triton_kernels import causal_conv1d_backward_kernel
-    from ops.triton_sequences import Sequence
-
-    x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
-    grid = _grid(x)
-    grad_x = empty_like(x)
+    _, weight, bias, *_ = arguments
+    grad_x = empty_like(arguments.x)
+    parts = new_gradient_parts(arguments, 1)[0]
+    grad_initial = conv_backward_in_parts(grad_y, grad_state, arguments, grad_x, False, parts)
     width = weight.shape[1]
-    parts = x.new_empty(grid[2], grid[1], width + 1, x.shape[1], dtype=torch.float32)
-    grad_initial = None
-    if initial_state is not None:
-        grad_initial = x.new_empty(initial_state.shape, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        causal_conv1d_backward_kernel[grid](
-            Sequence(grad_y, *grad_y.stride()), float32(grad_state), Sequence(x, *x.stride()),
-            float32(weight.t()), float32(bias), float32(initial_state),
-            Sequence(grad_x, *grad_x.stride()), parts, grad_initial, lengths, x.shape[2],
-            x.shape[1], reset_every or x.shape[2], **_constants(weight, activation, reverse),
-        )  # fmt: skip
-    if initial_state is not None and grad_initial is not None:
-        grad_initial = new_gradient(initial_state).copy_(grad_initial)
     # Added up apart: outputs of an operator must not share memory.
     return (
         grad_x,
@@ -87,6 +72,50 @@ def conv_backward(
         None if bias is None else parts[:, :, width].sum((0, 1)).to(bias.dtype),
         grad_initial,
     )
+
+
+def new_gradient_parts(arguments: ConvArguments, count: int) -> Tensor:
+    """Memory (count, batch, blocks of frames, width + 1, dim) for the gradients of parameters."""
+    x, width = arguments.x, arguments.weight.shape[1]
+    _, blocks, batch = _grid(x)
+    return x.new_empty(count, batch, blocks, width + 1, x.shape[1], dtype=torch.float32)
+
+
+def conv_backward_in_parts(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    arguments: ConvArguments,
+    grad_x: Tensor,
+    add: bool,
+    parts: Tensor,
+) -> Tensor | None:
+    """`conv_backward` into given memory.
+
+    Args:
+        grad_x: where the gradient of x goes; on top of what is there, if ``add``.
+        parts: of `new_gradient_parts`; the sums over the first two axes are left to do.
+
+    Returns:
+        the gradient of the initial state, None if there is none.
+    """
+    from ops.causal_conv1d.triton_kernels import causal_conv1d_backward_kernel
+    from ops.triton_sequences import Sequence
+
+    x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
+    grad_initial = None
+    if initial_state is not None:
+        grad_initial = x.new_empty(initial_state.shape, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        causal_conv1d_backward_kernel[_grid(x)](
+            Sequence(grad_y, *grad_y.stride()), float32(grad_state), Sequence(x, *x.stride()),
+            float32(weight), float32(bias), float32(initial_state),
+            Sequence(grad_x, *grad_x.stride()), parts, grad_initial, lengths, x.shape[2],
+            x.shape[1], reset_every or x.shape[2], **_constants(weight, activation, reverse),
+            ADD=add,
+        )  # fmt: skip
+    if initial_state is not None and grad_initial is not None:
+        grad_initial = new_gradient(initial_state).copy_(grad_initial)
+    return grad_initial
 
 
 def _grid(x: Tensor) -> tuple[int, int, int]:

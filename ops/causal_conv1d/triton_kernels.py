@@ -96,7 +96,7 @@ def _sum_taps(
     """The convolution in front of its activation."""
     total = tl.zeros([tile.t.shape[0], channel.shape[1]], tl.float32) + bias_row
     for back in tl.static_range(WIDTH):
-        taps = tl.load(weight + (WIDTH - 1 - back) * dim + channel, mask=channel_mask, other=0.0)
+        taps = tl.load(weight + channel * WIDTH + (WIDTH - 1 - back), mask=channel_mask, other=0.0)
         total += taps * _load_tap(
             x, initial_state, tile, back, dim, channel, channel_mask, WIDTH, REVERSE
         )
@@ -167,8 +167,9 @@ def causal_conv1d_forward_kernel(
 
     Args:
         x, y: `Sequence`.
-        weight: (width, dim), contiguous float32 like bias (dim,), initial_state and state (batch,
-            dim, width-1).
+        weight: (dim, width), contiguous float32 like bias (dim,) and initial_state (batch, dim,
+            width-1).
+        state: like initial_state, of any type.
         ENTRIES: power of two not below width - 1.
     """
     channel, channel_mask = _channels(dim)
@@ -217,7 +218,7 @@ def _store_initial_gradient(
             REVERSE, SILU,
         )  # fmt: skip
         taps = tl.load(
-            weight + (entry - position) * dim + channel,
+            weight + channel * WIDTH + (entry - position),
             mask=wanted & (entry >= position),
             other=0.0,
         )
@@ -236,6 +237,7 @@ def causal_conv1d_backward_kernel(
     grad_y, grad_state, x, weight, bias, initial_state, grad_x, grad_parameters, grad_initial_state,
     lengths, time, dim, block_frames,
     WIDTH: tl.constexpr, ENTRIES: tl.constexpr, REVERSE: tl.constexpr, SILU: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `causal_conv1d_forward_kernel`; grid and arguments as there.
 
@@ -244,6 +246,7 @@ def causal_conv1d_backward_kernel(
         grad_parameters: (batch, blocks of frames, width + 1, dim): parts of the gradients of the
             taps and of the bias.
         grad_initial_state: (batch, dim, width-1) or None.
+        ADD: whether grad_x is added to what is there.
     """
     channel, channel_mask = _channels(dim)
     bias_row = _load_bias(bias, channel, channel_mask)
@@ -262,7 +265,7 @@ def causal_conv1d_backward_kernel(
             grad_y, x, weight, bias_row, initial_state, later, dim, channel, channel_mask, WIDTH,
             REVERSE, SILU,
         )  # fmt: skip
-        taps = tl.load(weight + (WIDTH - 1 - back) * dim + channel, mask=channel_mask, other=0.0)
+        taps = tl.load(weight + channel * WIDTH + (WIDTH - 1 - back), mask=channel_mask, other=0.0)
         total += taps * grad
         if back == 0:
             tl.store(parts + WIDTH * dim, tl.sum(grad, 0, keep_dims=True), mask=channel_mask)
@@ -277,6 +280,9 @@ def causal_conv1d_backward_kernel(
         entry = (WIDTH - 1) - (tile.num_positions - tile.position)
         mask = channel_mask & tile.inside & tile.leaves & (entry >= 0)
         total += tl.load(grad_state + of_caller + entry, mask=mask, other=0.0)
+    if ADD:
+        pointers = _pointers(grad_x, t, channel)
+        total += tl.load(pointers, mask=channel_mask & (t < time), other=0.0).to(tl.float32)
     tl.store(_pointers(grad_x, t, channel), total, mask=channel_mask & (t < time))
 
     if grad_initial_state is not None:

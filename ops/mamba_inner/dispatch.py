@@ -7,10 +7,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ops.causal_conv1d import triton as triton_conv
 from ops.causal_conv1d.dispatch import BACKENDS as CONV_BACKENDS
 from ops.checks import check_shape, normalise_lengths, normalise_reset
 from ops.mamba_inner import composed, fused
 from ops.mamba_inner.arguments import Direction, InnerArguments
+from ops.selective_scan import triton as triton_scan
 from ops.selective_scan.arguments import Way
 from ops.selective_scan.dispatch import BACKENDS as SCAN_BACKENDS
 
@@ -68,10 +70,21 @@ def mamba_inner_fn(
         )
         modules = _choose(arguments, backend, conv_backend)
     if modules and hasattr(modules[0], "backward") and hasattr(modules[1], "conv_backward"):
-        outputs = fused.mamba_inner(arguments, *modules)
+        outputs = _fused(arguments, *modules)
     else:
         outputs = composed.mamba_inner(arguments, backend, conv_backend)
     return outputs if return_state else (outputs[0], None, None)
+
+
+def _fused(
+    arguments: InnerArguments, scan: ModuleType, conv: ModuleType
+) -> tuple[Tensor, Tensor, Tensor]:
+    if scan is triton_scan and conv is triton_conv:
+        from ops.mamba_inner import fused_triton
+
+        if fused_triton.fits(arguments):
+            return fused_triton.mamba_inner(arguments)
+    return fused.mamba_inner(arguments, scan, conv)
 
 
 def _choose(
@@ -87,7 +100,8 @@ def _choose(
     way = Way(
         x_BET,
         x_BET,
-        direction.A,
+        # Like A in what is asked of it, and no exponentials.
+        direction.A_log,
         projection,
         projection,
         direction.D,

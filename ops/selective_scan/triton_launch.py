@@ -77,12 +77,28 @@ def launch_backward(
     arguments: ScanArguments,
 ) -> tuple[list[WayGradients], Tensor | None]:
     """See `triton.backward`."""
+    grad_z = None if arguments.z is None else empty_like(arguments.z)
+    parts = launch_backward_in_parts(grad_y, grad_last_states, states, arguments, grad_z)
+    return [part.collect() for part in parts], grad_z
+
+
+def launch_backward_in_parts(
+    grad_y: Tensor,
+    grad_last_states: list[Tensor | None],
+    states: list[Tensor],
+    arguments: ScanArguments,
+    grad_z: Tensor | None,
+) -> list[GradientParts]:
+    """`launch_backward` into the memory ``grad_z``, sums over channels and pieces left to do."""
     ways, z, softplus, lengths = arguments
-    grads = []
-    grad_z = None if z is None else empty_like(z)
+    found = []
     for launch in _launches(ways, lengths):
         call = launch.call
-        parts = [_GradientParts(call, ways[i], grad_last_states[i]) for i in launch.ways]
+        memory = GradientMemory.new(call, len(launch.ways))
+        parts = [
+            GradientParts(call, ways[way], grad_last_states[way], memory, index)
+            for index, way in enumerate(launch.ways)
+        ]
         first, second = launch.pointers(None, states)
         first_grads, second_grads = _pair(part.pointers() for part in parts)
         with torch.cuda.device_of(grad_y):
@@ -100,8 +116,8 @@ def launch_backward(
                 **call.constants(WARP.value, softplus, z, grad_y),
                 num_warps=1, maxnreg=TUNING.backward_registers,
             )  # fmt: skip
-        grads += [part.collect() for part in parts]
-    return grads, grad_z
+        found += parts
+    return found
 
 
 class _Launch(NamedTuple):
@@ -328,22 +344,58 @@ class _Call:
         return packed
 
 
-class _GradientParts:
-    """Memory for the gradients of a way, and their sums once the kernel has filled it."""
+class GradientMemory(NamedTuple):
+    """What the backward kernel fills for one way or two, the first axis; see `WayGradientPointers`.
 
-    def __init__(self, call: _Call, way: Way, grad_last_state: Tensor | None):
-        self.call, self.way, self.grad_last_state = call, way, _by_state(grad_last_state)
+    Both ways' in one piece of memory each, so that they can be added up together.
+    """
+
+    A: Tensor
+    carry: Tensor
+    B: Tensor | None
+    C: Tensor | None
+    D: Tensor
+    bias: Tensor
+    projections: Tensor | None
+
+    @classmethod
+    def new(cls, call: _Call, count: int) -> GradientMemory:
+        """Uninitialised memory."""
         channel_blocks, pieces, batch = call.grid(WARP.value)
-        parameter = (batch, pieces, call.num_states, call.dim)
+        of_parameter = (count, batch, pieces, call.num_states, call.dim)
+        of_channels = (count, batch, pieces, call.dim)
+        B, C = (x.dim() == 4 for x in call.ways[0][3:5])
+        of_projections = (count, B + C, batch, channel_blocks, call.num_states, call.time)
+        return cls(
+            call.new(*of_parameter),
+            call.new(*of_parameter),
+            None if B else call.new(*of_parameter),
+            None if C else call.new(*of_parameter),
+            call.new(*of_channels),
+            call.new(*of_channels),
+            call.new(*of_projections) if B or C else None,
+        )
+
+
+class GradientParts:
+    """Gradients of a way, and their sums once the kernel has filled its ``memory``."""
+
+    def __init__(
+        self,
+        call: _Call,
+        way: Way,
+        grad_last_state: Tensor | None,
+        memory: GradientMemory,
+        index: int,
+    ):
+        self.call, self.way, self.grad_last_state = call, way, _by_state(grad_last_state)
+        self.memory = memory
         self.u, self.delta = empty_like(way.u), empty_like(way.delta)
-        self.A, self.carry = call.new(*parameter), call.new(*parameter)
-        self.B = call.new(*parameter) if way.B.dim() == 2 else None
-        self.C = call.new(*parameter) if way.C.dim() == 2 else None
-        self.D, self.bias = (call.new(batch, pieces, call.dim) for _ in range(2))
-        kinds = (way.B.dim() == 4) + (way.C.dim() == 4)
-        self.projections = None
-        if kinds:
-            self.projections = call.new(kinds, batch, channel_blocks, call.num_states, call.time)
+        self.A, self.carry = memory.A[index], memory.carry[index]
+        self.B = None if memory.B is None else memory.B[index]
+        self.C = None if memory.C is None else memory.C[index]
+        self.D, self.bias = memory.D[index], memory.bias[index]
+        self.projections = None if memory.projections is None else memory.projections[index]
 
     def pointers(self) -> WayGradientPointers:
         return WayGradientPointers(
@@ -378,10 +430,10 @@ class _GradientParts:
             _to_groups_of(grad_C, way.C),
             None if way.D is None else self.D.sum((0, 1)).to(way.D.dtype),
             None if way.delta_bias is None else self.bias.sum((0, 1)).to(way.delta_bias.dtype),
-            self._initial_state(),
+            self.initial_state(),
         )
 
-    def _initial_state(self) -> Tensor | None:
+    def initial_state(self) -> Tensor | None:
         way, call = self.way, self.call
         if way.initial_state is None:
             return None

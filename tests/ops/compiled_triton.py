@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import ops.causal_conv1d.triton as convolution
 from ops.causal_conv1d import triton_kernels
 from ops.causal_conv1d.arguments import ConvArguments
+from ops.mamba_inner import fused_triton
 from ops.selective_scan import triton as scan
 from ops.selective_scan import triton_launch
 from ops.selective_scan.arguments import ScanArguments, Way
@@ -168,6 +169,12 @@ def main(capability: int) -> None:
     kernels += unlaunched(
         triton_kernels, "causal_conv1d_forward_kernel", "causal_conv1d_backward_kernel"
     )
+    around = unlaunched(
+        fused_triton,
+        "prepare_parameters_kernel",
+        "collect_projections_kernel",
+        "collect_parameters_kernel",
+    )
     triton_launch._num_multiprocessors = lambda _: 132
     # A step of training never has the length of the one before: one compilation must serve all,
     # those of one piece and of several.
@@ -196,11 +203,14 @@ def main(capability: int) -> None:
 
     # Tests of a GPU wait for the compiler: a scan of each precision and that of the network, and
     # convolutions that have a direction each.
-    for kernel in kernels:
+    for kernel in kernels + around:
         kernel.forget()
     call_as_tests_of_the_gpu_do()
     counts = [len(kernel.variants) for kernel in kernels]
     assert counts == [3, 3, 4, 3, 6, 6], counts
+    for kernel in around:
+        assert len(kernel.variants) == 1, (kernel.kernel.__name__, len(kernel.variants))
+        kernel.compile_wholly()
 
 
 if __name__ == "__main__":

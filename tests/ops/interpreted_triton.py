@@ -231,16 +231,17 @@ def test_scan_in_both_directions(lengths, reset_every, alike):
     assert_close(outcome("triton", torch.float32), wanted, TOLERANCE)
 
 
-def test_scan_in_a_mixer_with_states_and_chunks():
+def mixer_leaves(time, directions):
+    """Input, states and parameters of a mixer's inner part, by name."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    batch, time, inner, states, rank, width = 2, 19, 4, 2, 1, 4
+    batch, inner, states, rank, width = 2, 4, 2, 1, 4
     leaves = {"xz": normal(batch, time, 2 * inner)}
     leaves |= {"conv": normal(batch, inner, width - 1), "ssm": normal(batch, inner, states)}
-    for way in ("f", "b"):
+    for way in directions:
         leaves |= {
             f"conv_weight_{way}": normal(inner, width),
             f"conv_bias_{way}": normal(inner),
@@ -250,21 +251,56 @@ def test_scan_in_a_mixer_with_states_and_chunks():
             f"A_log_{way}": torch.rand(inner, states, generator=generator),
             f"D_{way}": normal(inner),
         }
+    return leaves
 
-    def outcome(backend, dtype):
-        own = {name: x.to(dtype).detach().requires_grad_() for name, x in leaves.items()}
-        ways = [
-            Direction(**{field: own[f"{field}_{way}"] for field in Direction._fields})
-            for way in ("f", "b")
-        ]
-        y, conv_state, ssm_state = mamba_inner_fn(
-            own["xz"], *ways, lengths=torch.tensor([19, 6]), conv_state=own["conv"],
-            ssm_state=own["ssm"], chunk_size=8, return_state=True, backend=backend,
-        )  # fmt: skip
-        return with_gradients(y, torch.cat([conv_state, ssm_state], dim=-1), own)
 
-    wanted = outcome("reference", torch.float64)
-    assert_close(outcome("triton", torch.float32), wanted, TOLERANCE)
+def mixer_outcome(leaves, directions, backend, dtype=None, **options):
+    own = {name: x.to(dtype or x.dtype).detach().requires_grad_() for name, x in leaves.items()}
+    ways = [
+        Direction(**{field: own[f"{field}_{way}"] for field in Direction._fields})
+        for way in directions
+    ]
+    y, conv_state, ssm_state = mamba_inner_fn(
+        own["xz"], *ways, conv_state=own.get("conv"), ssm_state=own.get("ssm"), return_state=True,
+        backend=backend, **options,
+    )  # fmt: skip
+    last = torch.cat([conv_state, ssm_state], dim=-1)
+    return with_gradients(y, last if "conv" in own else y.new_zeros(1), own)
+
+
+def test_scan_in_a_mixer_with_states_and_chunks():
+    leaves = mixer_leaves(19, "fb")
+    options = {"lengths": torch.tensor([19, 6]), "chunk_size": 8}
+    wanted = mixer_outcome(leaves, "fb", "reference", torch.float64, **options)
+    assert_close(mixer_outcome(leaves, "fb", "triton", **options), wanted, TOLERANCE)
+
+
+@pytest.mark.usefixtures("_short_pieces")
+@pytest.mark.parametrize("directions", ["f", "fb"])
+def test_scan_in_a_mixer_without_states(directions):
+    leaves = mixer_leaves(35, directions)
+    del leaves["conv"], leaves["ssm"]
+    wanted = mixer_outcome(leaves, directions, "reference", torch.float64)
+    assert_close(mixer_outcome(leaves, directions, "triton"), wanted, TOLERANCE)
+
+
+@pytest.mark.usefixtures("_rounding")
+def test_scan_in_a_mixer_of_narrow_activations():
+    leaves = mixer_leaves(19, "fb")
+    leaves["xz"] = leaves["xz"].bfloat16()
+    wanted = mixer_outcome(leaves, "fb", "reference", torch.float64)
+    found = mixer_outcome(leaves, "fb", "triton")
+    for name, x in wanted.items():
+        assert relative_error(found[name], x) < 2**-5, name
+
+
+def test_scan_in_a_mixer_whose_parameters_are_narrow():
+    # The kernels of the mixer leave this to those of the operations.
+    leaves = {name: x.bfloat16() for name, x in mixer_leaves(5, "f").items()}
+    wanted = mixer_outcome(leaves, "f", "reference", torch.float64)
+    found = mixer_outcome(leaves, "f", "triton")
+    for name, x in wanted.items():
+        assert relative_error(found[name], x) < 2**-4, name
 
 
 def test_scan_is_an_operator_with_a_fake():
