@@ -129,7 +129,9 @@ an4() {
   # As in the later epochs: two augmented copies of every utterance.
   size+=(--augment_from_epoch 1 --flat_start_epochs 0)
   train_rate an4 70 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" "${small[@]}"
-  [ -n "$DRY" ] || train_rate an4_graphs 80 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" --cuda_graphs 24
+  # Shapes are captured when they come for the second time.
+  [ -n "$DRY" ] || train_rate an4_graphs 80 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" \
+    --warmup 60 --steps 45 --cuda_graphs 24
 }
 
 small() {

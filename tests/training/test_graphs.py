@@ -87,11 +87,10 @@ def test_the_losses_of_twenty_steps_are_those_without(
         "S2S": (train_S2S.main, CONMAMBAMAMBA),
     }[recipe]
     keys = keys | {
-        "number_of_epochs": 4,
+        "number_of_epochs": 2,
         "dynamic_batching": False,
         "batch_size": 1,
         "transformer_dropout": 0.0,
-        "grad_accumulation_factor": 2,
         "test_splits": "[]",
     }
     captured = []
@@ -120,7 +119,8 @@ def test_the_losses_of_twenty_steps_are_those_without(
         ({"device": "cpu"}, "needs CUDA"),
         ({"encoder_module": "conformer"}, "encoders that attend"),
         ({"distributed": True}, "several processes"),
-        ({"compiles": True}, "--compile"),
+        ({"compile": True}, "--compile"),
+        ({"grad_accumulation_factor": 4}, "grad_accumulation_factor"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"layerdrop_prob": 0.1}, "layerdrop_prob"),
     ],
@@ -128,15 +128,15 @@ def test_the_losses_of_twenty_steps_are_those_without(
 def test_what_does_not_go_together_is_refused(changes, reason, monkeypatch):
     asked = {
         "device": "cuda",
-        "compiles": False,
+        "compile": False,
+        "grad_accumulation_factor": 1,
         "encoder_module": "conmamba",
         "gradient_checkpointing": False,
         "layerdrop_prob": 0.0,
     } | changes
     encoder = SimpleNamespace(layerdrop_prob=asked.pop("layerdrop_prob"))
-    run = asked.pop("device"), asked.pop("compiles")
     distributed = asked.pop("distributed", False)
     monkeypatch.setattr("training.brains.graphs.is_distributed_initialized", lambda: distributed)
     hparams = SimpleNamespace(cuda_graphs=8, Transformer=SimpleNamespace(encoder=encoder), **asked)
     with pytest.raises(UserError, match=f"cuda_graphs is 8, but .*{reason}"):
-        check_graphs(hparams, *run)
+        check_graphs(hparams, hparams)

@@ -72,7 +72,7 @@ class ASRBrain(RunBrain):
         self.speech_encoder: SpeechEncoder = hparams.speech_encoder
         self.speech_encoder.compute_features.to(self.device)
         if hparams.cuda_graphs and not self.test_only:
-            check_graphs(hparams, self.device, bool(self.compile))
+            check_graphs(hparams, self)
 
     def describe(self, batch: PaddedBatch) -> str:
         """The ids of the utterances."""

@@ -132,8 +132,12 @@ def rounded_up(count: int) -> int:
     return -(-count // grain) * grain
 
 
-def check_graphs(hparams: Any, device: torch.device | str, compiles: bool) -> None:
+def check_graphs(hparams: Any, options: Any) -> None:
     """Whether ``cuda_graphs`` fits the rest of what was asked for.
+
+    Args:
+        hparams: of the recipe.
+        options: run options: device, grad_accumulation_factor, compile.
 
     Raises:
         UserError: it does not.
@@ -141,13 +145,21 @@ def check_graphs(hparams: Any, device: torch.device | str, compiles: bool) -> No
     encoder = hparams.encoder_module
     able = ", ".join(name for name in ENCODERS if name not in ATTENTION_ENCODERS)
     reasons = [
-        (torch.device(device).type != "cuda", f"the device is {device}; it needs CUDA"),
+        (
+            torch.device(options.device).type != "cuda",
+            f"the device is {options.device}; it needs CUDA",
+        ),
         (
             encoder in ATTENTION_ENCODERS,
             f"encoder_module is {encoder}; encoders that attend are not captured, {able} are",
         ),
         (is_distributed_initialized(), "torchrun has started several processes; it works in one"),
-        (compiles, "--compile makes graphs of its own; leave one of them out"),
+        (
+            options.grad_accumulation_factor > 1,
+            "grad_accumulation_factor is above 1; a captured step has room for the gradients of "
+            "one batch: set it 1",
+        ),
+        (options.compile, "--compile makes graphs of its own; leave one of them out"),
         (hparams.gradient_checkpointing, "gradient_checkpointing runs layers twice; set it False"),
         (
             getattr(hparams.Transformer.encoder, "layerdrop_prob", 0.0) > 0,
