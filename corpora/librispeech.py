@@ -9,6 +9,8 @@ Any corpus in this layout is read, whatever its splits are called.
 import hashlib
 import os
 import re
+import stat
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -194,7 +196,7 @@ def _list_speaker(
 ) -> tuple[list[Utterance], list[Problem], bytes]:
     utterances: list[Utterance] = []
     problems: list[Problem] = []
-    digest = hashlib.sha256(speaker.encode())
+    digest = hashlib.sha256(speaker.encode("utf-8", "surrogateescape"))
     chapters = []
     for entry in _visible(split_folder / speaker):
         if entry.is_dir():
@@ -215,68 +217,121 @@ def _list_chapter(
 ) -> None:
     _, speaker, chapter = place
     folder = "/".join(place)
-    audio_sizes: dict[str, int] = {}
-    suffixes: dict[str, list[str]] = {}
+    audio: dict[str, list[tuple[str, int]]] = {}
+    unread: dict[str, str] = {}
     transcripts: list[os.DirEntry] = []
     lines = []
+    unusable = unusable_name(speaker) or unusable_name(chapter)
     for entry in _visible(split_folder / speaker / chapter):
-        utterance_id, suffix = os.path.splitext(entry.name)
+        stem, suffix = os.path.splitext(entry.name)
+        # File systems may keep the accents of a name apart from its letters; transcripts do not.
+        utterance_id = unicodedata.normalize("NFC", stem)
         if suffix.lower() in AUDIO_SUFFIXES:
             try:
-                stat = entry.stat()
-                size, time = stat.st_size, stat.st_mtime_ns
+                found = entry.stat()
             except OSError:  # a dangling link: left to the check of the audio
                 size, time = -1, 0
-            audio_sizes[utterance_id] = size
-            suffixes.setdefault(utterance_id, []).append(suffix)
+            else:
+                size, time = found.st_size, found.st_mtime_ns
             lines.append(f"{entry.name} {size} {time}")
+            if reason := unusable or unusable_name(entry.name):
+                problems.append(Problem(printable(f"{folder}/{entry.name}"), "", reason))
+                unread[utterance_id] = ""
+            elif size >= 0 and not stat.S_ISREG(found.st_mode):
+                problems.append(
+                    Problem(f"{folder}/{entry.name}", utterance_id, "not a regular file")
+                )
+                unread[utterance_id] = ""
+            else:
+                audio.setdefault(utterance_id, []).append((entry.name, size))
         elif entry.name.endswith(TRANSCRIPT_SUFFIX):
             transcripts.append(entry)
+        else:
+            unread[utterance_id] = suffix
     words: dict[str, str] = {}
     bad_words: dict[str, str] = {}
+    names = audio.keys() | unread.keys()
     for entry in sorted(transcripts, key=lambda entry: entry.name):
+        path = printable(f"{folder}/{entry.name}")
         try:
+            if not stat.S_ISREG(os.stat(entry.path).st_mode):
+                # To read from a pipe is to wait for ever.
+                problems.append(Problem(path, "", "not a regular file"))
+                continue
             content = Path(entry.path).read_bytes()
             digest.update(content)
-            _parse_transcript(content.decode("utf-8-sig"), words, bad_words)
+            _parse_transcript(content.decode("utf-8-sig"), names, words, bad_words)
         except UnicodeDecodeError:
-            problems.append(Problem(f"{folder}/{entry.name}", "", "unreadable: not UTF-8"))
+            problems.append(Problem(path, "", "unreadable: not UTF-8"))
         except OSError as error:
-            reason = f"unreadable: {error.strerror}"
-            problems.append(Problem(f"{folder}/{entry.name}", "", reason))
+            problems.append(Problem(path, "", f"unreadable: {error.strerror}"))
     digest.update("\n".join([chapter, *sorted(lines)]).encode("utf-8", "surrogateescape"))
 
-    prefix = f"{speaker}-{chapter}-"
-    for utterance_id in sorted(audio_sizes.keys() | words.keys() | bad_words.keys()):
-        found = sorted(suffixes.get(utterance_id, [""]))
-        path = f"{folder}/{utterance_id}{found[0]}"
-        if len(found) > 1:
-            problems.append(
-                Problem(path, utterance_id, f"ambiguous audio: {' and '.join(found)} of one id")
-            )
-        elif utterance_id not in audio_sizes:
-            problems.append(Problem(path, utterance_id, "missing audio: only a transcript"))
+    prefix = unicodedata.normalize("NFC", f"{speaker}-{chapter}-")
+    for utterance_id in sorted(audio.keys() | words.keys() | bad_words.keys()):
+        found_files = sorted(audio.get(utterance_id, []))
+        name = found_files[0][0] if found_files else utterance_id
+        path = printable(f"{folder}/{name}")
+        reason = None
+        if len(found_files) > 1:
+            suffixes = " and ".join(os.path.splitext(name)[1] for name, _ in found_files)
+            reason = f"ambiguous audio: {suffixes} of one id"
+        elif utterance_id in unread and not found_files:
+            if not (suffix := unread[utterance_id]):
+                continue  # said already
+            readable = ", ".join(sorted(AUDIO_SUFFIXES))
+            path += suffix
+            reason = f"unreadable: a file of type {suffix}; read are {readable}"
+        elif not found_files:
+            reason = "missing audio: only a transcript"
         elif utterance_id in bad_words:
-            problems.append(Problem(path, utterance_id, bad_words[utterance_id]))
+            reason = bad_words[utterance_id]
         elif utterance_id not in words:
-            problems.append(Problem(path, utterance_id, "missing transcript"))
+            reason = "missing transcript"
         elif not utterance_id.startswith(prefix):
-            problems.append(
-                Problem(path, utterance_id, f"misplaced: an id in this folder begins with {prefix}")
-            )
-        else:
-            utterances.append(
-                Utterance(
-                    utterance_id, speaker, path, audio_sizes[utterance_id], words[utterance_id]
-                )
-            )
+            reason = f"misplaced: an id in this folder begins with {prefix}"
+        if reason:
+            problems.append(Problem(path, printable(utterance_id), reason))
+            continue
+        size = found_files[0][1]
+        speaker_id = unicodedata.normalize("NFC", speaker)
+        utterances.append(Utterance(utterance_id, speaker_id, path, size, words[utterance_id]))
 
 
-def _parse_transcript(text: str, words: dict[str, str], bad_words: dict[str, str]) -> None:
+def unusable_name(name: str) -> str | None:
+    """Why a file or a folder of this name cannot stand in a manifest; None where it can."""
+    if printable(name) != name:
+        return "unusable name: not UTF-8"
+    if any(unicodedata.category(letter) == "Cc" for letter in name):
+        return "unusable name: it holds a tab, a line break or another control character"
+    if variable := _VARIABLE.search(name):
+        return f"unusable name: {variable[0]!r} is a variable to SpeechBrain's CSV reader"
+    return None
+
+
+def printable(name: str) -> str:
+    """A name of the file system, with bytes that are not UTF-8 written as such (``\\xe9``)."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _parse_transcript(
+    text: str, names: Collection[str], words: dict[str, str], bad_words: dict[str, str]
+) -> None:
+    """Adds what is said, or what is wrong with the line, by id.
+
+    Args:
+        names: of the chapter's files. They tell where an id ends that has spaces in it.
+    """
+    num_parts = 1 + max((name.count(" ") for name in names), default=0)
     for line in text.split("\n"):
-        utterance_id, _, said = line.strip().partition(" ")
+        utterance_id, said = _split_line(line.strip(), 1)
         if not utterance_id:
             continue
+        for count in range(num_parts, 1, -1):
+            longer, rest = _split_line(line.strip(), count)
+            if longer in names:
+                utterance_id, said = longer, rest
+                break
         said = " ".join(said.split())
         if utterance_id in words or utterance_id in bad_words:
             bad_words[utterance_id] = "ambiguous transcript: two lines with this id"
@@ -290,13 +345,19 @@ def _parse_transcript(text: str, words: dict[str, str], bad_words: dict[str, str
             words[utterance_id] = said
 
 
+def _split_line(line: str, count: int) -> tuple[str, str]:
+    """The first so many words of a line as an id, and what follows."""
+    pieces = re.split(r"[ \t]", line, maxsplit=count)
+    return unicodedata.normalize("NFC", " ".join(pieces[:count])), "".join(pieces[count:])
+
+
 def _stray(name: str, folder: str) -> list[Problem]:
     """Audio that is not three folders deep would otherwise be left out in silence."""
     utterance_id, suffix = os.path.splitext(name)
     if suffix.lower() not in AUDIO_SUFFIXES:
         return []
     reason = "misplaced: audio belongs into <split>/<speaker>/<chapter>/"
-    return [Problem(f"{folder}/{name}", utterance_id, reason)]
+    return [Problem(printable(f"{folder}/{name}"), printable(utterance_id), reason)]
 
 
 def _has_chapters(split_folder: str | Path) -> bool:

@@ -1,4 +1,7 @@
+import os
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -148,3 +151,108 @@ def test_an_id_that_belongs_elsewhere_is_listed(root):
     (chapter / "101-1.trans.txt").write_text("999-1-0000 HELLO\n")
     reasons = {p.utterance_id: p.reason for p in list_split(root, "dev-clean").problems}
     assert "begins with 101-1-" in reasons["999-1-0000"]
+
+
+def one_utterance(root, speaker, name, line, suffix=".wav", folder=None):
+    """A split with one file; what it holds is not looked at."""
+    chapter = root / "split" / (folder or speaker) / "1"
+    chapter.mkdir(parents=True)
+    (chapter / f"{name}{suffix}").write_bytes(b"audio")
+    (chapter / f"{speaker}-1.trans.txt").write_text(line, encoding="utf-8")
+    return list_split(root, "split")
+
+
+@pytest.mark.parametrize(
+    ("speaker", "name"),
+    [
+        ("Anna Maria", "Anna Maria-1-0000"),
+        ("anna", "anna-1-take  two"),
+        ("anna", "anna-1-(first), 'best' take"),
+        ("Zoë Müller", "Zoë Müller-1-ä ö"),
+        ("李明", "李明-1-0000"),
+    ],
+)
+def test_speakers_and_files_may_have_spaces_and_any_letters(tmp_path, speaker, name):
+    (found,) = one_utterance(tmp_path, speaker, name, f"{name} ONE TWO\n").utterances
+    assert (found.id, found.speaker, found.words) == (name, speaker, "ONE TWO")
+
+
+def test_the_longest_name_that_a_line_begins_with_is_its_id(tmp_path):
+    one_utterance(tmp_path, "a", "a-1-x", "a-1-x ONE\na-1-x TWO THREE\n")
+    (tmp_path / "split/a/1/a-1-x TWO.wav").write_bytes(b"audio")
+    words = {found.id: found.words for found in list_split(tmp_path, "split").utterances}
+    assert words == {"a-1-x": "ONE", "a-1-x TWO": "THREE"}
+
+
+def test_a_transcript_may_be_separated_by_a_tab(tmp_path):
+    (found,) = one_utterance(tmp_path, "a", "a-1-x", "a-1-x\tONE TWO\n").utterances
+    assert found.words == "ONE TWO"
+
+
+@pytest.mark.parametrize("form", ["NFD", "NFC"])
+def test_accents_match_however_file_system_and_transcript_write_them(tmp_path, form):
+    other = {"NFD": "NFC", "NFC": "NFD"}[form]
+    speaker, name = "Zoë", "Zoë-1-é"
+    (found,) = one_utterance(
+        tmp_path,
+        speaker,
+        unicodedata.normalize(form, name),
+        unicodedata.normalize(other, f"{name} ÉTÉ\n"),
+        folder=unicodedata.normalize(form, speaker),
+    ).utterances
+    assert (found.id, found.speaker) == (name, speaker)
+    assert (tmp_path / found.path).is_file()
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".FLAC", ".opus", ".mp3", ".Ogg", ".aiff", ".sph"])
+def test_recordings_of_every_readable_type_are_listed(tmp_path, suffix):
+    (found,) = one_utterance(tmp_path, "a", "a-1-x", "a-1-x ONE\n", suffix).utterances
+    assert found.path == f"split/a/1/a-1-x{suffix}"
+
+
+@pytest.mark.parametrize("suffix", [".m4a", ".wma", ".mp4", ".pcm"])
+def test_a_type_that_is_not_read_is_named(tmp_path, suffix):
+    listing = one_utterance(tmp_path, "a", "a-1-x", "a-1-x ONE\n", suffix)
+    (problem,) = listing.problems
+    assert problem.path == f"split/a/1/a-1-x{suffix}"
+    assert f"a file of type {suffix}; read are .aif" in problem.reason
+    assert not listing.utterances
+
+
+@pytest.mark.parametrize("name", ["a-1-x\ty", "a-1-x\ny", "a-1-\x7f", "a-1-$x"])
+def test_a_name_that_no_table_can_hold_is_refused(tmp_path, name):
+    listing = one_utterance(tmp_path, "a", name, "a-1-z ONE\n")
+    assert [problem.reason[:15] for problem in listing.problems] == [
+        "unusable name: ",
+        "missing audio: ",
+    ]
+
+
+@pytest.mark.parametrize("place", ["file", "speaker", "chapter"])
+def test_a_name_that_is_not_utf_8_is_named_and_the_others_are_listed(root, place):
+    chapter = chapter_of(root)
+    bad = os.fsdecode(b"caf\xe9")
+    if place == "file":
+        (chapter / f"101-1-{bad}.flac").write_bytes(b"audio")
+    else:
+        other = root / "dev-clean" / (bad if place == "speaker" else "7")
+        (other / (bad if place == "chapter" else "1")).mkdir(parents=True)
+        (next(other.iterdir()) / "a.flac").write_bytes(b"audio")
+    listing = list_split(root, "dev-clean")
+    assert len(listing.utterances) == 3
+    (problem,) = listing.problems
+    assert problem.reason == "unusable name: not UTF-8"
+    assert "caf\\xe9" in problem.path
+    problem.path.encode("utf-8")
+
+
+@pytest.mark.parametrize("name", ["101-1.trans.txt", "101-1-0000.flac", "other.trans.txt"])
+def test_a_pipe_is_no_file_to_wait_for(root, name):
+    path = chapter_of(root) / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    listing = list_split(root, "dev-clean")
+    reasons = {Path(problem.path).name: problem.reason for problem in listing.problems}
+    assert reasons[name] == "not a regular file"
+    missing = {"101-1.trans.txt": 3, "101-1-0000.flac": 0, "other.trans.txt": 0}[name]
+    assert len(listing.problems) == 1 + missing
