@@ -3,6 +3,8 @@
     python -m benchmarks.bench_encoder              speed and memory from 4 to 240 seconds
     python -m benchmarks.bench_encoder --check      exit status 1 if ConMamba is not fast enough
     python -m benchmarks.bench_encoder --device cuda --precision bf16 --batch_size 16
+    python -m benchmarks.bench_encoder --kernels --device cuda --precision bf16 --seconds 4 16
+                                                    what a step launches, and how long it takes
     python -m benchmarks.bench_encoder --profile    where a whole training step of a recipe goes
 
 A step is forward, backward and AdamW on unpadded frames at 25 a second, with dropout.
@@ -17,7 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -40,6 +42,8 @@ from modules.features import Fbank
 from modules.frontend import ConvolutionFrontEnd
 from modules.speech_encoder import SpeechEncoder
 from modules.TransformerASR import TransformerASR
+from training.brains.cast_weights import CastWeights
+from training.brains.graphs import CudaCapture, GraphedEncoder
 from training.launch.allocator import keep_freed_memory
 
 SAMPLE_RATE = 16000
@@ -85,12 +89,27 @@ def conformer() -> nn.Module:
     return SpeechBrainTransformerASR(input_size=D_MODEL, encoder_module="conformer", **NETWORK)
 
 
-def training_step(network: nn.Module, src: Tensor, precision: str) -> Callable[[], None]:
-    """A function that trains ``network`` by one step on ``src`` in fp32 or bf16."""
-    optimizer = torch.optim.AdamW(network.parameters())
+def training_step(
+    network: nn.Module, src: Tensor, precision: str, ours: bool = False, graphs: bool = False
+) -> Callable[[], None]:
+    """A function that trains ``network`` by one step on ``src`` in fp32 or bf16.
+
+    Args:
+        ours: as the recipes train on a GPU, which cast all weights at once.
+        graphs: as they do with ``cuda_graphs``.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    half = precision == "bf16"
+    casts: CastWeights | None = None
+    if ours and graphs:
+        capture = CudaCapture(torch.bfloat16 if half else torch.float32)
+        network.encoder.forward = GraphedEncoder(network.encoder, 1, capture)
+    elif ours and half and src.is_cuda:
+        casts = CastWeights([network], torch.bfloat16)
 
     def step() -> None:
-        with torch.autocast(src.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        cast = nullcontext() if casts is None else casts.in_place()
+        with torch.autocast(src.device.type, torch.bfloat16, enabled=half), cast:
             loss = network.encode(src).float().square().mean()
         loss.backward()
         optimizer.step()
@@ -142,19 +161,20 @@ def available_gib() -> float:
 
 
 def measure(
-    seconds: int, batch_size: int, repeats: int, device: str, precision: str
+    seconds: int, batch_size: int, repeats: int, device: str, precision: str, graphs: bool
 ) -> tuple[dict[str, float], dict[str, float | None]]:
     """Median step time and peak memory of both networks; a network that does not fit is absent."""
     torch.manual_seed(0)
     src = torch.randn(batch_size, seconds * FRAMES_PER_S, D_MODEL, device=device)
     steps = {
-        name: training_step(make().to(device), src, precision)
-        for name, make in (("conmamba", conmamba), ("conformer", conformer))
+        "conmamba": training_step(conmamba().to(device), src, precision, True, graphs),
+        "conformer": training_step(conformer().to(device), src, precision),
     }
     peaks: dict[str, float | None] = {}
     for name, step in steps.items():
         try:
-            step()
+            for _ in range(2):
+                step()
             peaks[name] = peak_gib(step, device)
         except RuntimeError as error:
             if "memory" not in str(error):
@@ -162,13 +182,7 @@ def measure(
     durations = defaultdict(list)
     for _ in range(repeats):
         for name in peaks:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            steps[name]()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            durations[name].append(time.perf_counter() - started)
+            durations[name].append(_seconds(steps[name], device))
     return {name: median(times) for name, times in durations.items()}, peaks
 
 
@@ -176,7 +190,9 @@ def compare(args: argparse.Namespace) -> list[str]:
     """Print and write the table; returns what falls short."""
     rows, short = [], []
     for seconds in args.seconds:
-        step_s, peaks = measure(seconds, args.batch_size, args.repeats, args.device, args.precision)
+        step_s, peaks = measure(
+            seconds, args.batch_size, args.repeats, args.device, args.precision, args.cuda_graphs
+        )
         audio_s = seconds * args.batch_size
         cells = [f"{audio_s / step_s[name]:.1f}" if name in step_s else "-" for name in step_s]
         memory = [_gib(peaks, name) for name in ("conmamba", "conformer")]
@@ -204,10 +220,12 @@ def compare(args: argparse.Namespace) -> list[str]:
         f"# Training speed of encoders\n\nForward, backward and AdamW; batch {args.batch_size}, "
         f"{args.precision}, {_where(args)}, no padding, 12 layers, d_model 144, d_ffn 1024, "
         f"medians of {args.repeats} steps in turns. s/s: seconds of audio trained on per second. "
-        f"GiB: peak beyond parameters and their moments. The Conformer is SpeechBrain's own.\n\n"
+        f"GiB: peak beyond parameters and their moments. The Conformer is SpeechBrain's own"
+        f"{'; the ConMamba is captured as a CUDA graph' if args.cuda_graphs else ''}.\n\n"
         f"{markdown_table(header, rows)}\n\n{_origin(args.device)}"
     )
-    write_report(f"encoder_{_machine(args)}_{date.today().isoformat()}", text)
+    kind = "encoder_graphs" if args.cuda_graphs else "encoder"
+    write_report(f"{kind}_{_machine(args)}_{date.today().isoformat()}", text)
     return short
 
 
@@ -333,6 +351,56 @@ def profile(args: argparse.Namespace) -> None:
     write_report(f"training_step_{_machine(args)}_{date.today().isoformat()}", text)
 
 
+def kernels(args: argparse.Namespace) -> None:
+    """Print and write which kernels a step of each encoder launches, the longest first.
+
+    On a CPU they are torch's operators.
+    """
+    on_gpu = args.device == "cuda"
+    activity = (
+        torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    )
+    parts = []
+    for seconds in args.seconds:
+        src = torch.randn(args.batch_size, seconds * FRAMES_PER_S, D_MODEL, device=args.device)
+        for name, make in (("ConMamba", conmamba), ("Conformer", conformer)):
+            network, ours = make().to(args.device), name == "ConMamba"
+            step = training_step(network, src, args.precision, ours, args.cuda_graphs)
+            for _ in range(3):
+                step()
+            wall_ms = 1e3 * median(_seconds(step, args.device) for _ in range(args.repeats))
+            with torch.profiler.profile(activities=[activity]) as profiler:
+                step()
+                if on_gpu:
+                    torch.cuda.synchronize()
+            rows = []
+            for event in profiler.key_averages():
+                us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+                if us > 0 and (not on_gpu or event.device_type == torch.profiler.DeviceType.CUDA):
+                    rows.append([event.key[:70], event.count, us / 1e3])
+            rows.sort(key=lambda row: -row[2])
+            busy_ms, launches = sum(row[2] for row in rows), sum(row[1] for row in rows)
+            title = (
+                f"{name}, {args.batch_size} x {seconds} s: {wall_ms:.1f} ms a step, "
+                f"{launches} kernels in {busy_ms:.1f} ms"
+            )
+            sys.stdout.write(f"{title}\n")
+            shown = [[key, count, f"{ms:.2f}"] for key, count, ms in rows[:18]]
+            parts.append(f"## {title}\n\n{markdown_table(['kernel', 'calls', 'ms'], shown)}")
+    text = "\n\n".join(["# Kernels of a training step", *parts, _origin(args.device)])
+    write_report(f"kernels_{_machine(args)}_{date.today().isoformat()}", text)
+
+
+def _seconds(run: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def _kind(operator: str) -> str:
     for kind, parts in OPERATORS.items():
         if any(part in operator for part in parts):
@@ -366,11 +434,13 @@ def main() -> None:
     parser.add_argument("--max_memory_gib", type=float, default=0.8 * available_gib())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--cuda_graphs", action="store_true", help="for ConMamba, as the key does")
     parser.add_argument("--machine", help="part of the report's file name; the processor's name")
     parser.add_argument(
         "--check", action="store_true", help="measure 16 and 60 s only; 1 on failure"
     )
     parser.add_argument("--profile", action="store_true", help="profile a training step instead")
+    parser.add_argument("--kernels", action="store_true", help="list what a step launches instead")
     parser.add_argument("--profile_seconds", type=int, default=16)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -381,6 +451,9 @@ def main() -> None:
         # As the recipes do.
         keep_freed_memory()
         profile(args)
+        return
+    if args.kernels:
+        kernels(args)
         return
     if args.check:
         args.seconds = sorted(REQUIRED_RATIOS)

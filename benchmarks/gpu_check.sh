@@ -16,7 +16,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
-PARTS=tests,scan,encoder,an4,small,host,trainings,decode
+PARTS=tests,scan,encoder,an4,small,kernels,trainings,host,decode
 LIMIT_S=600 DRY= TRAIN_YAML= TRAIN_S= TRAIN_ARGS=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -114,6 +114,15 @@ encoder() {
   [ -n "$DRY" ] && size=(--batch_size 1 --seconds 1 --repeats 1)
   ROWS='^\[|^\|' within 120 encoder \
     "$PYTHON" -m benchmarks.bench_encoder --device $DEVICE --precision bf16 "${size[@]}"
+  [ -n "$DRY" ] || ROWS='^\[' within 60 encoder_graphs "$PYTHON" -m benchmarks.bench_encoder \
+    --device $DEVICE --precision bf16 --batch_size 16 --seconds 4 16 --repeats 10 --cuda_graphs
+}
+
+kernels() {
+  local size=(--batch_size 16 --seconds 4 16 --repeats 5)
+  [ -n "$DRY" ] && size=(--batch_size 1 --seconds 1 --repeats 1)
+  ROWS='^\||a step, ' within 70 kernels \
+    "$PYTHON" -m benchmarks.bench_encoder --kernels --device $DEVICE --precision bf16 "${size[@]}"
 }
 
 train_rate() {  # NAME LIMIT ARGUMENTS...
@@ -198,7 +207,7 @@ recipe() {
 [ -n "$DRY" ] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$OUT/log.txt"
 for part in ${PARTS//,/ }; do
   case $part in
-    tests | scan | host | encoder | an4 | small | trainings | decode) $part ;;
+    tests | scan | host | encoder | kernels | an4 | small | trainings | decode) $part ;;
     *) say "== $part: there is no such part" ;;
   esac
 done

@@ -61,15 +61,15 @@ class GraphedEncoder:
         """As ``LayerStack.forward``."""
         padding_BT = src_key_padding_mask
         others = (src_mask, pos_embs, dynchunktrain_config, intermediate_layers or None)
-        if (
-            not (self.stack.training and torch.is_grad_enabled())
-            or padding_BT is None
-            or any(other is not None for other in others)
+        if not (self.stack.training and torch.is_grad_enabled()) or any(
+            other is not None for other in others
         ):
             return self.plain(
                 src, src_mask, padding_BT, pos_embs, dynchunktrain_config, intermediate_layers
             )
         batch, frames, _ = src.shape
+        if padding_BT is None:
+            padding_BT = torch.zeros(batch, frames, dtype=torch.bool, device=src.device)
         shape = rounded_up(batch), rounded_up(frames)
         step = self._step(shape, src)
         if step is None:

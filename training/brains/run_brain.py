@@ -8,6 +8,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import speechbrain as sb
@@ -102,6 +103,7 @@ class RunBrain(sb.Brain):
         self._unread: list[UnreadBatch] = []
         self._last_loss = self._last_norm = math.nan
         self._epoch_seconds: dict[str, float] = defaultdict(float)
+        self._gpu_use: list[float] = []
         self._search_s = 0.0
         if self.checkpointer is not None:
             self.checkpointer.custom_load_hooks["model"] = load_model_hook
@@ -287,6 +289,9 @@ class RunBrain(sb.Brain):
         del outputs, loss
         self._amount += self.amount(batch)
         if should_step and self.optimizer_step % self.hparams.log_interval_steps == 0:
+            use_percent = gpu_use_percent(self.device)
+            if use_percent is not None:
+                self._gpu_use.append(use_percent)
             values = {
                 "step": self.optimizer_step,
                 "epoch": self.epoch,
@@ -295,7 +300,7 @@ class RunBrain(sb.Brain):
                 "grad_norm": self._last_norm,
                 **self._read_clock(),
                 "memory_gib": memory_gib(self.device),
-                "gpu_use_percent": gpu_use_percent(self.device),
+                "gpu_use_percent": use_percent,
             }
             self._log_step({key: value for key, value in values.items() if value is not None})
 
@@ -348,6 +353,7 @@ class RunBrain(sb.Brain):
         if stage == sb.Stage.TRAIN:
             self.epoch = epoch
             self._epoch_seconds.clear()
+            self._gpu_use.clear()
             self.clock.read()
             self.clock.start()
             self._void_window, self._window_batches = False, 0
@@ -371,6 +377,8 @@ class RunBrain(sb.Brain):
                 "grad_norm": self._last_norm,
                 **{f"{part}_s": value for part, value in self._epoch_seconds.items()},
             }
+            if self._gpu_use:
+                self._train_stats["gpu_use_percent"] = fmean(self._gpu_use)
             self._train_steps = self.step
             return
         if stage != sb.Stage.VALID:
