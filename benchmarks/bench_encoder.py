@@ -79,14 +79,18 @@ OPERATORS = {
 """Parts of operator names, tried in turn; the rest moves and adds up numbers."""
 
 
-def conmamba() -> nn.Module:
-    """Ours: 12 layers, d_model 144, d_ffn 1024."""
-    return TransformerASR(input_size=D_MODEL, encoder_module="conmamba", **NETWORK)
+def conmamba(**changes) -> nn.Module:
+    """Ours: 12 layers, d_model 144, d_ffn 1024, but for the ``changes``."""
+    options = NETWORK | changes
+    return TransformerASR(input_size=options["d_model"], encoder_module="conmamba", **options)
 
 
-def conformer() -> nn.Module:
+def conformer(**changes) -> nn.Module:
     """SpeechBrain's own Conformer of the same size."""
-    return SpeechBrainTransformerASR(input_size=D_MODEL, encoder_module="conformer", **NETWORK)
+    options = NETWORK | changes
+    return SpeechBrainTransformerASR(
+        input_size=options["d_model"], encoder_module="conformer", **options
+    )
 
 
 def training_step(

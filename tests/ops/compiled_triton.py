@@ -13,90 +13,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import triton
-from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime import driver
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import ops.causal_conv1d.triton as convolution
-from ops.causal_conv1d import triton_kernels
+from benchmarks.absent_gpu import KERNELS, Unlaunched, absent_gpu
 from ops.causal_conv1d.arguments import ConvArguments
-from ops.mamba_inner import fused_triton
 from ops.selective_scan import triton as scan
-from ops.selective_scan import triton_launch
 from ops.selective_scan.arguments import ScanArguments, Way
 from tests.gpu import test_kernels, test_networks
 from tests.modules.networks import padded_batch, small_network
 from tests.ops import scans, test_causal_conv1d
 
 BATCH, DIM, STATES = 2, 64, 16
-ABSENT_GPU = 0
-
-
-class AbsentGpu:
-    """Stands for Triton's driver: there is nothing to launch anything on."""
-
-    def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_device(self) -> int:
-        return ABSENT_GPU
-
-    def get_current_stream(self, _device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-
-class Unlaunched:
-    """Stands for a kernel: specialises it as a launch would, and keeps what is to be compiled."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-        self.variants = []
-        self.forget()
-
-    def forget(self) -> None:
-        self.variants.clear()
-        self.kernel.device_caches.clear()
-        # Its first use, which sets what compiles it.
-        _ = self.kernel.device_caches[ABSENT_GPU]
-        self.kernel.compile = self._keep
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: self.kernel.warmup(*arguments, grid=grid, **options)
-
-    def _keep(self, source, target, options, **_):
-        self.variants.append((source, target, options))
-        return self.variants[-1]
-
-    def compile_wholly(self) -> None:
-        for source, target, options in self.variants:
-            compiled = triton.compile(source, target=target, options=options)
-            assert compiled.asm["cubin"]
-            print(self.kernel.__name__, "shared memory", compiled.metadata.shared)
-
-    def compile_partly(self) -> None:
-        for source, target, options in self.variants:
-            backend = make_backend(target)
-            options = backend.parse_options(options)
-            context = ir.context()
-            ir.load_dialects(context)
-            backend.load_dialects(context)
-            generation = backend.get_codegen_implementation(options)
-            module = source.make_ir(target, options, generation, backend.get_module_map(), context)
-            print(self.kernel.__name__, "intermediate", len(str(module)))
-
-
-def unlaunched(module, *names: str) -> list[Unlaunched]:
-    found = [Unlaunched(getattr(module, name)) for name in names]
-    for name, kernel in zip(names, found, strict=True):
-        setattr(module, name, kernel)
-    return found
 
 
 def call_scan(time: int, both_ways: bool, dtype: torch.dtype, bare: bool = False) -> None:
@@ -139,8 +68,6 @@ def call_as_tests_of_the_gpu_do() -> None:
     They take their tensors for those of a GPU; what comes out is uninitialised memory.
     """
     with (
-        patch.object(scan, "interpreted", lambda: True),
-        patch.object(convolution, "interpreted", lambda: True),
         patch.object(scans, "device_of", lambda _: "cpu"),
         patch.object(test_causal_conv1d, "device_of", lambda _: "cpu"),
     ):
@@ -156,41 +83,32 @@ def call_as_tests_of_the_gpu_do() -> None:
             test_networks.encode(network, *padded_batch(lengths), torch.device("cpu"))
 
 
-def main(capability: int) -> None:
-    driver.set_active(AbsentGpu(capability))
-    forward, backward, ends, pack = unlaunched(
-        triton_launch,
-        "selective_scan_forward_kernel",
-        "selective_scan_backward_kernel",
-        "selective_scan_ends_kernel",
-        "pack_projections_kernel",
-    )
-    kernels = [forward, backward, ends, pack]
-    kernels += unlaunched(
-        triton_kernels, "causal_conv1d_forward_kernel", "causal_conv1d_backward_kernel"
-    )
-    around = unlaunched(
-        fused_triton,
-        "prepare_parameters_kernel",
-        "collect_projections_kernel",
-        "collect_parameters_kernel",
-    )
-    triton_launch._num_multiprocessors = lambda _: 132
+def compile_wholly(kernel: Unlaunched) -> None:
+    for compiled in kernel.compile_wholly():
+        assert compiled.asm["cubin"]
+        print(kernel.name, "shared memory", compiled.metadata.shared)
+
+
+def compile_partly(kernel: Unlaunched) -> None:
+    for module in kernel.compile_partly():
+        print(kernel.name, "intermediate", len(str(module)))
+
+
+def check(kernels: dict[str, Unlaunched]) -> None:
+    forward, backward, ends, pack, *convolutions = list(kernels.values())[:6]
+    around = list(kernels.values())[6:]
     # A step of training never has the length of the one before: one compilation must serve all,
     # those of one piece and of several.
     for time in (1, 7, 64, 400):
         call_scan(time, True, torch.bfloat16)
         call_convolution(time, torch.bfloat16)
-    for kernel in kernels:
+    for kernel in (forward, backward, ends, pack, *convolutions):
         # What the frames of a piece leave of the state, and of its gradient.
         wanted = 2 if kernel is ends else 1
-        assert len(kernel.variants) == wanted, (kernel.kernel.__name__, len(kernel.variants))
-    forward.compile_wholly()
-    ends.compile_wholly()
-    pack.compile_wholly()
-    for convolved in kernels[4:]:
-        convolved.compile_wholly()
-    backward.compile_partly()
+        assert len(kernel.variants) == wanted, (kernel.name, len(kernel.variants))
+    for kernel in (forward, ends, pack, *convolutions):
+        compile_wholly(kernel)
+    compile_partly(backward)
 
     # Other calls: one way and few channels, and two of which nothing may be absent.
     forward.variants.clear()
@@ -199,18 +117,23 @@ def main(capability: int) -> None:
     call_scan(7, False, torch.float32)
     for kernel in (forward, backward):
         assert len(kernel.variants) == 2
-        kernel.compile_partly()
+        compile_partly(kernel)
 
     # Tests of a GPU wait for the compiler: a scan of each precision and that of the network, and
     # convolutions that have a direction each.
-    for kernel in kernels + around:
+    for kernel in kernels.values():
         kernel.forget()
     call_as_tests_of_the_gpu_do()
-    counts = [len(kernel.variants) for kernel in kernels]
-    assert counts == [3, 3, 4, 3, 6, 6], counts
+    counts = {name: len(kernel.variants) for name, kernel in kernels.items()}
+    assert list(counts.values()) == [3, 3, 4, 3, 6, 6, 1, 1, 1], counts
     for kernel in around:
-        assert len(kernel.variants) == 1, (kernel.kernel.__name__, len(kernel.variants))
-        kernel.compile_wholly()
+        compile_wholly(kernel)
+
+
+def main(capability: int) -> None:
+    assert sum(map(len, KERNELS.values())) == 9
+    with absent_gpu(capability) as kernels:
+        check(kernels)
 
 
 if __name__ == "__main__":
