@@ -15,7 +15,7 @@ import importlib.util
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,8 +40,10 @@ def bench_cuda(rounds: int) -> tuple[str, list[Target]]:
     """Milliseconds and the share of the memory bandwidth that an ideal kernel would need."""
     bandwidth = copy_bandwidth("cuda", 1 << 28, torch.cuda.synchronize)
     rows, targets = [], []
+    types = (torch.float32, torch.bfloat16)
+    compile_together((0, dtype, both) for dtype in types for both in (False, True))
     for shape in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in types:
             inputs = make_inputs(*shape, device="cuda", dtype=dtype)
             of_both = make_inputs_of_both(*shape, device="cuda", dtype=dtype)
             candidates = {
@@ -118,15 +120,12 @@ _COMPILE = "--compile"
 
 def sweep() -> str:
     """A table of milliseconds on the device alone, for every setting, shape and pass."""
-    # Compilers side by side: one after another they would take minutes.
-    own = [sys.executable, "-m", "benchmarks.scan_gpu", _COMPILE]
-    compilers = [
-        subprocess.Popen([*own, str(i)])
+    compile_together(
+        (i, torch.float32, both)
         for i, changes in enumerate(SETTINGS)
+        for both in (False, True)
         if not changes or any("registers" in name for name in changes)
-    ]
-    for compiler in compilers:
-        compiler.wait()
+    )
     rows = []
     for changes in SETTINGS:
         name = ", ".join(f"{name} {value}" for name, value in changes.items()) or "default"
@@ -189,12 +188,26 @@ def device_ms(call: Callable[[], None], repeats: int = 10) -> float:
     return statistics.median(times)
 
 
-def _compile(changes: dict[str, int | None]) -> None:
-    """Leaves what a setting needs in Triton's cache."""
-    with tuned(changes):
-        for make, function in ((make_inputs, scan), (make_inputs_of_both, both_ways)):
-            inputs = make(*SHAPES[-1], device="cuda")
-            runner(functools.partial(function, "triton"), inputs, True)()
+def compile_together(jobs: Iterable[tuple[int, torch.dtype, bool]]) -> None:
+    """Fills Triton's cache, compilers side by side: one after another they would take minutes.
+
+    Args:
+        jobs: of `SETTINGS` which, the type of the sequences, and whether both directions at once.
+    """
+    own = [sys.executable, "-m", "benchmarks.scan_gpu", _COMPILE]
+    compilers = [
+        subprocess.Popen([*own, str(i), str(dtype).removeprefix("torch."), str(int(both))])
+        for i, dtype, both in jobs
+    ]
+    for compiler in compilers:
+        compiler.wait()
+
+
+def _compile(setting: str, dtype: str, both: str) -> None:
+    make, function = (make_inputs_of_both, both_ways) if int(both) else (make_inputs, scan)
+    with tuned(SETTINGS[int(setting)]):
+        inputs = make(*SHAPES[-1], device="cuda", dtype=getattr(torch, dtype))
+        runner(functools.partial(function, "triton"), inputs, True)()
     torch.cuda.synchronize()
 
 
@@ -202,10 +215,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", action="store_true", help="compare settings of the kernels")
     parser.add_argument("--rounds", type=int, default=7, help="times are medians of so many")
-    parser.add_argument(_COMPILE, type=int, help=argparse.SUPPRESS)
+    parser.add_argument(_COMPILE, nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.compile is not None:
-        _compile(SETTINGS[arguments.compile])
+    if arguments.compile:
+        _compile(*arguments.compile)
     elif arguments.sweep:
         print(sweep())
     else:
