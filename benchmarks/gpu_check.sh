@@ -16,7 +16,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
-PARTS=tests,scan,encoder,an4,small,kernels,trainings,host,decode
+PARTS=tests,scan,encoder,an4,small,sweep,kernels,trainings,host,decode
 LIMIT_S=600 DRY= TRAIN_YAML= TRAIN_S= TRAIN_ARGS=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -102,6 +102,14 @@ scan() {
   else
     ROWS='ms$|ms,|^missed|^\|' \
       within 150 scan "$PYTHON" -m benchmarks.bench_scan --device cuda --report --rounds 3
+  fi
+}
+
+sweep() {
+  if [ -n "$DRY" ]; then
+    ROWS='sweep' within 60 sweep "$PYTHON" -m benchmarks.scan_gpu --help
+  else
+    ROWS=' \| ' within 120 sweep "$PYTHON" -m benchmarks.scan_gpu --sweep
   fi
 }
 
@@ -207,7 +215,7 @@ recipe() {
 [ -n "$DRY" ] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$OUT/log.txt"
 for part in ${PARTS//,/ }; do
   case $part in
-    tests | scan | host | encoder | kernels | an4 | small | trainings | decode) $part ;;
+    tests | scan | sweep | host | encoder | kernels | an4 | small | trainings | decode) $part ;;
     *) say "== $part: there is no such part" ;;
   esac
 done
