@@ -143,6 +143,7 @@ def measure(arguments: argparse.Namespace, rest: list[str], folder: Path) -> Tim
     if arguments.utterances:
         corpus = make_corpus(folder / "corpus", arguments.utterances, arguments.utterance_s)
         rest += ["--data_folder", str(corpus), "--train_splits", "[train-clean-100]"]
+        rest += ["--dev_splits", "[dev-clean]", "--held_out_speakers", "[]"]
     argv = [arguments.yaml, *rest, "--output_folder", str(folder / "run"), "--noprogressbar"]
     try:
         run_recipe([*argv, "--test_splits", "[]"], timed, __doc__, prepare_searches)

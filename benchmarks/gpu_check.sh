@@ -2,7 +2,7 @@
 # What a GPU does with this repository, in at most ten minutes and most valuable first.
 #
 #   benchmarks/gpu_check.sh                                   everything, on the first GPU
-#   benchmarks/gpu_check.sh --parts tests,scan,encoder        some of it, in this order
+#   benchmarks/gpu_check.sh --parts tests+trainings,scan      some of it, in this order; + side by side
 #   benchmarks/gpu_check.sh --train hparams/CTC/an4.yaml 300 --data_folder an4/LibriSpeech
 #                                                             last, train a recipe for 300 seconds
 #   benchmarks/gpu_check.sh --dry                             all of it, small, on a CPU
@@ -16,7 +16,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
-PARTS=tests,scan,encoder,an4,small,sweep,kernels,trainings,host,decode
+PARTS=tests+trainings,scan,encoder,an4,small,sweep,kernels,host,decode
 LIMIT_S=600 DRY= TRAIN_YAML= TRAIN_S= TRAIN_ARGS=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -141,14 +141,14 @@ train_rate() {  # NAME LIMIT ARGUMENTS...
 }
 
 an4() {
-  local size=(--warmup 25 --steps 70 --num_workers 4) small=()
+  local size=(--warmup 25 --steps 60 --num_workers 4) small=()
   [ -n "$DRY" ] && size=(--warmup 1 --steps 2 --num_workers 0) small=("${TINY[@]}" --max_batch_length_train 8)
   # As in the later epochs: two augmented copies of every utterance.
   size+=(--augment_from_epoch 1 --flat_start_epochs 0)
   train_rate an4 70 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" "${small[@]}"
   # Shapes are captured when they come for the second time.
   [ -n "$DRY" ] || train_rate an4_graphs 80 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" \
-    --warmup 60 --steps 45 --cuda_graphs 24
+    --warmup 50 --steps 35 --cuda_graphs 24
 }
 
 small() {
@@ -168,21 +168,21 @@ make_corpus(Path(sys.argv[1]), {'train-clean-100': 40, 'dev-clean': 3, 'test-cle
     --n_warmup_steps 10 --test_beam_size 4 --device $DEVICE --noprogressbar)
   local s2s=(--num_decoder_layers 1 --token_type char --output_neurons 31 --no_lm True
     --pretrained_lm_tokenizer_path null --valid_beam_size 2)
-  local port=29600 jobs=()
+  local port=29600 runs=()
   # They measure nothing: side by side.
   for precision in "${PRECISIONS[@]}"; do
     port=$((port + 2))
     ROWS='rror|epoch: |test WER' within 110 "train_CTC_$precision" "$PYTHON" -m torch.distributed.run \
       --nproc-per-node 1 --master-port $port train_CTC.py hparams/CTC/conmamba_small.yaml \
       "${keys[@]}" --precision "$precision" --output_folder "$WORK/CTC_$precision" &
-    jobs+=($!)
+    runs+=($!)
     ROWS='rror|epoch: |test WER' within 110 "train_S2S_$precision" "$PYTHON" -m torch.distributed.run \
       --nproc-per-node 1 --master-port $((port + 1)) train_S2S.py \
       hparams/S2S/conmambamamba_small.yaml "${keys[@]}" "${s2s[@]}" --precision "$precision" \
       --output_folder "$WORK/S2S_$precision" &
-    jobs+=($!)
+    runs+=($!)
   done
-  wait "${jobs[@]}"
+  wait "${runs[@]}"
   local file
   for file in "$WORK"/*_*/metrics.jsonl; do
     say "$(basename "$(dirname "$file")") last lines of metrics.jsonl:"
@@ -213,11 +213,18 @@ recipe() {
 }
 
 [ -n "$DRY" ] || nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee -a "$OUT/log.txt"
-for part in ${PARTS//,/ }; do
-  case $part in
-    tests | scan | sweep | host | encoder | kernels | an4 | small | trainings | decode) $part ;;
-    *) say "== $part: there is no such part" ;;
-  esac
+for group in ${PARTS//,/ }; do
+  jobs=()
+  for part in ${group//+/ }; do
+    case $part in
+      tests | scan | sweep | host | encoder | kernels | an4 | small | trainings | decode)
+        $part &
+        jobs+=($!)
+        ;;
+      *) say "== $part: there is no such part" ;;
+    esac
+  done
+  wait "${jobs[@]}"
 done
 [ -n "$TRAIN_YAML" ] && recipe
 keep
