@@ -144,7 +144,7 @@ class ConvolutionModule(SpeechBrainConvolutionModule):
     def _gated(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x, pointwise = self.layer_norm(x), self.bottleneck[0]
         if is_plain(pointwise) and runs_its_class(self.bottleneck):
-            gated_BTD = F.glu(F.linear(x, pointwise.weight[..., 0], pointwise.bias))
+            gated_BTD = F.glu(F.linear(x, pointwise.weight.squeeze(-1), pointwise.bias))
         else:
             gated_BTD = self.bottleneck(x.transpose(1, 2)).transpose(1, 2)
         return gated_BTD if mask is None else gated_BTD.masked_fill(mask, 0.0)
