@@ -11,66 +11,37 @@ does nothing.
 
 import argparse
 import logging
-import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from common.files import file_digest
 from common.record import PreparationRecord
 from corpora import download, lexicon
-from corpora.audio import AUDIO_SUFFIXES, AudioFileError, check_audio
+from corpora.audio import AUDIO_SUFFIXES
+from corpora.checking import PreparationError, check_utterances, default_num_workers, lines_of
 from corpora.librispeech import (
     HELD_OUT_SUFFIX,
     OFFICIAL_NUM_UTTERANCES,
     SAMPLE_RATE,
     Problem,
     SplitListing,
-    Utterance,
     find_data_root,
     find_splits,
     hold_out,
     list_split,
     unread_suffixes,
 )
-from corpora.manifest import DATA_ROOT, ManifestRow, merge_manifests, write_manifest
+from corpora.manifest import RECORD_NAME, ManifestRow, merge_manifests, write_manifest
 
 __all__ = ["PreparationError", "find_data_root", "prepare_librispeech"]
 
 logger = logging.getLogger(__name__)
 
-RECORD_NAME = "librispeech_prepare.json"
 LEXICON_NAME = "librispeech-lexicon.txt"
-
-_NUM_PROBLEMS_SHOWN = 20
-_CHUNK_FILES = 256
-
-
-class PreparationError(ValueError):
-    """Utterances that cannot be used.
-
-    Attributes:
-        problems: all of them; the message shows the first 20.
-    """
-
-    def __init__(self, data_root: Path, problems: Sequence[Problem]):
-        self.problems = list(problems)
-        count = len(problems)
-        lines = [
-            f"{count} utterance{'s' if count > 1 else ''} in {data_root} cannot be used;"
-            " no manifest was written:"
-        ]
-        for problem in problems[:_NUM_PROBLEMS_SHOWN]:
-            lines.append(f"  {problem.path} ({problem.utterance_id or '-'}): {problem.reason}")
-        if count > _NUM_PROBLEMS_SHOWN:
-            lines.append(f"  and {count - _NUM_PROBLEMS_SHOWN} more")
-        lines.append("Repair them, or leave them out with --skip_bad (skip_bad=True).")
-        super().__init__("\n".join(lines))
 
 
 def prepare_librispeech(
@@ -86,6 +57,8 @@ def prepare_librispeech(
     skip_prep: bool = False,
     *,
     held_out_speakers: Sequence[str] = (),
+    sample_rate: int = SAMPLE_RATE,
+    resample: bool = False,
     skip_bad: bool = False,
     verify: bool = False,
     num_workers: int | None = None,
@@ -112,6 +85,8 @@ def prepare_librispeech(
         skip_prep: do nothing at all.
         held_out_speakers: speakers of the training splits that these leave out. Validated or
             tested on they are as the split ``<training split>-held-out``.
+        sample_rate: of the recordings, in Hz.
+        resample: recordings of other rates are taken as well; training resamples them.
         skip_bad: leave unusable utterances out instead of failing.
         verify: decode every file whole, which also finds audio cut short, instead of reading
             headers only.
@@ -132,7 +107,7 @@ def prepare_librispeech(
     limits = _split_limits(tr_splits, dev_splits, te_splits, select_n_sentences)
     merge_lst, merge_name = _merge_options(merge_lst, merge_name, limits)
     if num_workers is None:
-        num_workers = min(16, 4 * (os.cpu_count() or 1))
+        num_workers = default_num_workers()
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}; at least one thread must read")
     parted = _parted(limits, tr_splits) if held_out_speakers else set()
@@ -143,20 +118,31 @@ def prepare_librispeech(
     save_folder = Path(save_folder)
     save_folder.mkdir(parents=True, exist_ok=True)
     record = PreparationRecord(save_folder, RECORD_NAME)
+    rates: dict[str, Any] = {"resample": True} if resample else {}
+    if sample_rate != SAMPLE_RATE:
+        rates["sample_rate"] = sample_rate
     with ThreadPoolExecutor(num_workers) as pool:
         listings = {folder: list_split(data_root, folder, pool.map) for folder in folders}
         if held_out_speakers:
             _hold_out(listings, parted, set(map(str, held_out_speakers)))
         plans = [
-            _plan(record, listings[split], limit, skip_bad, verify)
+            _plan(record, listings[split], limit, skip_bad, verify, rates)
             for split, limit in limits.items()
         ]
         stale = [plan for plan in plans if not plan.is_current]
         problems: list[Problem] = []
         for plan in stale:
-            plan.rows, plan.problems = _check_audio(
-                plan.listing, data_root, verify, pool, noprogressbar
+            plan.rows, bad = check_utterances(
+                plan.listing.utterances,
+                data_root,
+                plan.listing.split,
+                pool,
+                sample_rate=sample_rate,
+                resample=resample,
+                verify=verify,
+                noprogressbar=noprogressbar,
             )
+            plan.problems = [*plan.listing.problems, *bad]
             problems += plan.problems
     try:
         if problems and not skip_bad:
@@ -308,8 +294,10 @@ def _plan(
     limit: int | None,
     skip_bad: bool,
     verify: bool,
+    rates: dict[str, Any],
 ) -> _Plan:
     made_from = {
+        **rates,
         "data": listing.fingerprint,
         "select_n_sentences": limit,
         "skip_bad": skip_bad,
@@ -321,55 +309,6 @@ def _plan(
         # Who asks for less than was done before need not have it done again.
         plan.is_current = record.is_current(plan.name, {**made_from, "verified": True})
     return plan
-
-
-def _check_audio(
-    listing: SplitListing,
-    data_root: Path,
-    verify: bool,
-    pool: Executor,
-    noprogressbar: bool,
-) -> tuple[list[ManifestRow], list[Problem]]:
-    def check(chunk: list[Utterance]) -> tuple[list[ManifestRow], list[Problem]]:
-        rows, problems = [], []
-        for utterance in chunk:
-            try:
-                num_samples = check_audio(
-                    f"{data_root}/{utterance.path}", utterance.size_bytes, SAMPLE_RATE, verify
-                )
-            except AudioFileError as error:
-                problems.append(Problem(utterance.path, utterance.id, str(error)))
-                continue
-            rows.append(
-                ManifestRow(
-                    utterance.id,
-                    num_samples / SAMPLE_RATE,
-                    f"{DATA_ROOT}/{utterance.path}",
-                    utterance.speaker,
-                    utterance.words,
-                )
-            )
-        return rows, problems
-
-    rows: list[ManifestRow] = []
-    problems = list(listing.problems)
-    chunk_files = 8 if verify else _CHUNK_FILES
-    with tqdm(
-        desc=f"{'decoding' if verify else 'reading'} {listing.split}",
-        total=len(listing.utterances),
-        unit=" files",
-        disable=noprogressbar,
-    ) as bar:
-        for good, bad in pool.map(check, _chunks(listing.utterances, chunk_files)):
-            rows += good
-            problems += bad
-            bar.update(len(good) + len(bad))
-    return rows, problems
-
-
-def _chunks(items: list[Utterance], size: int) -> Iterator[list[Utterance]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def _require_rows(plan: _Plan, data_root: Path) -> None:
@@ -418,8 +357,8 @@ def _report(plan: _Plan, record: PreparationRecord) -> None:
         logger.warning(
             "%s: %d unusable utterances were left out (skip_bad)", plan.listing.split, left_out
         )
-    for problem in (plan.problems or [])[:_NUM_PROBLEMS_SHOWN]:
-        logger.warning("  %s (%s): %s", problem.path, problem.utterance_id or "-", problem.reason)
+    for line in lines_of(plan.problems or []):
+        logger.warning("%s", line)
 
 
 def _merge(record: PreparationRecord, splits: Sequence[str], merge_name: str) -> None:
@@ -504,6 +443,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of the training splits: kept apart as <split>{HELD_OUT_SUFFIX}, to validate on",
     )
     add("--skip_prep", action="store_true", help="do nothing")
+    add("--sample_rate", type=int, default=SAMPLE_RATE, metavar="HZ", help="default: %(default)s")
+    add("--resample", action="store_true", help="take other rates: training resamples them")
     add("--skip_bad", action="store_true", help="leave unusable utterances out, do not fail")
     add("--verify", action="store_true", help="decode every file whole: also finds cut audio")
     add("--num_workers", type=int, help="threads that read audio (default: 4 per core, up to 16)")

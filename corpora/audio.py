@@ -19,14 +19,17 @@ class AudioFileError(ValueError):
     """A file that is no usable recording; the message is the reason."""
 
 
-def check_audio(path: str, size_bytes: int, sample_rate: int, verify: bool = False) -> int:
-    """Number of samples of a mono recording, of which the header is checked on the way.
+def check_audio(
+    path: str, size_bytes: int, sample_rate: int, verify: bool = False, *, resample: bool = False
+) -> int:
+    """Number of samples of a mono recording at ``sample_rate``; its header is checked on the way.
 
     Args:
         path: the file.
         size_bytes: its size as the folder's listing gives it.
         sample_rate: the rate wanted, in Hz.
         verify: decode the whole file, and compare the number of samples with the header's.
+        resample: recordings of other rates are taken, to be read with ``resample``.
 
     Raises:
         AudioFileError: empty, unreadable, wrongly sampled, not mono, without a number of samples,
@@ -36,9 +39,10 @@ def check_audio(path: str, size_bytes: int, sample_rate: int, verify: bool = Fal
         raise AudioFileError("empty file")
     try:
         with soundfile.SoundFile(path) as audio:
-            if audio.samplerate != sample_rate:
+            if audio.samplerate != sample_rate and not resample:
                 raise AudioFileError(
-                    f"wrongly sampled: {audio.samplerate} Hz instead of {sample_rate} Hz"
+                    f"wrongly sampled: {audio.samplerate} Hz instead of {sample_rate} Hz "
+                    "(--resample True takes it)"
                 )
             if audio.channels != 1:
                 raise AudioFileError(f"{audio.channels} channels instead of one")
@@ -50,31 +54,48 @@ def check_audio(path: str, size_bytes: int, sample_rate: int, verify: bool = Fal
                 )
             if verify:
                 _decode(audio)
-            return audio.frames
+            return round(audio.frames * sample_rate / audio.samplerate)
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioFileError(f"unreadable: {_reason(error, path)}") from error
 
 
 def read_audio(
-    wav: str, utterance_id: str, sample_rate: int, start: int = 0, stop: int | None = None
+    wav: str,
+    utterance_id: str,
+    sample_rate: int,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    resample: bool = False,
 ) -> np.ndarray:
     """Samples (S,) of a mono recording, float32.
 
     Args:
-        start, stop: samples; by default all of it.
+        start, stop: samples at ``sample_rate``; by default all of it.
+        resample: from any other rate.
 
     Raises:
         UserError: the file cannot be read, has another rate or more channels.
     """
     try:
         samples, rate = soundfile.read(wav, start=start, stop=stop, dtype="float32")
+        if rate != sample_rate and resample and samples.ndim == 1:
+            import soxr
+
+            whole, rate = soundfile.read(wav, dtype="float32")
+            return soxr.resample(whole, rate, sample_rate)[start:stop]
     except (soundfile.SoundFileError, OSError) as error:
         raise UserError(f"{utterance_id}: {wav} cannot be read: {_reason(error, wav)}") from None
     if rate != sample_rate or samples.ndim != 1:
         channels = 1 if samples.ndim == 1 else samples.shape[1]
+        hint = (
+            ""
+            if rate == sample_rate
+            else f" Resample with --resample True, or train at that rate: --sample_rate {rate}."
+        )
         raise UserError(
             f"{utterance_id}: {wav} has {rate} Hz and {channels} channel(s); "
-            f"{sample_rate} Hz mono is needed."
+            f"{sample_rate} Hz mono is needed.{hint}"
         )
     return samples
 

@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 from common.files import atomic_write
 
+RECORD_NAME = "librispeech_prepare.json"
+"""Beside manifests: what each was made from."""
+
 DATA_ROOT = "$data_root"
-"""Begins every audio path; whoever reads the manifest replaces it by the corpus's folder."""
+"""Begins every audio path that is not absolute; who reads the manifest puts in the folder."""
 
 
 class ManifestRow(NamedTuple):
-    """One utterance. ``wav`` begins with `DATA_ROOT`; ``duration`` is in seconds."""
+    """One utterance. ``wav`` begins with `DATA_ROOT` or is absolute; ``duration`` is in seconds."""
 
     ID: str
     duration: float

@@ -3,10 +3,12 @@
 import csv
 import json
 import math
+import os
 import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import speechbrain as sb
 import torch
 
@@ -553,3 +555,51 @@ def test_a_run_may_begin_with_splicing(run, tone_corpus, tmp_path):
     statistics = torch.load(checkpoints(folder)[-1] / "normalizer.ckpt", weights_only=True)
     heard = torch.load(checkpoints(run)[-1] / "normalizer.ckpt", weights_only=True)
     torch.testing.assert_close(statistics["glob_mean"], heard["glob_mean"], rtol=0.1, atol=1.0)
+
+
+def test_a_corpus_of_8_khz_is_trained_at_its_rate_or_resampled(run, tmp_path, capsys):
+    corpus = make_corpus(tmp_path / "corpus", {"train-clean-100": 4, "dev-clean": 1})
+    for path in corpus.rglob("*.flac"):
+        samples, rate = soundfile.read(path)
+        soundfile.write(path, samples[::2], rate // 2)
+    keys = {"test_splits": "[dev-clean]", "number_of_epochs": 1, "test_beam_size": 2}
+    folder = tmp_path / "run"
+    assert train(command_line(corpus, folder, **keys)) == EXIT_USER_ERROR
+    assert "8000 Hz instead of 16000 Hz (--resample True takes it)" in capsys.readouterr().err
+    shorter = {"sample_rate": 8000, "n_fft": 256, **keys}
+    assert train(command_line(corpus, folder, **shorter)) == 0
+    durations = [row.duration for row in read_manifest(folder / "train.csv")]
+    assert train(command_line(corpus, tmp_path / "other", resample=True, **keys)) == 0
+    assert [row.duration for row in read_manifest(tmp_path / "other" / "train.csv")] == durations
+    assert results_of(tmp_path / "other")["splits"]["dev-clean"]["utterances"] == 1
+
+
+def test_a_corpus_of_tables_is_trained_on_where_it_is(tmp_path, capsys):
+    corpus = make_corpus(tmp_path / "audio", {"train": 3, "dev": 1, "test": 1})
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    for split in ("train", "dev", "test"):
+        lines = ["path,text"]
+        for transcript in sorted((corpus / split).rglob("*.trans.txt")):
+            for line in transcript.read_text(encoding="utf-8").splitlines():
+                name, _, words = line.partition(" ")
+                path = transcript.parent / f"{name}.flac"
+                lines.append(f"{os.path.relpath(path, tables)},{words}")
+        (tables / f"{split}.csv").write_text("\n".join(lines), encoding="utf-8")
+    keys = {"train_splits": "[train]", "dev_splits": "dev", "test_splits": "test"}
+    keys |= {"number_of_epochs": 1, "test_beam_size": 2}
+    assert train(command_line(tables, tables, **keys)) == EXIT_USER_ERROR
+    assert "give an --output_folder" in capsys.readouterr().err
+    folder = tmp_path / "run"
+    assert train(command_line(tables, folder, **keys)) == 0
+    assert results_of(folder)["splits"]["test"]["utterances"] == 1
+    # Manifests of several splits that were made elsewhere.
+    (folder / "train.csv").rename(folder / "one.csv")
+    (folder / "test.csv").rename(folder / "two.csv")
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("one", "two", "dev"):
+        shutil.copy(folder / f"{name}.csv", other)
+    keys |= {"train_splits": "[one, two]", "test_splits": "[]", "skip_prep": True}
+    assert train(command_line(tables, other, **keys)) == 0
+    assert len(read_manifest(other / "train.csv")) == 4

@@ -15,7 +15,6 @@ from speechbrain.utils.run_opts import RunOptions
 
 from common.errors import UserError
 from common.files import file_digest
-from corpora.librispeech import find_data_root
 from decoding.pretrained_lm import TOKENIZER_FILE, fetch_pretrained
 from inference.scoring.reports import results_table
 from modules.weights import load_model_weights
@@ -38,6 +37,7 @@ from training.checkpoints.fingerprint import (
 from training.checkpoints.run_tokenizer import copy_tokenizer, keep_tokenizer
 from training.data.augmentation import SpeedPerturbation
 from training.data.preparation import (
+    audio_root,
     beside,
     check_distinct,
     make_lists_of_splits,
@@ -124,16 +124,12 @@ def dataio_prepare(
     splits = list(hparams["test_splits"])
     if not test_only:
         splits = [*hparams["train_splits"], *hparams["dev_splits"], *splits]
-    try:
-        data_root = find_data_root(hparams["data_folder"], splits)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    data_root = audio_root(hparams, splits)
     tokenizer = load_tokenizer(tokenizer_file(hparams), hparams["output_neurons"])
     sample_rate = hparams["sample_rate"]
+    dataset_of = partial(make_dataset, resample=hparams["resample"])
     tests = {
-        split: make_dataset(
-            read_rows(manifests / f"{split}.csv", data_root), tokenizer, sample_rate
-        )
+        split: dataset_of(read_rows(manifests / f"{split}.csv", data_root), tokenizer, sample_rate)
         for split in hparams["test_splits"]
     }
     loaders = Loaders(train=None, valid=None, tests=tests, tokenizer=tokenizer)
@@ -157,16 +153,16 @@ def dataio_prepare(
             hparams["speed_perturb"], hparams["seed"], hparams["augment_from_epoch"]
         )
     if hparams["spliced_share"]:
-        loaders.splicing = Splicing(hparams["spliced_share"], hparams["seed"], rows)
-        loaders.unperturbed = make_dataset(rows, tokenizer, sample_rate)
-    loaders.train = make_dataset(
-        rows, tokenizer, sample_rate, loaders.perturbation, loaders.splicing
-    )
+        loaders.splicing = Splicing(
+            hparams["spliced_share"], hparams["seed"], rows, hparams["resample"]
+        )
+        loaders.unperturbed = dataset_of(rows, tokenizer, sample_rate)
+    loaders.train = dataset_of(rows, tokenizer, sample_rate, loaders.perturbation, loaders.splicing)
     loaders.train_sampler, loaders.train_kwargs = training_batches(loaders.train, hparams)
     dev_sets = {s: read_rows(manifests / f"{s}.csv", data_root) for s in hparams["dev_splits"]}
     check_distinct(dev_sets.items())
     dev = {key: row for rows in dev_sets.values() for key, row in rows.items()}
-    loaders.valid = make_dataset(dev, tokenizer, sample_rate)
+    loaders.valid = dataset_of(dev, tokenizer, sample_rate)
     loaders.valid_kwargs = evaluation_batches(loaders.valid, hparams)
     return loaders
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from common.errors import UserError
 from corpora.audio import AUDIO_SUFFIXES, AudioFileError, check_audio, read_audio
 
 
@@ -87,3 +88,24 @@ def test_a_header_without_a_length_is_refused_as_training_could_not_load_it(tmp_
     content[22:26] = bytes(4)
     with pytest.raises(AudioFileError, match="unknown length"):
         check(tmp_path / "a.flac", bytes(content), verify)
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100])
+def test_audio_of_another_rate_is_resampled_on_request_alone(tmp_path, rate):
+    path = str(tmp_path / "a.wav")
+    tone_S = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    soundfile.write(path, tone_S, rate, subtype="FLOAT")
+    size = os.path.getsize(path)
+    with pytest.raises(AudioFileError, match="--resample True"):
+        check_audio(path, size, 16000)
+    with pytest.raises(UserError, match=f"--resample True, .*--sample_rate {rate}"):
+        read_audio(path, "a", 16000)
+    assert check_audio(path, size, 16000, resample=True) == 16000
+    samples_S = read_audio(path, "a", 16000, resample=True)
+    wanted_S = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
+    assert samples_S.dtype == np.float32
+    assert len(samples_S) == 16000
+    np.testing.assert_allclose(samples_S[500:-500], wanted_S[500:-500], atol=2e-3)
+    part_S = read_audio(path, "a", 16000, 4000, 9000, resample=True)
+    np.testing.assert_array_equal(part_S, samples_S[4000:9000])
+    np.testing.assert_array_equal(read_audio(path, "a", rate), tone_S.astype(np.float32))

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from corpora.manifest import ManifestRow, read_manifest
+from corpora.librispeech import find_data_root
+from corpora.manifest import ManifestRow, merge_manifests, read_manifest
+from corpora.table import find_table, prepare_tables
 from librispeech_prepare import RECORD_NAME, prepare_librispeech
 
 
@@ -45,21 +47,73 @@ def prepare_manifests(hparams: Mapping[str, Any], folder: str | Path, test_only:
     dev = [] if test_only else list(hparams["dev_splits"])
     # A split may be validated on and tested on: its manifest is one.
     test = [split for split in hparams["test_splits"] if split not in [*train, *dev]]
+    merged = train_manifest(hparams) if train else None
+    options = {
+        "merge_lst": train,
+        "merge_name": merged,
+        "sample_rate": hparams["sample_rate"],
+        "resample": hparams["resample"],
+        "skip_bad": hparams["skip_bad"],
+    }
+    tables = tables_of(hparams["data_folder"], [*train, *dev, *test])
     try:
-        prepare_librispeech(
-            hparams["data_folder"],
-            folder,
-            tr_splits=train,
-            dev_splits=dev,
-            te_splits=test,
-            merge_lst=train,
-            merge_name=train_manifest(hparams) if train else None,
-            skip_prep=hparams["skip_prep"],
-            held_out_speakers=hparams["held_out_speakers"],
-            skip_bad=hparams["skip_bad"],
-        )
+        if hparams["skip_prep"]:
+            parts = [Path(folder) / f"{split}.csv" for split in train]
+            # Manifests made elsewhere are those of the splits.
+            is_missing = merged and not (Path(folder) / merged).is_file()
+            if is_missing and all(path.is_file() for path in parts):
+                merge_manifests(parts, Path(folder) / merged)
+        elif tables:
+            if Path(hparams["output_folder"]).resolve() == Path(hparams["data_folder"]).resolve():
+                raise ValueError("The manifests would replace the tables: give an --output_folder.")
+            if hparams["held_out_speakers"]:
+                raise ValueError(
+                    "held_out_speakers is for LibriSpeech's layout: put these speakers of "
+                    f"{hparams['data_folder']} into a table of their own"
+                )
+            prepare_tables(tables, folder, **options)
+        else:
+            prepare_librispeech(
+                hparams["data_folder"],
+                folder,
+                tr_splits=train,
+                dev_splits=dev,
+                te_splits=test,
+                held_out_speakers=hparams["held_out_speakers"],
+                **options,
+            )
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def tables_of(data_folder: str | Path, splits: Iterable[str]) -> dict[str, Path]:
+    """The table of every split where the corpus is tables, else nothing."""
+    tables = {}
+    for split in splits:
+        table = find_table(data_folder, split)
+        # Manifests of other recipes may lie beside the folders of LibriSpeech's layout.
+        if table is None or (Path(data_folder) / split).is_dir():
+            return {}
+        tables[split] = table
+    return tables
+
+
+def audio_root(hparams: Mapping[str, Any], splits: Sequence[str]) -> Path:
+    """What ``$data_root`` in the manifests of these splits stands for.
+
+    Raises:
+        UserError: there is no such corpus.
+    """
+    folder = hparams["data_folder"]
+    if tables_of(folder, splits):
+        return Path(folder)
+    try:
+        return find_data_root(folder, splits)
+    except ValueError as error:
+        if hparams["skip_prep"] and Path(folder).is_dir():
+            # Manifests made elsewhere.
+            return Path(folder)
+        raise UserError(str(error)) from None
 
 
 @contextmanager

@@ -42,13 +42,17 @@ class ReadSpeech:
         sample_rate: int,
         perturbation: SpeedPerturbation | None = None,
         splicing: Splicing | None = None,
+        resample: bool = False,
     ):
         self.sample_rate = sample_rate
+        self.resample = resample
         self.perturbation = perturbation
         self.splicing = splicing
 
     def __call__(self, wav: str, utterance_id: str, words: str) -> tuple[torch.Tensor, str]:
-        wav_S = torch.from_numpy(read_audio(wav, utterance_id, self.sample_rate))
+        wav_S = torch.from_numpy(
+            read_audio(wav, utterance_id, self.sample_rate, resample=self.resample)
+        )
         if self.splicing is not None:
             wav_S, words = self.splicing(wav_S, words, utterance_id, self.sample_rate)
         if self.perturbation is not None:
@@ -168,6 +172,7 @@ def make_dataset(
     sample_rate: int,
     perturbation: SpeedPerturbation | None = None,
     splicing: Splicing | None = None,
+    resample: bool = False,
 ) -> DynamicItemDataset:
     """Dataset of the items that a batch has.
 
@@ -176,7 +181,9 @@ def make_dataset(
     dataset = DynamicItemDataset(dict(rows))
     dataset.add_dynamic_item(
         DynamicItem(
-            ["wav", "id", "wrd"], ReadSpeech(sample_rate, perturbation, splicing), ["sig", "said"]
+            ["wav", "id", "wrd"],
+            ReadSpeech(sample_rate, perturbation, splicing, resample),
+            ["sig", "said"],
         )
     )
     dataset.add_dynamic_item(DynamicItem(["sig"], CountSamples(), ["num_samples"]))

@@ -217,6 +217,7 @@ SETTINGS: dict[str, Setting] = {
     "nonfinite_patience": Setting("integer", low=0),
     "optimizer_step_limit": Setting("integer", low=1, optional=True),
     # Keys of special recipes.
+    "resample": Setting("switch", default=False),
     "cuda_graphs": Setting("integer", low=0, default=0),
     "held_out_speakers": Setting("speakers", default=[]),
     "consistency_weight": Setting("number", low=0, default=0.0),

@@ -25,12 +25,14 @@ class Splicing:
         share: of the utterances that are replaced.
         seed: of the run.
         rows: training utterances (``wav``, ``spk_id``) by id.
+        resample: recordings may have any rate.
 
     Words are what stands between spaces. Set ``epoch``, and the pieces by ``use``, before the
     loader's iterator is made: the workers get a copy then.
     """
 
-    def __init__(self, share: float, seed: int, rows: Mapping[str, dict]):
+    def __init__(self, share: float, seed: int, rows: Mapping[str, dict], resample: bool = False):
+        self.resample = resample
         self.share = share
         self.seed = seed
         self.rows = rows
@@ -74,7 +76,14 @@ class Splicing:
     def _read(self, segment: Segment, sample_rate: int) -> Tensor:
         wav = self.rows[segment.utterance_id]["wav"]
         piece_S = torch.from_numpy(
-            read_audio(wav, segment.utterance_id, sample_rate, segment.start, segment.stop)
+            read_audio(
+                wav,
+                segment.utterance_id,
+                sample_rate,
+                segment.start,
+                segment.stop,
+                resample=self.resample,
+            )
         )
         fade = min(round(_FADE_S * sample_rate), len(piece_S) // 2)
         if fade:

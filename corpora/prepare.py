@@ -1,0 +1,88 @@
+"""Manifests from corpora that are not in LibriSpeech's layout.
+
+python -m corpora.prepare table recordings.csv --save_folder results/my_run
+python -m corpora.prepare table train.tsv dev.tsv --audio_folder clips --resample --save_folder out
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.errors import EXIT_USER_ERROR
+from corpora.librispeech import SAMPLE_RATE
+from corpora.table import COLUMNS, TABLE_SUFFIXES, prepare_tables
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m corpora.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    columns = "\n".join(f"  {key:8} {', '.join(names)}" for key, names in COLUMNS.items())
+    table = kinds.add_parser(
+        "table",
+        help="a table of recordings with what is said in them",
+        description="Tables of recordings to manifests <split>.csv; no audio is copied.",
+        epilog=f"Columns, of which path and text have to be there:\n{columns}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = table.add_argument
+    add("tables", nargs="+", metavar="FILE", help=f"a table: {', '.join(TABLE_SUFFIXES)}")
+    add("--save_folder", required=True, metavar="FOLDER", help="gets the manifests")
+    add(
+        "--split",
+        metavar="NAME",
+        help="what the table is called (default: its column split, else the name of the file)",
+    )
+    add(
+        "--audio_folder",
+        metavar="FOLDER",
+        help="what the paths are relative to (default: the folder of the table)",
+    )
+    add("--sample_rate", type=int, default=SAMPLE_RATE, metavar="HZ", help="default: %(default)s")
+    add("--resample", action="store_true", help="take other rates: training resamples them")
+    add("--skip_bad", action="store_true", help="leave unusable utterances out, do not fail")
+    add("--verify", action="store_true", help="decode every file whole: also finds cut audio")
+    add("--num_workers", type=int, metavar="N", help="threads that read audio")
+    add("--noprogressbar", action="store_true", help="no progress bars")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = vars(build_parser().parse_args(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options.pop("kind")
+    tables, split = [Path(table) for table in options.pop("tables")], options.pop("split")
+    save_folder = options.pop("save_folder")
+    try:
+        if split and len(tables) > 1:
+            raise ValueError("--split names one table: prepare one after the other.")
+        if options["audio_folder"]:
+            options["audio_folder"] = Path(options["audio_folder"]).absolute()
+        counts: dict[str, int] = {}
+        for table in tables:
+            named = {split or "": table}
+            for name, count in prepare_tables(named, save_folder, **options).items():
+                if name in counts:
+                    raise ValueError(f"{table}: another table has the split {name}, too.")
+                counts[name] = count
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    print(
+        "\nTo train on them:\n  python train_CTC.py hparams/CTC/conmamba_small.yaml "
+        f"--skip_prep True --data_folder {shlex.quote(str(tables[0].parent))} "
+        f"--output_folder {shlex.quote(save_folder)} \\\n    --train_splits '[...]' "
+        f"--dev_splits '[...]' --test_splits '[...]'   # of {', '.join(counts)}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""A corpus as a table: CSV, TSV or JSON lines with a recording, its words and its speaker."""
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.files import file_digest
+from common.record import PreparationRecord
+from corpora.checking import (
+    PreparationError,
+    check_utterances,
+    default_num_workers,
+    lines_of,
+)
+from corpora.librispeech import SAMPLE_RATE, Problem, Utterance, printable, unusable_name
+from corpora.manifest import RECORD_NAME, merge_manifests, write_manifest
+
+logger = logging.getLogger(__name__)
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+
+COLUMNS = {
+    "path": ("path", "audio", "wav", "file", "filename", "file_name", "audio_filepath"),
+    "text": ("text", "sentence", "transcript", "transcription", "words", "wrd"),
+    "speaker": ("speaker", "speaker_id", "spk_id", "client_id"),
+    "id": ("id", "ID", "utterance_id", "utt_id"),
+    "split": ("split", "subset", "partition"),
+}
+"""What columns may be called; only path and text have to be there."""
+
+
+@dataclass
+class TableSplit:
+    """The utterances of a table that belong to one split; paths are relative to its folder."""
+
+    name: str
+    utterances: list[Utterance] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def find_table(folder: str | Path, split: str) -> Path | None:
+    """The table ``<split>.csv``, ``.tsv`` or ``.jsonl`` in a folder, if there is one."""
+    paths = [Path(folder) / f"{split}{suffix}" for suffix in TABLE_SUFFIXES]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_table(
+    path: str | Path, split: str | None = None, audio_folder: str | Path | None = None
+) -> list[TableSplit]:
+    """The splits of a table; recordings are looked for, not opened.
+
+    Args:
+        path: the table.
+        split: what all of it is called; by default the column of splits tells, else the file's
+            name.
+        audio_folder: what the paths are relative to, itself relative to the table's folder; by
+            default that folder.
+
+    Raises:
+        ValueError: it cannot be read, lacks a column, or has an id twice.
+    """
+    path = Path(path)
+    splits: dict[str, TableSplit] = {}
+    rows = _rows(path)
+    names = _column_names(path, rows[0][1] if rows else {})
+    numbers: Counter[str] = Counter()
+    for place, row in rows:
+        values = {
+            key: str(row.get(name) if row.get(name) is not None else "").strip()
+            for key, name in names.items()
+        }
+        name = split or values.get("split") or path.stem
+        part = splits.setdefault(name, TableSplit(name))
+        audio = os.path.join(audio_folder or "", values["path"])
+        key = values.get("id") or os.path.splitext(values["path"])[0].strip("./").replace("/", "-")
+        key = unicodedata.normalize("NFC", key)
+        numbers[key] += 1
+        said = " ".join(values["text"].split())
+        size, reason = _size_of(path.parent / audio)
+        if not values["path"]:
+            reason = "missing audio: the cell is empty"
+        elif not said:
+            reason = "missing transcript: the cell is empty"
+        reason = unusable_name(key) or unusable_name(audio) or reason
+        if reason:
+            part.problems.append(Problem(printable(audio) or place, printable(key), reason))
+            continue
+        speaker = values.get("speaker") or key
+        part.utterances.append(Utterance(key, speaker, audio, size, said))
+    if repeated := [key for key, count in numbers.items() if count > 1]:
+        hint = "" if "id" in names else " Give them a column id."
+        raise ValueError(f"{path} names utterances twice: {', '.join(repeated[:8])}.{hint}")
+    if not splits:
+        raise ValueError(f"{path} has no rows.")
+    return list(splits.values())
+
+
+def prepare_tables(
+    tables: Mapping[str, str | Path],
+    save_folder: str | Path,
+    *,
+    audio_folder: str | Path | None = None,
+    merge_lst: Sequence[str] = (),
+    merge_name: str | None = None,
+    sample_rate: int = SAMPLE_RATE,
+    resample: bool = False,
+    skip_bad: bool = False,
+    verify: bool = False,
+    num_workers: int | None = None,
+    noprogressbar: bool = False,
+) -> dict[str, int]:
+    """Write ``<save_folder>/<split>.csv`` for every split, unless it is current.
+
+    Audio stays where it is: ``$data_root`` in a manifest stands for the folder of the table.
+
+    Args:
+        tables: by split; with the key "" a table that names the splits itself.
+        save_folder: gets the manifests; created if need be.
+        audio_folder: see `read_table`.
+        merge_lst: splits whose manifests are also written as one.
+        merge_name: file name of that one.
+        sample_rate, resample, verify: see `corpora.audio.check_audio`.
+        skip_bad: leave unusable utterances out instead of failing.
+        num_workers: threads that read audio.
+        noprogressbar: no progress bar.
+
+    Returns:
+        The number of utterances by split.
+
+    Raises:
+        PreparationError: recordings or transcripts are missing, empty, unreadable or wrongly
+            sampled.
+        ValueError: see `read_table`; or two tables have one split. No manifest is left for a split
+            that could not be prepared.
+    """
+    folder = Path(save_folder)
+    parts: dict[str, tuple[Path, TableSplit]] = {}
+    for name, table in tables.items():
+        for part in read_table(table, name or None, audio_folder):
+            if part.name in parts:
+                raise ValueError(f"{parts[part.name][0]} and {table} both have {part.name}.")
+            if unusable_name(part.name) or Path(part.name).name != part.name:
+                raise ValueError(f"{table}: {part.name!r} cannot be the name of a split.")
+            target = folder / f"{part.name}.csv"
+            if target.resolve() == Path(table).resolve():
+                raise ValueError(f"{target} is the table itself: choose another --save_folder.")
+            parts[part.name] = Path(table), part
+    folder.mkdir(parents=True, exist_ok=True)
+    record = PreparationRecord(folder, RECORD_NAME)
+    counts, problems = {}, []
+    made = {}
+    with ThreadPoolExecutor(num_workers or default_num_workers()) as pool:
+        for name, (table, part) in parts.items():
+            made_from = {
+                "table": file_digest(table),
+                "audio": _digest_of(table.parent, part.utterances),
+                "options": [str(audio_folder or ""), sample_rate, resample, skip_bad, verify],
+            }
+            if record.is_current(f"{name}.csv", made_from):
+                counts[name] = record.note(f"{name}.csv", "utterances")
+                continue
+            rows, bad = check_utterances(
+                part.utterances,
+                table.parent,
+                name,
+                pool,
+                sample_rate=sample_rate,
+                resample=resample,
+                verify=verify,
+                noprogressbar=noprogressbar,
+            )
+            problems += [*part.problems, *bad]
+            made[name] = rows, [*part.problems, *bad], made_from
+    wrong = bool(problems) and not skip_bad
+    for name, (rows, bad, _) in made.items():
+        if wrong or not rows:
+            record.remove(f"{name}.csv")
+        if not rows and not wrong:
+            raise ValueError(
+                f"{parts[name][0]}: no utterance of {name} can be used:\n"
+                + "\n".join(lines_of(bad))
+            )
+    if wrong:
+        raise PreparationError(
+            ", ".join(sorted({str(table) for table, _ in parts.values()})), problems
+        )
+    for name, (rows, bad, made_from) in made.items():
+        write_manifest(folder / f"{name}.csv", rows)
+        record.add(f"{name}.csv", made_from, utterances=len(rows), left_out=len(bad))
+        counts[name] = len(rows)
+        hours = sum(row.duration for row in rows) / 3600
+        logger.info("%s: %d utterances, %.2f hours", folder / f"{name}.csv", len(rows), hours)
+        if bad:
+            logger.warning("%s: %d unusable utterances were left out (skip_bad)", name, len(bad))
+            for line in lines_of(bad):
+                logger.warning("%s", line)
+    if merge_name and list(merge_lst) != [Path(merge_name).stem]:
+        merge_manifests([folder / f"{name}.csv" for name in merge_lst], folder / merge_name)
+    return counts
+
+
+def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every row of a table, with where it stands."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8: convert it first.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    if path.suffix.lower() == ".jsonl":
+        return _json_rows(path, text)
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        raise ValueError(f"{path} is none of {', '.join(TABLE_SUFFIXES)}.")
+    header = text.partition("\n")[0]
+    # Spreadsheets of many countries separate by semicolons.
+    delimiter = max("\t,;", key=header.count)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        # Tables with tabs have quotation marks as they are said.
+        quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
+    )
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"{path}, line {reader.line_num}: not as many cells as columns.")
+        rows.append((f"line {reader.line_num}", row))
+    return rows
+
+
+def _json_rows(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: no object of JSON.")
+        if row.get("offset"):
+            raise ValueError(f"{path}, line {number}: has an offset; cut recordings apart first.")
+        rows.append((f"line {number}", row))
+    return rows
+
+
+def _column_names(path: Path, row: Mapping[str, Any]) -> dict[str, str]:
+    """What a table calls each column that it has."""
+    found = {
+        key: next((name for name in names if name in row), "") for key, names in COLUMNS.items()
+    }
+    if missing := [key for key in ("path", "text") if row and not found[key]]:
+        known = "; ".join(f"{key}: {', '.join(COLUMNS[key])}" for key in missing)
+        raise ValueError(
+            f"{path} has the columns {', '.join(map(str, row))}, and none for "
+            f"{' and '.join(missing)}. It may be called ({known})."
+        )
+    return {key: name for key, name in found.items() if name}
+
+
+def _size_of(path: Path) -> tuple[int, str | None]:
+    """Size in bytes, or why there is none."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return -1, "missing audio: no such file"
+    if not stat.S_ISREG(found.st_mode):
+        return -1, "not a regular file"
+    return found.st_size, None
+
+
+def _digest_of(root: Path, utterances: Iterable[Utterance]) -> str:
+    digest = hashlib.sha256()
+    for utterance in utterances:
+        time = (root / utterance.path).stat().st_mtime_ns
+        digest.update(f"{utterance.path} {utterance.size_bytes} {time}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,216 @@
+"""A corpus as a table: CSV, TSV or JSON lines, made manifests without copying audio."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from corpora.checking import PreparationError
+from corpora.manifest import read_manifest
+from corpora.prepare import main
+from corpora.table import find_table, prepare_tables, read_table
+
+REPOSITORY = Path(__file__).parents[2]
+ROWS = [
+    {"path": "clips/a.wav", "text": "ONE  TWO", "speaker": "anna"},
+    {"path": "clips/b c.flac", "text": 'SHE SAID "THREE"', "speaker": "ben, jr"},
+    {"path": "more/ö.ogg", "text": "FOUR", "speaker": "anna"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for seconds, row in enumerate(ROWS, start=1):
+        path = tmp_path / row["path"]
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, np.zeros(seconds * 1600), 16000)
+    return tmp_path
+
+
+def write(path, rows, names=None):
+    """The rows in the format that the file's name says; ``names`` renames columns."""
+    rows = [{(names or {}).get(key, key): value for key, value in row.items()} for row in rows]
+    if path.suffix == ".jsonl":
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    elif path.suffix == ".tsv":
+        text = "\n".join("\t".join(cells) for cells in [rows[0], *(r.values() for r in rows)])
+    else:
+        with open(path, "w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        return path
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        {},
+        {"path": "audio_filepath", "text": "sentence", "speaker": "client_id"},
+        {"path": "wav", "text": "wrd", "speaker": "spk_id"},
+    ],
+)
+def test_a_table_becomes_a_manifest_and_its_audio_stays_where_it_is(folder, suffix, names):
+    table = write(folder / f"train{suffix}", ROWS, names)
+    save = folder / "out"
+    assert prepare_tables({"": table}, save, noprogressbar=True) == {"train": 3}
+    rows = read_manifest(save / "train.csv")
+    assert [row.ID for row in rows] == ["clips-a", "clips-b c", "more-ö"]
+    assert [row.wav for row in rows] == [f"$data_root/{row['path']}" for row in ROWS]
+    assert [row.spk_id for row in rows] == [row["speaker"] for row in ROWS]
+    assert [row.wrd for row in rows] == ["ONE TWO", 'SHE SAID "THREE"', "FOUR"]
+    assert [row.duration for row in rows] == [0.1, 0.2, 0.3]
+    assert {path.name for path in save.iterdir()} == {"train.csv", "librispeech_prepare.json"}
+
+
+def test_a_table_may_have_ids_splits_and_paths_of_its_own(folder):
+    rows = [dict(row, id=f"u{i}", split="dev" if i else "train") for i, row in enumerate(ROWS)]
+    rows[0]["path"] = str(folder / rows[0]["path"])
+    table = write(folder / "all.csv", [{k: r[k] for k in r if k != "speaker"} for r in rows])
+    assert prepare_tables({"": table}, folder / "out", noprogressbar=True) == {"train": 1, "dev": 2}
+    (row,) = read_manifest(folder / "out" / "train.csv")
+    assert (row.ID, row.wav, row.spk_id) == ("u0", str(folder / "clips/a.wav"), "u0")
+    named = prepare_tables({"test": table}, folder / "named", noprogressbar=True)
+    assert named == {"test": 3}
+
+
+def test_separators_of_spreadsheets_and_a_mark_at_the_beginning_are_read(folder):
+    table = folder / "a.csv"
+    table.write_bytes("\ufeffpath;text\r\nclips/a.wav;EINS, ZWEI\r\n".encode())
+    (split,) = read_table(table)
+    assert [(u.id, u.words) for u in split.utterances] == [("clips-a", "EINS, ZWEI")]
+
+
+def test_a_manifest_is_made_again_when_table_audio_or_options_change(folder):
+    table, save = write(folder / "train.csv", ROWS), folder / "out"
+
+    def time_after(**options) -> int:
+        prepare_tables({"train": table}, save, noprogressbar=True, **options)
+        return (save / "train.csv").stat().st_ino
+
+    first = time_after()
+    assert time_after() == first
+    os.utime(folder / "clips/a.wav", ns=(1, 1))
+    second = time_after()
+    assert second != first
+    assert time_after(skip_bad=True) != second
+
+
+def test_what_cannot_be_used_is_named_and_may_be_left_out(folder):
+    os.mkfifo(folder / "pipe.wav")
+    (folder / "empty.wav").touch()
+    rows = [
+        *ROWS,
+        *(
+            dict(ROWS[0], path=name)
+            for name in ("none.wav", "pipe.wav", "empty.wav", "", "a$x.wav")
+        ),
+        dict(ROWS[0], path="clips/silent.wav", text=" "),
+    ]
+    soundfile.write(folder / "clips/silent.wav", np.zeros(1600), 16000)
+    table, save = write(folder / "train.csv", rows), folder / "out"
+    with pytest.raises(PreparationError, match="6 utterances") as raised:
+        prepare_tables({"train": table}, save, noprogressbar=True)
+    reasons = [problem.reason.split(":")[0] for problem in raised.value.problems]
+    assert sorted(reasons) == [
+        "empty file",
+        "missing audio",
+        "missing audio",
+        "missing transcript",
+        "not a regular file",
+        "unusable name",
+    ]
+    assert not list(save.glob("*.csv"))
+    assert prepare_tables({"train": table}, save, skip_bad=True, noprogressbar=True) == {"train": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,text\na,b\n", r"has the columns name, text, and none for path\. It may be called"),
+        ("path,text\n", "has no rows"),
+        ("", "has no rows"),
+        ("path,text\na.wav,b,c\n", "line 2: not as many cells as columns"),
+        ("path,text\nclips/a.wav,A\nclips/a.wav,B\n", "twice: clips-a. Give them a column id"),
+        ("path,text\nnone.wav,A\n", "cannot be used"),
+        ("path,text,split\nclips/a.wav,A,../x\n", "cannot be the name of a split"),
+    ],
+)
+def test_a_table_that_is_none_is_one_message(folder, text, message):
+    (folder / "t.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        prepare_tables({"": folder / "t.csv"}, folder / "out", noprogressbar=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.jsonl", b"[1]\n", "line 1: no object of JSON"),
+        ("t.jsonl", b'{"path": "a", "text": "b", "offset": 3}', "has an offset"),
+        ("t.csv", b"path,text\ncaf\xe9.wav,A\n", "is not UTF-8"),
+        ("t.xlsx", b"PK", "is none of .csv"),
+    ],
+)
+def test_a_file_of_another_kind_is_one_message(folder, name, content, message):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_table(folder / name)
+
+
+def test_manifests_do_not_replace_their_table(folder):
+    table = write(folder / "train.csv", ROWS)
+    before = table.read_bytes()
+    with pytest.raises(ValueError, match="is the table itself"):
+        prepare_tables({"train": table}, folder)
+    assert table.read_bytes() == before
+
+
+def test_other_rates_are_refused_with_the_option_or_taken(folder):
+    soundfile.write(folder / "clips/a.wav", np.zeros(2205), 22050)
+    table = write(folder / "train.csv", ROWS)
+    with pytest.raises(PreparationError, match=r"22050 Hz instead of 16000 Hz \(--resample True"):
+        prepare_tables({"train": table}, folder / "out", noprogressbar=True)
+    prepare_tables({"train": table}, folder / "out", resample=True, noprogressbar=True)
+    assert read_manifest(folder / "out/train.csv")[0].duration == 0.1
+
+
+def test_the_table_of_a_split_is_found(folder):
+    table = write(folder / "dev.tsv", ROWS)
+    assert find_table(folder, "dev") == table
+    assert find_table(folder, "train") is None
+
+
+def test_the_command_line_prepares_and_says_how_to_train(folder, capsys, monkeypatch):
+    write(folder / "train.tsv", [dict(r, path=Path(r["path"]).name) for r in ROWS[:2]])
+    monkeypatch.chdir(folder)
+    arguments = ["table", "train.tsv", "--save_folder", "out", "--noprogressbar"]
+    assert main(arguments) == 2
+    assert "missing audio: no such file" in capsys.readouterr().err
+    assert main([*arguments, "--audio_folder", "clips"]) == 0
+    printed = capsys.readouterr().out
+    assert "--skip_prep True --data_folder . --output_folder out" in printed
+    assert len(read_manifest(folder / "out" / "train.csv")) == 2
+    assert main(["table", "train.tsv", *arguments[1:], "--split", "a"]) == 2
+    assert "--split names one table" in capsys.readouterr().err
+
+
+def test_every_kind_answers_help_without_torch():
+    for arguments in (["--help"], ["table", "--help"]):
+        code = (
+            "import sys, corpora.prepare as p\n"
+            "try:\n    p.main(sys.argv[1:])\nfinally:\n    assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=REPOSITORY, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "table" in done.stdout
