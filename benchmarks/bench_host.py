@@ -33,6 +33,8 @@ from benchmarks.absent_gpu import Unlaunched, absent_gpu, launches
 from benchmarks.report import machine_slug, origin, write_report
 from benchmarks.targets import Target
 from common.tables import markdown_table
+from modules.TransformerASR import TransformerASR
+from training.brains.cast_weights import CastWeights
 
 MOST_LAUNCHES = 1600
 CAPABILITIES = (80, 90)
@@ -74,12 +76,14 @@ class CountLaunches(TorchDispatchMode):
 
 
 def training_pass(network: nn.Module, d_model: int, frames: int) -> Callable[[], None]:
-    """Forward and backward in bf16 on a small batch."""
+    """Forward and backward in bf16 on a small batch, ours with weights cast as on a GPU."""
     src = torch.randn(2, frames, d_model)
     relative = torch.tensor([1.0, 0.5])
+    networks = [network] if isinstance(network, TransformerASR) else []
+    weights = CastWeights(networks, torch.bfloat16)
 
     def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), weights.in_place():
             loss = network.encode(src, relative).float().square().mean()
         loss.backward()
         network.zero_grad()

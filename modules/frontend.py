@@ -109,8 +109,8 @@ class Conv2d(SpeechBrainConv2d):
         before_L = torch.arange(self.pad_left, 0, -1, device=x_BTFC.device)
         behind_R = torch.arange(self.pad_right, device=x_BTFC.device)
         last_B1 = (num_frames_B - 1).clamp(min=0)[:, None]
-        left_BLFC = x_BTFC[rows_B1, torch.minimum(before_L, last_B1)]
-        right_BRFC = x_BTFC[rows_B1, (last_B1 - 1 - behind_R).clamp(min=0)]
+        left_BLFC = _frames(x_BTFC, torch.minimum(before_L, last_B1))
+        right_BRFC = _frames(x_BTFC, (last_B1 - 1 - behind_R).clamp(min=0))
         space_for_right = F.pad(x_BTFC, (0, 0, 0, 0, 0, self.pad_right))
         padded_BTFC = torch.cat([left_BLFC, space_for_right], dim=1)
         padded_BTFC[rows_B1, self.pad_left + num_frames_B[:, None] + behind_R] = right_BRFC
@@ -346,6 +346,12 @@ class _ReflectFrequency(torch.autograd.Function):
 def reflect_frequency(x_BTFC: Tensor, amount: int) -> Tensor:
     """``x`` (batch, time, frequency, channel) with ``amount`` bins mirrored at either end."""
     return _ReflectFrequency.apply(x_BTFC, amount)
+
+
+def _frames(x_BTFC: Tensor, index_BL: Tensor) -> Tensor:
+    """Frames of each item; unlike indexing, a GPU sorts nothing for its gradient."""
+    index = index_BL[:, :, None, None].expand(-1, -1, *x_BTFC.shape[2:])
+    return x_BTFC.gather(1, index)
 
 
 def _with_channel(x: Tensor) -> Tensor:

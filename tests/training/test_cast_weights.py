@@ -34,14 +34,14 @@ def test_outputs_and_gradients_are_those_of_autocast_and_weights_stay(one_thread
         assert all(after[key] is parameters[key] for key in parameters)
 
 
-def test_inside_plain_layers_are_half_and_what_the_scan_needs_is_not():
+def test_inside_plain_layers_are_half_and_what_a_mixer_prepares_is_not():
     network = small_network("conmamba")
     layer = network.encoder.layers[0]
     mixer, (_, feed_forward, _) = layer.mamba, layer.ffn_module1
     with CastWeights([network], torch.bfloat16).in_place():
-        half = [mixer.in_proj.weight, mixer.x_proj.weight, mixer.dt_proj.weight]
+        half = [mixer.in_proj.weight, mixer.out_proj.weight]
         half += [feed_forward.ffn[0].weight, feed_forward.ffn[0].bias]
-        exact = [mixer.dt_proj.bias, mixer.conv1d.weight, mixer.A_log, mixer.D]
+        exact = [mixer.x_proj.weight, mixer.dt_proj.bias, mixer.conv1d.weight, mixer.A_log]
         exact += [layer.norm1.norm.weight]
         assert {weight.dtype for weight in half} == {torch.bfloat16}
         assert {weight.dtype for weight in exact} == {torch.float32}

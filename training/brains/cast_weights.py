@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from modules.mamba import Mamba
 from modules.plain_layers import is_plain
 
-# Convolution and step sizes of a mixer belong to its scan, which computes in float32.
-_OF_THE_SCAN = ("conv1d", "conv1d_b")
-_BIAS_OF_THE_SCAN = ("dt_proj", "dt_proj_b")
+# A mixer's kernels prepare these themselves.
+_OF_A_MIXER = ("conv1d", "conv1d_b", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b")
 
 
 class CastWeights:
@@ -53,16 +52,14 @@ def _slots_of(network: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     spared = set()
     for module in network.modules():
         if isinstance(module, Mamba):
-            spared |= {id(getattr(module, name, None)) for name in _OF_THE_SCAN}
-            biases = (getattr(module, name, None) for name in _BIAS_OF_THE_SCAN)
-            spared |= {id(layer.bias) for layer in biases if layer is not None}
+            spared |= {id(getattr(module, name, None)) for name in _OF_A_MIXER}
     for module in network.modules():
         if id(module) in spared or not is_plain(module):
             continue
         for name in ("weight", "bias"):
             parameter = module._parameters.get(name)
             wanted = parameter is not None and parameter.requires_grad
-            if wanted and parameter.dtype == torch.float32 and id(parameter) not in spared:
+            if wanted and parameter.dtype == torch.float32:
                 yield module, name
 
 
