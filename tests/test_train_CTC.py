@@ -29,7 +29,7 @@ from tests.generated_corpus import make_corpus
 from text.tokenizer import load_tokenizer, tokens_of, vocabulary
 from tools.make_ngram import main as make_ngram
 from training.brains import asr_brain as brain_module
-from training.launch.command_line import load_hparams, parse_command_line
+from training.launch.command_line import help_text, load_hparams, parse_command_line
 from training.launch.start import run_options
 from training.splicing.segments import read_segments
 
@@ -603,3 +603,28 @@ def test_a_corpus_of_tables_is_trained_on_where_it_is(tmp_path, capsys):
     keys |= {"train_splits": "[one, two]", "test_splits": "[]", "skip_prep": True}
     assert train(command_line(tables, other, **keys)) == 0
     assert len(read_manifest(other / "train.csv")) == 4
+
+
+def test_the_folder_of_a_run_is_all_that_its_command_needs(tmp_path, monkeypatch, capsys):
+    make_corpus(tmp_path / "corpus", {"train-clean-100": 4, "dev-clean": 1, "test-clean": 2})
+    monkeypatch.chdir(tmp_path)
+    keys = {"number_of_epochs": 1, "test_splits": "[test-clean]", "test_beam_size": 2}
+    # A relative corpus, a value of another name, a run option, and a name like a number's.
+    arguments = command_line("corpus", "1e3", flags=["--precision", "bf16"], **keys)
+    assert train([*arguments, "--precision", "bf16"]) == 0
+    scores = results_of(tmp_path / "1e3")["splits"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = shutil.move(tmp_path / "1e3", tmp_path / "moved")
+    assert train([str(run), "--noprogressbar", "--device", "cpu", "--number_of_epochs", "2"]) == 0
+    assert [entry["epoch"] for entry in metrics(run) if "valid_loss" in entry] == [1, 2]
+    assert results_of(run)["run"]["precision"] == "bf16"
+    assert train([str(run), "--device=cpu", "--test_only", "--test_beam_size", "3"]) == 0
+    (name,) = results_of(run)["evaluations"]
+    assert "beam3" in name
+    assert results_of(run)["evaluations"][name]["splits"].keys() == scores.keys()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert not (tmp_path / "1e3").exists()
+    help_of_run = help_text([str(run), "--help"], "")
+    assert "--number_of_epochs 2" in help_of_run
+    assert "True leaves unusable utterances out" in help_of_run

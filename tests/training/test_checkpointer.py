@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -328,3 +329,21 @@ def test_an_early_stop_and_the_best_score_are_in_a_checkpoint(tmp_path):
     RunCheckpointer(tmp_path, {"counter": restored}).recover_if_possible()
     assert vars(restored) == vars(counter)
     assert list(restored) == []
+
+
+def test_a_save_folder_a_run_and_a_pattern_stand_for_their_newest_whole_checkpoint(
+    checkpointer, tmp_path
+):
+    first, second = save(checkpointer, 1.0), save(checkpointer, 2.0)
+    saves = Path(checkpointer.checkpoints_dir)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "save").symlink_to(saves)
+    for place in (saves, run, f"{saves}/CKPT*", f"{tmp_path}/*un", second.path):
+        assert checkpointer.checkpoint_at(str(place)).path.name == second.path.name
+    cut_short(second.path / "model.ckpt")
+    for place in (saves, run, f"{saves}/CKPT*", first.path):
+        assert checkpointer.checkpoint_at(str(place)).path.name == first.path.name
+    cut_short(first.path / "model.ckpt")
+    with pytest.raises(UserError, match=r"model.ckpt has .*; .*model.ckpt has"):
+        checkpointer.checkpoint_at(str(run))

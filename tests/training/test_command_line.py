@@ -70,7 +70,7 @@ def test_a_key_without_a_value_is_named(arguments):
 
 
 def test_a_value_without_a_key_is_named():
-    with pytest.raises(UserError, match=r"'train-clean-360'.*Lists need quotes"):
+    with pytest.raises(UserError, match=r"'train-clean-360'.*Lists and patterns need quotes"):
         parse_overrides(["--train_splits", "train-clean-100", "train-clean-360"])
 
 
@@ -272,7 +272,8 @@ def answer_of(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "YAML_FILE"),
+        ([], "YAML_FILE_OR_RUN"),
+        (["docs"], "docs has no recipe.yaml"),
         (["no.yaml"], "No such hyperparameter file: no.yaml"),
         ([FILE], "--data_folder /path/to/LibriSpeech"),
         ([FILE, "--data_folder", "x", "--lr_adma", "1"], "Did you mean lr_adam"),

@@ -1,5 +1,6 @@
 """Checkpoints that a crash, a full disk or a flipped bit cannot turn into a wrong model."""
 
+import glob
 import json
 import logging
 import os
@@ -248,7 +249,7 @@ class RunCheckpointer(Checkpointer):
         ddp_barrier()
 
     def go_back_to(self, folder: str) -> Checkpoint:
-        """Load the checkpoint in a given folder; later ones of this run are renamed.
+        """Load the checkpoint that is asked for; later ones of this run are renamed.
 
         They belong to a course of training that is left: they must not be averaged with what
         follows.
@@ -266,22 +267,39 @@ class RunCheckpointer(Checkpointer):
         ddp_barrier()
         return checkpoint
 
-    def checkpoint_at(self, folder: str) -> Checkpoint:
-        """The checkpoint in a given folder.
+    def checkpoint_at(self, place: str) -> Checkpoint:
+        """The newest checkpoint in a place that is whole.
+
+        Args:
+            place: a checkpoint folder, a save folder, a run's folder, or a pattern of any of these.
 
         Raises:
-            UserError: it is not a checkpoint, or a damaged one.
+            UserError: there is none, or all are damaged.
         """
-        path = Path(folder)
-        if not self._is_checkpoint_dir(path):
-            raise UserError(
-                f"--resume: {folder} is no checkpoint folder. They are called {CKPT_PREFIX}+... "
-                "and lie in the save folder of a run."
-            )
-        damage = find_damage(path) if _has_meta(path) else f"{METAFNAME} cannot be read"
-        if damage:
-            raise UserError(f"--resume: the checkpoint {folder} is damaged: {damage}.")
-        return self._construct_checkpoint_objects([path])[0]
+        matches = [place] if Path(place).exists() else glob.glob(place)
+        found = {path for match in matches for path in _checkpoints_in(match)}
+        described = {
+            path: find_damage(path) if _has_meta(path) else f"{METAFNAME} cannot be read"
+            for path in sorted(found)
+            if self._is_checkpoint_dir(path)
+        }
+        if whole := [path for path, damage in described.items() if damage is None]:
+            return max(self._construct_checkpoint_objects(whole), key=ckpt_recency)
+        if described:
+            reasons = "; ".join(f"{path.name}: {damage}" for path, damage in described.items())
+            raise UserError(f"--resume: the checkpoint {place} is damaged: {reasons}.")
+        raise UserError(
+            f"--resume: {place} is no checkpoint folder and holds none. They are called "
+            f"{CKPT_PREFIX}+... and lie in the save folder of a run."
+        )
+
+
+def _checkpoints_in(place: str) -> list[Path]:
+    """A checkpoint folder itself, or those of a save folder or of a run."""
+    path = Path(place)
+    if path.name.startswith(CKPT_PREFIX) and path.is_dir():
+        return [path]
+    return [p for f in (path, path / "save") for p in f.glob(f"{CKPT_PREFIX}+*") if p.is_dir()]
 
 
 def load_model_hook(module: torch.nn.Module, path: Path, end_of_epoch: bool) -> None:

@@ -23,7 +23,7 @@ from training.launch.key_help import keys_as_text
 from training.launch.run_options import IN_USE, option_actions
 from training.launch.settings import DEFAULTS, SETTINGS, VERBATIM, check_setting, check_together
 from training.launch.suggestions import describe_unknown, misspelt, similar_argument
-from training.launch.yaml_file import is_open, read_yaml, resolved_text, tag_of
+from training.launch.yaml_file import RECIPE_FILE, is_open, read_yaml, resolved_text, tag_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -71,18 +71,22 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         # A YAML key that begins like an option is not that option.
         allow_abbrev=False,
-        usage="%(prog)s YAML_FILE [--KEY VALUE ...] [OPTION ...]",
+        usage="%(prog)s YAML_FILE_OR_RUN [--KEY VALUE ...] [OPTION ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "param_file", metavar="YAML_FILE", help="a recipe, such as those of hparams/"
+        "param_file",
+        metavar="YAML_FILE_OR_RUN",
+        help="a recipe, such as those of hparams/, or the folder of a run, which goes on with its "
+        "settings (with --test_only: is evaluated)",
     )
     parser.add_argument(
         "--resume",
-        metavar="CKPT_FOLDER",
+        metavar="CHECKPOINT",
         help="Go back to this checkpoint folder instead of on from the latest one of the run, "
-        "every time it is given: leave it out to go on from there after an interruption.",
+        "every time it is given: leave it out to go on from there after an interruption. A pattern "
+        "in quotes ('save/CKPT+2024*'), a save folder or a run stand for their newest one.",
     )
     parser.add_argument(
         "--init_from",
@@ -108,7 +112,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 def help_text(argv: Sequence[str], description: str) -> str:
     """All options, and the keys of the YAML file that is named, else of the script's example."""
     parser = build_parser(description)
-    files = [word for word in argv if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
+    words = [os.path.join(word, RECIPE_FILE) if Path(word).is_dir() else word for word in argv]
+    files = [word for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
     example = EXAMPLE_FILES.get(parser.prog, EXAMPLE_FILES["train_CTC.py"])
     file = files[0] if files else os.path.relpath(REPOSITORY / example)
     parser.epilog = (
@@ -148,14 +153,31 @@ def parse_command_line(argv: Sequence[str], description: str) -> CommandLine:
     if given.get("ckpt_interval_steps", 0) > 0:
         # SpeechBrain refuses both; the interval that was typed replaces the one of the YAML file.
         given.setdefault("ckpt_interval_minutes", 0)
+    overrides = parse_overrides(rest, [a.dest for a in parser._actions if a.nargs == 0])
+    if Path(given["param_file"]).is_dir():
+        run = given["param_file"]
+        given["param_file"] = _recipe_of(run)
+        # The run may have been moved since.
+        overrides.setdefault("output_folder", run)
     return CommandLine(
         param_file=given["param_file"],
         run_options=given,
-        overrides=parse_overrides(rest, [a.dest for a in parser._actions if a.nargs == 0]),
+        overrides=overrides,
         resume=resume,
         init_from=init_from,
         eval_name=eval_name,
     )
+
+
+def _recipe_of(run: str) -> str:
+    """The file that a run was begun with."""
+    path = os.path.join(run, RECIPE_FILE)
+    if not Path(path).is_file():
+        raise UserError(
+            f"{run} has no {RECIPE_FILE}, so it is not the folder of a run, or one of an older "
+            f"version: name a YAML file instead, and --output_folder {run}."
+        )
+    return path
 
 
 def check_arguments(description: str, argv: Sequence[str] | None = None) -> None:
@@ -224,7 +246,7 @@ def parse_overrides(arguments: Sequence[str], switches: Sequence[str] = ()) -> d
         argument = queue.pop(0)
         if not argument.startswith("--"):
             raise UserError(
-                f"Argument {argument!r} belongs to no option. Lists need quotes: "
+                f"Argument {argument!r} belongs to no option. Lists and patterns need quotes: "
                 "--train_splits '[train-clean-100, train-clean-360]'."
             )
         key, equals, text = argument[2:].partition("=")

@@ -30,6 +30,17 @@ IN_USE = (
 )
 """Those that help lists first; the others follow under a heading of their own."""
 
+OF_ONE_START = {
+    "param_file",
+    "test_only",
+    "device",
+    "distributed_backend",
+    "noprogressbar",
+    "log_config",
+    *("debug", "debug_batches", "debug_epochs", "debug_persistently"),
+}
+"""Those that a run does not keep when it goes on."""
+
 
 @cache
 def _speechbrain_module() -> ModuleType:

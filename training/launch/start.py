@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import speechbrain as sb
 from speechbrain.utils.distributed import ddp_init_group
@@ -16,7 +17,9 @@ from training.launch.devices import (
     distributed_backend_for,
     own_device,
 )
-from training.launch.yaml_file import resolved_text
+from training.launch.run_options import OF_ONE_START
+from training.launch.settings import PATHS
+from training.launch.yaml_file import RECIPE_FILE, as_text, resolved_text, with_overrides
 
 
 def start_run(argv: Sequence[str], description: str) -> tuple[CommandLine, dict, RunOptions]:
@@ -62,7 +65,25 @@ def make_output_folder(hparams: dict, test_only: bool) -> None:
 
 
 def write_hyperparams(line: CommandLine, folder: str | Path) -> None:
-    """Leaves the record of how a model is trained, which outlives evaluations."""
+    """Leaves the record of how a model is trained, which outlives evaluations.
+
+    ``hyperparams.yaml`` has every value in its place; ``recipe.yaml`` is the file that was given
+    with what was given beside it, from which the run can go on with other values.
+    """
+    settings = {k: v for k, v in line.run_options.items() if k not in OF_ONE_START}
+    recipe = with_overrides(line.param_file, line.overrides | settings)
+    for key in PATHS & recipe.keys():
+        recipe[key] = _from_anywhere(recipe[key])
+    with atomic_write(Path(folder) / RECIPE_FILE) as stream:
+        stream.write(as_text(recipe))
     with atomic_write(Path(folder) / "hyperparams.yaml") as stream:
         stream.write(f"# From {Path(line.param_file).absolute()}\n# yamllint disable\n")
         stream.write(resolved_text(line.param_file, line.overrides))
+
+
+def _from_anywhere(path: Any) -> Any:
+    """A path, or a list of them, that means the same in every working directory."""
+    if isinstance(path, list):
+        return [_from_anywhere(part) for part in path]
+    # What does not exist here may be a name on the hub.
+    return str(Path(path).absolute()) if isinstance(path, str) and Path(path).exists() else path

@@ -13,6 +13,9 @@ from ruamel.yaml.comments import CommentedMap, TaggedScalar
 from common.errors import UserError
 from training.launch.settings import PATHS
 
+RECIPE_FILE = "recipe.yaml"
+"""In the folder of a run: what it was begun with."""
+
 # A path may have angle brackets, which HyperPyYAML takes for references wherever they arrive.
 _HIDDEN = {"<": "\ue03c", ">": "\ue03e"}
 
