@@ -9,7 +9,8 @@ help:
 	@echo "make test    run the test-suite (under 10 minutes on 2 cores)     make test-all  slow tests too"
 	@echo "make venv    create $(VENV) with everything the other commands need"
 	@echo "make lint    ruff and mypy: lint, format check, types             make format    ruff: rewrite"
-	@echo "make bench   speed of the scan, the encoders and decoding; reports in benchmarks/reports"
+	@echo "make bench   speed of scan, encoders, decoding, CTC search and preparation, on an idle machine;"
+	@echo "             reports in benchmarks/reports; each part says how long it took"
 
 venv: $(VENV)/.installed
 
@@ -41,11 +42,12 @@ format: venv
 	$(BIN)/ruff format .
 
 bench: venv
-	$(BIN)/python -m benchmarks.bench_scan
-	$(BIN)/python -m benchmarks.bench_encoder
-	$(BIN)/python -m benchmarks.bench_decode
-	$(BIN)/python -m benchmarks.bench_ctc_search
-	$(BIN)/python -m benchmarks.bench_prepare
+	@for part in "scan --report" encoder "decode --report" "ctc_search --report" prepare; do \
+		set -- $$part; name=$$1; shift; begun=$$(date +%s); \
+		echo "== python -m benchmarks.bench_$$name $$*"; \
+		$(BIN)/python -m benchmarks.bench_$$name "$$@" || exit; \
+		echo "== $$name took $$(( $$(date +%s) - begun )) s"; \
+	done
 
 clean:
 	rm -rf $(VENV) results

@@ -342,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--joint_tokens", type=int, default=25, help="the same with the large LM")
     parser.add_argument("--rounds", type=int, default=2, help="how often each side is timed")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     torch.set_default_device(arguments.device)

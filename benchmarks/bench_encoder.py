@@ -431,13 +431,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=int, nargs="+", default=[4, 8, 16, 30, 60, 120, 240])
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max_memory_gib", type=float, default=0.8 * available_gib())
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    add, default = parser.add_argument, "default: %(default)s"
+    lengths = [4, 8, 16, 30, 60, 120, 240]
+    add("--seconds", type=int, nargs="+", default=lengths, help=f"lengths of audio; {default}")
+    add("--batch_size", type=int, default=4, help=f"utterances of a batch; {default}")
+    add("--repeats", type=int, default=5, help=f"times are medians of so many steps; {default}")
+    add("--threads", type=int, default=2, help=f"of the CPU; {default}")
+    add(
+        "--max_memory_gib",
+        type=float,
+        default=0.8 * available_gib(),
+        help="what needs more is left out; default: 80 %% of what is free (%(default).1f)",
+    )
+    add("--device", choices=["cpu", "cuda"], default="cpu", help=default)
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help=default)
     parser.add_argument("--cuda_graphs", action="store_true", help="for ConMamba, as the key does")
     parser.add_argument("--machine", help="part of the report's file name; the processor's name")
     parser.add_argument(
@@ -445,7 +452,7 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true", help="profile a training step instead")
     parser.add_argument("--kernels", action="store_true", help="list what a step launches instead")
-    parser.add_argument("--profile_seconds", type=int, default=16)
+    add("--profile_seconds", type=int, default=16, help=f"with --profile; {default}")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.device == "cpu":

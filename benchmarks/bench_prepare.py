@@ -117,8 +117,12 @@ def candidates(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Files per second of the preparation.")
-    parser.add_argument("--num_files", type=int, default=20000, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--num_files", type=int, default=20000, help="of the corpus; default: %(default)s"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="how often each is timed; default: %(default)s"
+    )
     parser.add_argument("--speechbrain_preparer", help="its librispeech_prepare.py in a checkout")
     parser.add_argument("--check", action="store_true", help="exit status 1 below the goal")
     options = parser.parse_args()

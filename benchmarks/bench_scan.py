@@ -303,7 +303,9 @@ def _against_the_floor(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda", "all"], default="all")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda", "all"], default="all", help="default: all"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--rounds", type=int, default=7, help="times are medians of so many")
     parser.add_argument(

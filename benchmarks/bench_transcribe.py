@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="folder of a bundle or of a run (CTC)")
     add("--audio", type=Path, metavar="FOLDER", help="recordings of speech")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--check", action="store_true", help="exit with 1 where a target is missed")
     add("--report", action="store_true", help="write reports/transcribe.md")
     add("--rounds", type=int, default=9, help="how often each is timed")

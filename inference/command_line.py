@@ -46,7 +46,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--alpha", type=float, help="weight of the n-gram")
     add("--beta", type=float, help="nats for each word, where there is an n-gram")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
-    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     add("--threads", type=positive(int), metavar="N", help="of the CPU (default: as torch has it)")
     add(
         "--batch_seconds",

@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output_folder", default="results/demo", help="default: %(default)s")
-    parser.add_argument("--size", choices=["demo", "tiny"], default="demo")
+    parser.add_argument("--size", choices=["demo", "tiny"], default="demo", help="default: demo")
     return parser
 
 

@@ -1,0 +1,97 @@
+"""Every command answers --help, and every flag has a text."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def sources() -> list[Path]:
+    """Files of the repository that make a parser of arguments."""
+    found = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/**/*.py")]
+    places = (path.relative_to(REPOSITORY) for path in found)
+    return [
+        place
+        for place in sorted(places)
+        if place.parts[0] != "tests"
+        and not place.parts[0].startswith(".")
+        and "ArgumentParser" in (REPOSITORY / place).read_text(encoding="utf-8")
+    ]
+
+
+def options_of(tree: ast.Module) -> list[ast.Call]:
+    """Calls of add_argument, under that name or as ``add``."""
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "attr", getattr(node.func, "id", "")) in ("add_argument", "add")
+        and node.args
+        and isinstance(node.args[0], ast.Constant | ast.JoinedStr)
+        and isinstance(getattr(node.args[0], "value", "--"), str)
+        and (node.keywords or str(getattr(node.args[0], "value", "--")).startswith("--"))
+    ]
+
+
+@pytest.mark.parametrize("source", sources(), ids=str)
+def test_every_option_has_a_text(source):
+    options = options_of(ast.parse((REPOSITORY / source).read_text(encoding="utf-8")))
+    silent = [
+        ast.unparse(option)
+        for option in options
+        if not any(keyword.arg == "help" for keyword in option.keywords)
+    ]
+    assert not silent
+
+
+def test_the_options_of_the_commands_are_found():
+    trees = [ast.parse((REPOSITORY / source).read_text(encoding="utf-8")) for source in sources()]
+    assert sum(len(options_of(tree)) for tree in trees) > 100
+
+
+def test_every_command_makes_a_parser():
+    """What can be run as a module or a script reads its arguments by argparse."""
+    commands = [
+        path.relative_to(REPOSITORY)
+        for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("[!.t]*/**/*.py")]
+        if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+    ]
+    trainers = {Path(f"train_{name}.py") for name in ("CTC", "S2S", "LM", "RNNT")}
+    assert {Path("evaluate.py"), Path("ops/doctor.py")} < set(commands)
+    # A process that the demo corpus starts for itself is no command.
+    others = set(commands) - {Path("corpora/synthetic/speaker_process.py")}
+    assert not others - trainers - set(sources())
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "ops.doctor"], ["transcribe.py"], ["-m", "benchmarks.bench_prepare"]]
+)
+def test_help_is_printed_and_nothing_is_run(command):
+    done = subprocess.run(
+        [sys.executable, *command, "--help"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+    assert "torch 2" not in done.stdout
+
+
+def test_make_says_what_each_target_does():
+    done = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True)
+    targets = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("make ")}
+    phony = next(
+        line
+        for line in (REPOSITORY / "Makefile").read_text(encoding="utf-8").splitlines()
+        if line.startswith(".PHONY:")
+    )
+    named = set(phony.split()[1:]) - {"help", "test-all", "format", "clean"}
+    assert named <= targets
+    assert all(name in done.stdout for name in ("test-all", "format"))
+    bench = subprocess.run(
+        ["make", "-n", "bench"], cwd=REPOSITORY, capture_output=True, text=True
+    ).stdout
+    for name in ("scan --report", "encoder", "decode --report", "ctc_search --report", "prepare"):
+        assert name in bench
