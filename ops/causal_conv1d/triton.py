@@ -6,6 +6,8 @@ kernels run on the CPU, slowly: this is how they are tested without a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,19 +41,30 @@ def unsupported(arguments: ConvArguments) -> str | None:
 
 def conv_forward(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """`conv` without autograd."""
-    from ops.causal_conv1d.triton_kernels import causal_conv1d_forward_kernel
-    from ops.triton_sequences import Sequence
+    return conv_forward_of_ways([arguments])[0]
 
-    x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
-    y = empty_like(x)
-    state = x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1)
+
+def conv_forward_of_ways(ways: Sequence[ConvArguments]) -> list[tuple[Tensor, Tensor]]:
+    """Output and last state of one or two ways over the same input, in one launch.
+
+    Only the first may have an initial state; taps, activation and lengths are alike.
+    """
+    from ops.causal_conv1d.triton_kernels import causal_conv1d_forward_kernel
+    from ops.triton_sequences import Sequence as Strided
+
+    first, second = ways[0], ways[-1]
+    x, weight, bias = first.x, first.weight, first.bias
+    outputs = [
+        (empty_like(x), x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1)) for _ in ways
+    ]
+    (y, state), (second_y, second_state) = outputs[0], outputs[-1]
     with torch.cuda.device_of(x):
         causal_conv1d_forward_kernel[_grid(x)](
-            Sequence(x, *x.stride()), float32(weight), float32(bias), float32(initial_state),
-            Sequence(y, *y.stride()), state, lengths, x.shape[2], x.shape[1],
-            reset_every or x.shape[2], **_constants(weight, activation, reverse),
+            Strided(x, *x.stride()), float32(weight), float32(bias), float32(first.initial_state),
+            Strided(y, *y.stride()), state, float32(second.weight), float32(second.bias), second_y,
+            second_state, first.lengths, *_sizes(first, second), **_constants(ways),
         )  # fmt: skip
-    return y, state
+    return outputs
 
 
 def conv_backward(
@@ -60,62 +73,71 @@ def conv_backward(
     arguments: ConvArguments,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state; None where absent."""
-    _, weight, bias, *_ = arguments
+    weight, bias = arguments.weight, arguments.bias
     grad_x = empty_like(arguments.x)
-    parts = new_gradient_parts(arguments, 1)[0]
-    grad_initial = conv_backward_in_parts(grad_y, grad_state, arguments, grad_x, False, parts)
+    parts, grad_initial = conv_backward_of_ways([grad_y], grad_state, [arguments], grad_x)
     width = weight.shape[1]
     # Added up apart: outputs of an operator must not share memory.
+    taps, of_bias = parts[0, :, :, :width].sum((0, 1)).t(), parts[0, :, :, width]
     return (
         grad_x,
-        parts[:, :, :width].sum((0, 1)).t().to(weight.dtype, memory_format=torch.contiguous_format),
-        None if bias is None else parts[:, :, width].sum((0, 1)).to(bias.dtype),
+        taps.to(weight.dtype, memory_format=torch.contiguous_format),
+        None if bias is None else of_bias.sum((0, 1)).to(bias.dtype),
         grad_initial,
     )
 
 
-def new_gradient_parts(arguments: ConvArguments, count: int) -> Tensor:
-    """Memory (count, batch, blocks of frames, width + 1, dim) for the gradients of parameters."""
-    x, width = arguments.x, arguments.weight.shape[1]
-    _, blocks, batch = _grid(x)
-    return x.new_empty(count, batch, blocks, width + 1, x.shape[1], dtype=torch.float32)
-
-
-def conv_backward_in_parts(
-    grad_y: Tensor,
+def conv_backward_of_ways(
+    grads_y: Sequence[Tensor],
     grad_state: Tensor | None,
-    arguments: ConvArguments,
+    ways: Sequence[ConvArguments],
     grad_x: Tensor,
-    add: bool,
-    parts: Tensor,
-) -> Tensor | None:
-    """`conv_backward` into given memory.
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `conv_forward_of_ways`, that of x into given memory.
 
     Args:
-        grad_x: where the gradient of x goes; on top of what is there, if ``add``.
-        parts: of `new_gradient_parts`; the sums over the first two axes are left to do.
+        grads_y: of each way's output, with the same strides.
+        grad_state: of the first way's last state.
 
     Returns:
-        the gradient of the initial state, None if there is none.
+        parts of the gradients of taps and bias, (ways, batch, blocks of frames, width + 1, dim),
+        and the gradient of the initial state, None if there is none.
     """
     from ops.causal_conv1d.triton_kernels import causal_conv1d_backward_kernel
-    from ops.triton_sequences import Sequence
+    from ops.triton_sequences import Sequence as Strided
 
-    x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
+    first, second = ways[0], ways[-1]
+    x, initial_state = first.x, first.initial_state
+    _, blocks, batch = _grid(x)
+    width = first.weight.shape[1]
+    parts = x.new_empty(len(ways), batch, blocks, width + 1, x.shape[1], dtype=torch.float32)
     grad_initial = None
     if initial_state is not None:
         grad_initial = x.new_empty(initial_state.shape, dtype=torch.float32)
     with torch.cuda.device_of(x):
         causal_conv1d_backward_kernel[_grid(x)](
-            Sequence(grad_y, *grad_y.stride()), float32(grad_state), Sequence(x, *x.stride()),
-            float32(weight), float32(bias), float32(initial_state),
-            Sequence(grad_x, *grad_x.stride()), parts, grad_initial, lengths, x.shape[2],
-            x.shape[1], reset_every or x.shape[2], **_constants(weight, activation, reverse),
-            ADD=add,
+            Strided(grads_y[0], *grads_y[0].stride()), float32(grad_state),
+            Strided(x, *x.stride()), float32(first.weight), float32(first.bias),
+            float32(initial_state), Strided(grad_x, *grad_x.stride()), parts[0], grad_initial,
+            grads_y[-1], float32(second.weight), float32(second.bias), parts[-1], first.lengths,
+            *_sizes(first, second), **_constants(ways),
         )  # fmt: skip
     if initial_state is not None and grad_initial is not None:
         grad_initial = new_gradient(initial_state).copy_(grad_initial)
-    return grad_initial
+    return parts, grad_initial
+
+
+def _sizes(first: ConvArguments, second: ConvArguments) -> tuple[int, ...]:
+    """The arguments of a kernel from ``time`` to ``second_reverse``."""
+    _, dim, time = first.x.shape
+    return (
+        time,
+        dim,
+        first.reset_every or time,
+        second.reset_every or time,
+        int(first.reverse),
+        int(second.reverse),
+    )
 
 
 def _grid(x: Tensor) -> tuple[int, int, int]:
@@ -125,13 +147,12 @@ def _grid(x: Tensor) -> tuple[int, int, int]:
     return -(-dim // CHANNELS.value), -(-time // FRAMES.value), batch
 
 
-def _constants(weight: Tensor, activation: str | None, reverse: bool) -> dict:
-    width = weight.shape[1]
+def _constants(ways: Sequence[ConvArguments]) -> dict:
+    width = ways[0].weight.shape[1]
     # A power of two that holds the width - 1 entries of a state.
     entries = 1 << max(0, width - 2).bit_length()
-    return {
-        "WIDTH": width, "ENTRIES": entries, "REVERSE": reverse, "SILU": activation is not None
-    }  # fmt: skip
+    silu = ways[0].activation is not None
+    return {"WIDTH": width, "ENTRIES": entries, "SILU": silu, "BOTH": len(ways) == 2}
 
 
 conv = register("mamba_asr::causal_conv1d_triton", conv_forward, conv_backward)

@@ -94,10 +94,10 @@ def _ways(
         columns = rank + 2 * num_states
         projected = xz_BTF.new_empty(len(directions), batch * time, columns)
     ways, conv_states = [], []
-    for i, (direction, convolution) in enumerate(
-        zip(directions, arguments.convolutions(), strict=True)
-    ):
-        u_BET, conv_state = conv.conv_forward(convolution)
+    convolutions = arguments.convolutions()
+    convolved = conv.conv_forward_of_ways(convolutions)
+    for i, (direction, convolution) in enumerate(zip(directions, convolutions, strict=True)):
+        u_BET, conv_state = convolved[i]
         rows = projected[i]
         if not known:
             u = u_BET.transpose(1, 2).view(batch * time, inner)
@@ -193,10 +193,7 @@ def _backward(
     # Both gradients of both ways in one piece, to be converted together.
     sizes = [columns * inner, inner * rank]
     grad_weights = projected.new_empty(count, sum(sizes))
-    convolutions = arguments.convolutions()
-    conv_parts = conv.new_gradient_parts(convolutions[0], count)
-    grad_conv_initial = None
-    for i, (way, part, convolution) in enumerate(zip(ways, parts, convolutions, strict=True)):
+    for i, (way, part) in enumerate(zip(ways, parts, strict=True)):
         grad_delta = part.delta.transpose(1, 2).view(rows, inner)
         grad_u = part.u.transpose(1, 2).view(rows, inner)
         u = way.u.transpose(1, 2).view(rows, inner)
@@ -205,12 +202,9 @@ def _backward(
         torch.mm(grad_delta.t(), projected[i, :, :rank], out=of_dt_proj.view(inner, rank))
         torch.mm(grad_projected[i].t(), u, out=of_x_proj.view(columns, inner))
         grad_u.addmm_(grad_projected[i], prepared.x_proj[i])
-        grad_initial = conv.conv_backward_in_parts(
-            part.u, grad_conv_state if i == 0 else None, convolution, grad_x_BET, i > 0,
-            conv_parts[i],
-        )  # fmt: skip
-        if i == 0:
-            grad_conv_initial = grad_initial
+    conv_parts, grad_conv_initial = conv.conv_backward_of_ways(
+        [part.u for part in parts], grad_conv_state, arguments.convolutions(), grad_x_BET
+    )
 
     new = prepared.A.new_empty
     width = directions[0].conv_weight.shape[1]
