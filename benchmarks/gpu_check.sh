@@ -114,7 +114,7 @@ sweep() {
 }
 
 host() {
-  ROWS='.' within 100 host "$PYTHON" -m benchmarks.bench_host --check
+  ROWS='^\| (ConMamba|Conformer) | at most |^missed' within 100 host "$PYTHON" -m benchmarks.bench_host --check
 }
 
 encoder() {
