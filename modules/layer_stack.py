@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.lengths import valid_lengths
 from modules.stream_state import StreamState
-from modules.weight_casts import cast_together
 
 
 @dataclass(frozen=True)
@@ -137,8 +136,7 @@ class LayerStack(nn.Module):
                 if recompute:
                     x_BTD = checkpoint(layer, x_BTD, surroundings, use_reentrant=False)
                 else:
-                    with cast_together(layer, x_BTD.device):
-                        x_BTD = layer(x_BTD, surroundings)
+                    x_BTD = layer(x_BTD, surroundings)
             if depth in intermediate_layers:
                 inner.append(self.norm(x_BTD))
         return self.norm(x_BTD), inner
