@@ -24,6 +24,7 @@ from common.tables import format_number, markdown_table
 from inference.scoring.bootstrap import central_interval, resampled_rates
 from inference.scoring.reports import SplitScore, read_hypotheses, read_results
 from training.named_evaluation import EVAL_FOLDER
+from training.reporting.plots import plot_sizes
 
 _EXAMPLES_SHOWN = 3
 
@@ -65,9 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--samples", type=int, default=1000, help="bootstrap samples (default 1000)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the resampling (default 0)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw WER against parameters")
     options = parser.parse_args(arguments)
     try:
-        report = compare(options.runs, samples=options.samples, seed=options.seed)
+        report = compare(
+            options.runs, samples=options.samples, seed=options.seed, plot=options.plot
+        )
         if options.markdown:
             with atomic_write(options.markdown) as file:
                 file.write(report)
@@ -77,7 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.stdout.write(report)
 
 
-def compare(folders: Sequence[str | os.PathLike], *, samples: int = 1000, seed: int = 0) -> str:
+def compare(
+    folders: Sequence[str | os.PathLike],
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+    plot: str | os.PathLike | None = None,
+) -> str:
     """The comparison of the runs in ``folders`` as Markdown.
 
     Args:
@@ -85,6 +95,7 @@ def compare(folders: Sequence[str | os.PathLike], *, samples: int = 1000, seed: 
         samples: number of bootstrap samples.
         seed: seed of the resampling. An interval depends on it and on the run's own errors alone,
             not on the other runs.
+        plot: picture of word error rates against parameters, to be written too.
 
     Raises:
         FileNotFoundError: a run lacks a file.
@@ -106,7 +117,21 @@ def compare(folders: Sequence[str | os.PathLike], *, samples: int = 1000, seed: 
         for run in runs
         for split, evaluated in run.splits.items()
     }
+    if plot is not None:
+        _plot(runs, rates, plot)
     return "\n\n".join([_table(runs, rates), *_left_out(runs)]) + "\n"
+
+
+def _plot(runs: Sequence[EvaluatedRun], rates: dict, path: str | os.PathLike) -> None:
+    points = []
+    for run in runs:
+        for split, evaluated in run.splits.items():
+            wer = central_interval(evaluated.score.wer, rates[run.name, split])
+            points.append((run.name, split, run.parameters, wer.value, wer.low, wer.high))
+    sized = [point for point in points if point[2] is not None]
+    if not sized:
+        raise ValueError("no run records its number of parameters: there is nothing to plot")
+    plot_sizes(sized, path)
 
 
 def read_evaluations(folder: str | os.PathLike, name: str) -> list[EvaluatedRun]:

@@ -8,6 +8,7 @@ import pytest
 
 from inference.scoring.bootstrap import resample_counts
 from inference.scoring.reports import record_evaluation, update_results, write_split_report
+from training import compare as compare_module
 from training.compare import compare, main
 
 UTTERANCES = 300
@@ -226,3 +227,22 @@ def test_named_evaluations_have_rows_of_their_own(tmp_path, wrong_words):
     assert float(lm[3]) < float(own[3])
     assert float(lm[8]) == pytest.approx(float(lm[3]) - float(own[3]), abs=0.011)
     assert mine[8:] == ["-", "-", "-"]
+
+
+def test_runs_are_drawn_by_their_parameters(tmp_path, wrong_words, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(compare_module, "plot_sizes", lambda points, path: drawn.append(points))
+    runs = [
+        make_run(tmp_path / "a", wrong_words, parameters=3_000_000),
+        make_run(tmp_path / "b", wrong_words // 2, parameters=30_000_000),
+        make_run(tmp_path / "c", wrong_words, parameters=None),
+    ]
+    main([*map(str, runs), "--plot", str(tmp_path / "sizes.png")])
+    rows = {name: cells(capsys.readouterr().out, (name, "test-clean"))[0] for name in "a"}
+    (points,) = drawn
+    assert [(point[0], point[2]) for point in points] == [("a", 3_000_000), ("b", 30_000_000)]
+    assert f"{points[0][3]:.2f}" == rows["a"][3]
+    assert "{:.2f} to {:.2f}".format(*points[0][4:]) == rows["a"][4]
+    with pytest.raises(SystemExit):
+        main([str(runs[2]), "--plot", str(tmp_path / "sizes.png")])
+    assert "nothing to plot" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from matplotlib.image import imread
 
 from training.reporting import plots
 from training.reporting.metrics_log import MetricsLog
-from training.reporting.plots import plot_curves, smooth
+from training.reporting.plots import plot_curves, plot_sizes, run_title, smooth
 
 
 @pytest.fixture
@@ -85,23 +85,75 @@ def test_ends_of_epochs_are_marked_above(drawn):
     assert [text.get_text() for text in above.get_xticklabels()] == ["1", "2", "3"]
 
 
+def panels(figure):
+    return [axes.get_ylabel() for axes in figure.axes]
+
+
 @pytest.mark.parametrize(
-    ("entries", "empty_panels"),
+    ("entries", "expected"),
     [
-        ([], [0, 1, 2]),
-        ([{"step": 1, "train_loss": 5.0, "lr": 1e-3}], [1]),
-        ([{"step": 1, "train_loss": float("nan"), "wer": 130.0}], [0, 2]),
+        ([{"step": 1, "train_loss": 5.0, "lr": 1e-3}], ["loss", "learning rate"]),
+        (
+            [{"step": 1, "train_loss": float("nan"), "wer": 130.0}],
+            ["validation error rate, %"],
+        ),
+        (
+            [{"step": 1, "valid_loss": 5.0, "ppl": 150.0, "lr": 1e-3}, {"step": 2, "ppl": 2.0}],
+            ["loss", "validation perplexity", "learning rate"],
+        ),
+        (
+            [{"step": 1, "valid_loss": 5.0, "acc": 30.0}, {"step": 2, "acc": 40.0, "wer": 90.0}],
+            ["loss", "validation error rate, %", "validation accuracy, %"],
+        ),
     ],
 )
-def test_missing_data_is_said_in_its_panel(drawn, entries, empty_panels):
+def test_there_is_a_panel_for_all_that_was_measured_and_none_else(drawn, entries, expected):
     figure, picture = drawn(entries)
-    assert picture.size > 0
-    said = [
-        i
-        for i, axes in enumerate(figure.axes[:3])
-        if "no data yet" in [text.get_text() for text in axes.texts]
+    assert panels(figure) == expected
+    assert picture.shape[1] == 1080
+    assert not any(text.get_text() for axes in figure.axes for text in axes.texts)
+    assert figure.axes[-1].get_xlabel() == "optimiser steps"
+
+
+def test_before_anything_was_measured_the_picture_says_so(drawn):
+    figure, picture = drawn([])
+    assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["no data yet"]
+    assert picture.size
+
+
+def test_the_best_accuracy_is_the_highest_and_the_best_perplexity_the_lowest(drawn):
+    entries = [
+        {"step": 1, "acc": 30.0, "ppl": 9.0},
+        {"step": 2, "acc": 50.0, "ppl": 8.0},
+        {"step": 3, "acc": 40.0, "ppl": 7.0},
     ]
-    assert said == empty_panels
+    figure, _ = drawn(entries)
+    assert labels(figure.axes[0]) == ["tokens of the decoder, best 50.00 % at step 2"]
+    assert labels(figure.axes[1]) == ["perplexity, best 7.00 at step 3"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "title"),
+    [
+        ("/r/CTC/small/3402", "hparams/CTC/conmamba.yaml", "conmamba: CTC/small/3402"),
+        ("/demo", "demo.yaml", "demo: demo"),
+        ("/r/CTC/small/3402", "/r/CTC/small/3402/recipe.yaml", "CTC/small/3402"),
+        ("/a/b", "", "a/b"),
+    ],
+)
+def test_a_run_is_called_after_its_recipe_and_its_folder(folder, file, title):
+    assert run_title(folder, file) == title
+
+
+def test_error_rates_are_drawn_against_parameters(tmp_path):
+    points = [
+        ("large", "test-clean", 30_000_000, 2.0, 1.8, 2.3),
+        ("small", "test-clean", 9_000_000, 4.0, 3.5, 4.4),
+        ("small", "test-other", 9_000_000, 9.0, 8.5, 9.7),
+    ]
+    plot_sizes(points, tmp_path / "sizes.png")
+    assert imread(tmp_path / "sizes.png").shape == (660, 960, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["sizes.png"]
 
 
 def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(drawn, tmp_path, monkeypatch):

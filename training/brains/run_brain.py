@@ -43,7 +43,7 @@ from training.launch.devices import (
 )
 from training.launch.interrupts import StopRequest
 from training.reporting.metrics_log import MetricsLog
-from training.reporting.plots import plot_curves
+from training.reporting.plots import plot_curves, run_title
 from training.reporting.step_clock import StepClock
 from training.seeding import seed_everything
 
@@ -411,7 +411,7 @@ class RunBrain(sb.Brain):
             plot_curves(
                 self.metrics_log.path,
                 Path(self.hparams.output_folder) / "curves.png",
-                title=Path(self.hparams.output_folder).name,
+                title=run_title(self.hparams.output_folder, self.param_file),
             )
 
     # -- the run --------------------------------------------------------------------------------
