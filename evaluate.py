@@ -153,6 +153,7 @@ def score(
     ignore_case: bool,
 ) -> "SplitScore":
     """The score of a split, whose reports are written."""
+    from inference.scoring.error_analysis import case_hint
     from inference.scoring.reports import write_split_report
 
     ids = sorted(transcripts)
@@ -174,28 +175,9 @@ def score(
     for suffix, name in (("jsonl", "json"), ("ctm", "ctm")):
         lines = (FORMATS[name](transcripts[key], key) for key in ids)
         write_text(folder / f"hyp_{split.name}.{suffix}", "".join(lines))
-    if hint := case_hint(references, hypotheses, result):
-        print(f"{split.name}: {hint}", file=sys.stderr)
+    if hint := case_hint(list(zip(references, hypotheses, strict=True)), result.wer):
+        print(f"{split.name}: {hint}: score again with --ignore_case.", file=sys.stderr)
     return result
-
-
-def case_hint(
-    references: Sequence[str], hypotheses: Sequence[str], result: "SplitScore"
-) -> str | None:
-    """What to say where words differ in letter case alone."""
-    words = {word for text in (*references, *hypotheses) for word in text.split()}
-    if len({word.casefold() for word in words}) == len(words):
-        return None
-    from speechbrain.utils.edit_distance import wer_details_for_batch, wer_summary
-
-    folded = [[text.casefold().split() for text in texts] for texts in (references, hypotheses)]
-    wer = wer_summary(wer_details_for_batch(range(len(references)), *folded))["WER"]
-    if not wer < result.wer:
-        return None
-    return (
-        "references and hypotheses are written in different letter case. Without regard to it the "
-        f"WER would be {wer:.2f} % instead of {result.wer:.2f} %: score again with --ignore_case."
-    )
 
 
 def describe_model(recognizer: "Recognizer") -> dict[str, Any]:

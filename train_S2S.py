@@ -109,7 +109,9 @@ class ASR(ASRBrain):
             return None
         search = self.hparams.valid_search if stage == sb.Stage.VALID else self.hparams.test_search
         wav_lens = relative_lengths(outputs.front_end.num_frames_B, outputs.encoder_BTD.shape[1])
+        cut_before = getattr(search, "num_cut", 0)
         tokens, _, _, _ = search(outputs.encoder_BTD, wav_lens)
+        self.num_cut += getattr(search, "num_cut", 0) - cut_before
         # Specials are no text, and the output layer may be wider than the tokenizer.
         first, size = self.hparams.eos_index + 1, self.tokenizer.get_piece_size()
         return [self.tokenizer.decode([t for t in ids if first <= t < size]) for ids in tokens]

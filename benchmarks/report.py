@@ -6,12 +6,11 @@ import re
 import sys
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from common.provenance import git_commit
+from common.provenance import git_commit, package_version
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 REPORTS = Path(os.environ.get("BENCHMARK_REPORTS", _REPOSITORY / "benchmarks" / "reports"))
@@ -26,7 +25,8 @@ def origin(command: str, packages: Sequence[str] = (), device: str = "cpu") -> s
         device: on which type of device.
     """
     versions = [f"Python {platform.python_version()}"]
-    versions += [f"{package} {version(package)}" for package in packages]
+    # A package that was copied rather than installed does not tell its version.
+    versions += [f"{name} {package_version(name) or 'of unknown version'}" for name in packages]
     machine = f"{processor()}, {os.cpu_count()} cores, {platform.system()}"
     if device == "cuda":
         machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}; {machine}"

@@ -4,6 +4,9 @@ EXIT_USER_ERROR = 2
 EXIT_SIGINT = 130  # 128 + SIGINT, as shells report it
 EXIT_SIGTERM = 143  # 128 + SIGTERM
 
+WRITER_FAILED = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""How torch.save reports a full disk: as a RuntimeError of its zip writer or of the C++ stream."""
+
 
 class UserError(ValueError):
     """Something outside the code is wrong; the message says what, where, and what to do.
@@ -18,6 +21,7 @@ class Interrupted(BaseException):
     Derives from BaseException so that no ``except Exception`` on the way swallows it.
     """
 
-    def __init__(self, signal_number: int):
+    def __init__(self, signal_number: int, what_is_left: str = "saved"):
         super().__init__(signal_number)
         self.exit_status = 128 + signal_number
+        self.what_is_left = what_is_left

@@ -31,8 +31,8 @@ def _git(*arguments: str) -> str | None:
 
 
 def package_version(package: str) -> str | None:
-    """Version of an installed distribution; None where it is not installed."""
+    """Version of an installed distribution; None where it is not installed or does not tell."""
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, KeyError):
         return None

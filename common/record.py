@@ -27,10 +27,12 @@ class PreparationRecord:
         self.path = self.folder / name
         self._entries: dict[str, dict[str, Any]] = {}
         # A missing, damaged or foreign record only means that everything is made again.
-        with suppress(OSError, ValueError, AttributeError):
+        with suppress(OSError, ValueError, AttributeError, KeyError):
             content = json.loads(self.path.read_text(encoding="utf-8"))
             if content.get("format") == _FORMAT:
-                self._entries = dict(content["files"])
+                self._entries = {
+                    name: entry for name, entry in content["files"].items() if _is_entry(entry)
+                }
 
     def is_current(self, name: str, made_from: dict[str, Any]) -> bool:
         """Whether the file is whole and was made from exactly this (JSON values)."""
@@ -69,3 +71,12 @@ class PreparationRecord:
         with atomic_write(self.path) as stream:
             json.dump({"format": _FORMAT, "files": self._entries}, stream, indent=1, sort_keys=True)
             stream.write("\n")
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("made_from"), dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("notes"), dict)
+    )

@@ -10,6 +10,9 @@ from common.files import atomic_write
 RECORD_NAME = "librispeech_prepare.json"
 """Beside manifests: what each was made from."""
 
+# A transcript may be longer than the reader's default of 131,072 characters.
+csv.field_size_limit(2**31 - 1)
+
 DATA_ROOT = "$data_root"
 """Begins every audio path that is not absolute; who reads the manifest puts in the folder."""
 
@@ -38,22 +41,20 @@ def read_manifest(path: str | Path) -> list[ManifestRow]:
     Raises:
         ValueError: the file has other columns, or a row that does not fit them.
     """
+    rows = []
     with open(path, encoding="utf-8", newline="") as stream:
         reader = csv.reader(stream)
-        header = next(reader, [])
-        if tuple(header) != ManifestRow._fields:
-            raise ValueError(
-                f"{path} has the columns {header}, a manifest has {list(ManifestRow._fields)}"
-            )
-        rows = []
-        for cells in reader:
-            try:
+        try:
+            header = next(reader, [])
+            if tuple(header) != ManifestRow._fields:
+                raise ValueError(f"it has the columns {header}, not {list(ManifestRow._fields)}")
+            for cells in reader:
                 identifier, duration, wav, spk_id, wrd = cells
                 rows.append(ManifestRow(identifier, float(duration), wav, spk_id, wrd))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: not a manifest row ({error})"
-                ) from error
+        except (ValueError, csv.Error) as error:
+            raise ValueError(
+                f"{path}, line {reader.line_num}: not a manifest row ({error})"
+            ) from error
     return rows
 
 

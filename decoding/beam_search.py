@@ -37,6 +37,9 @@ class CachedBeamSearcher(S2STransformerBeamSearcher):
             using_eos_threshold, eos_threshold, length_normalization, using_max_attn_shift,
             max_attn_shift, minus_inf.
 
+    Attributes:
+        num_cut: how many of the best hypotheses so far had not ended at ``max_decode_ratio``.
+
     Raises:
         ValueError: attention weights are needed (by a coverage scorer or ``using_max_attn_shift``)
             of a decoder that has none; or what SpeechBrain refuses.
@@ -44,6 +47,7 @@ class CachedBeamSearcher(S2STransformerBeamSearcher):
 
     def __init__(self, modules: Sequence[nn.Module], temperature: float = 1.0, **kwargs: Any):
         super().__init__(modules=modules, temperature=temperature, **kwargs)
+        self.num_cut = 0
         self._needs_attention = self.using_max_attn_shift or (
             self.scorer is not None and "coverage" in scorers.all_scorers(self.scorer)
         )
@@ -133,6 +137,9 @@ class CachedBeamSearcher(S2STransformerBeamSearcher):
 
         self._set_batch(len(finished), self.device)
         hyps, lengths, scores, log_probs = self._get_topk_prediction(finished)
+        # SpeechBrain's lengths are without the last token, the end of what has ended.
+        last_B1 = absolute_lengths(lengths[:, 0], hyps.shape[2])[:, None]
+        self.num_cut += int((hyps[:, 0].gather(1, last_B1) != self.eos_index).sum())
         if self.return_topk:
             return hyps, lengths, scores, log_probs
         best = undo_padding(hyps[:, 0], lengths[:, 0])

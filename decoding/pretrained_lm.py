@@ -140,12 +140,14 @@ class TokenNgram:
                 "n-gram of words or of other tokens. python -m tools.make_ngram --tokenizer makes "
                 "one of these."
             )
+        logger.info(
+            "token_ngram_path %s knows %d of the %d tokens",
+            *(path, len(tokens[2:]) - len(unknown), len(tokens[2:])),
+        )
         if unknown:
             logger.warning(
                 "token_ngram_path %s does not know %d tokens, such as %r",
-                path,
-                len(unknown),
-                unknown[0],
+                *(path, len(unknown), unknown[0]),
             )
         return scorer
 

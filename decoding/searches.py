@@ -1,6 +1,7 @@
 """Searches of a configuration, completed with what only a trained model knows: its tokenizer."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ from speechbrain.decoders.ctc import CTCBaseSearcher
 
 from common.errors import UserError
 from text.tokenizer import UNK_ID, vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_joint_search(
@@ -57,6 +60,31 @@ class SpeechBrainCTCSearch:
         # It truncates length * frames: half a frame more keeps rounding out of it.
         wav_lens = (torch.from_numpy(num_frames_B) + 0.5) / log_probs.shape[1]
         return self.searcher(log_probs, wav_lens)
+
+
+def report_known_words(search: Any, words: Collection[str], ngram_name: str) -> None:
+    """Says how many of the words a search's n-gram knows, and warns where it is less than half.
+
+    Args:
+        search: as ``make_ctc_search`` makes it; one without an n-gram is left alone.
+        words: different words that are to be recognised.
+        ngram_name: what the user knows the n-gram by.
+    """
+    ngram: Any = getattr(search, "ngram", None)
+    if isinstance(search, SpeechBrainCTCSearch) and search.searcher.lm is not None:
+        ngram = search.searcher.lm._kenlm_model
+    if not words or not hasattr(ngram, "__contains__"):
+        return
+    known = sum(word in ngram for word in words)
+    message = f"{ngram_name} knows {known} of the {len(words)} words of the test splits"
+    if 2 * known >= len(words):
+        logger.info("%s.", message)
+        return
+    hint = "Is it of this language and vocabulary?"
+    for case, spelled in (("lower", str.lower), ("upper", str.upper)):
+        if 2 * sum(spelled(word) in ngram for word in words) >= len(words):
+            hint = f"It is written in {case} case: make one in the case of the transcripts."
+    logger.warning("%s: it makes recognition worse. %s", message, hint)
 
 
 def make_ctc_search(

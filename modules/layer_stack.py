@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,8 @@ class LayerStack(nn.Module):
         super().__init__()
         self.causal = causal
         self.layerdrop_prob = layerdrop_prob
+        # Set by a trainer whose processes must leave out the same layers.
+        self.layer_draw: random.Random | None = None
         self.gradient_checkpointing = gradient_checkpointing
         # Any: a list of torch's tells nothing of what its layers can do.
         self.layers: Any = nn.ModuleList(
@@ -160,4 +163,5 @@ class LayerStack(nn.Module):
     def _dropped(self) -> bool:
         if not self.training or self.layerdrop_prob == 0.0:
             return False
-        return torch.rand(()).item() < self.layerdrop_prob
+        draw = torch.rand(()).item() if self.layer_draw is None else self.layer_draw.random()
+        return draw < self.layerdrop_prob

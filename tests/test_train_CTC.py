@@ -628,3 +628,40 @@ def test_the_folder_of_a_run_is_all_that_its_command_needs(tmp_path, monkeypatch
     help_of_run = help_text([str(run), "--help"], "")
     assert "--number_of_epochs 2" in help_of_run
     assert "True leaves unusable utterances out" in help_of_run
+
+
+def test_outputs_follow_the_characters_of_the_transcripts(tmp_path):
+    splits = {"train-clean-100": 6, "dev-clean": 2, "test-clean": 2}
+    corpus = make_corpus(tmp_path / "corpus", splits, num_words=3)
+    alphabet = [chr(ord("\N{GREEK SMALL LETTER ALPHA}") + i) for i in range(24)]
+    for path in corpus.rglob("*.trans.txt"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        said = [f"{line} {''.join(alphabet[i % 3 :: 3])}" for i, line in enumerate(lines)]
+        path.write_text("\n".join(said) + "\n", encoding="utf-8")
+    folder = tmp_path / "run"
+    keys = {"number_of_epochs": 1, "test_splits": "[test-clean]", "max_batch_length_train": 9}
+    arguments = command_line(corpus, folder, **keys)
+    assert train(arguments) == 0
+    tokens = len(vocabulary(load_tokenizer(folder / "save" / "tokenizer.model", 1000)))
+    assert tokens > 31
+    assert results_of(folder)["model"]["output_neurons"] == tokens
+    # The same commands go on and evaluate; so does what the run wrote down.
+    longer = command_line(corpus, folder, **keys | {"number_of_epochs": 2})
+    assert train(longer) == 0
+    assert train([*arguments, "--test_only"]) == 0
+    assert f"output_neurons: {tokens}" in (folder / "hyperparams.yaml").read_text()
+    # What is given and too little stops at the start.
+    assert train([*arguments, "--output_neurons", "31"]) == EXIT_USER_ERROR
+
+
+def test_a_cosine_ends_with_the_last_epoch(tone_corpus, tmp_path):
+    keys = {"number_of_epochs": 2, "n_warmup_steps": 2, "test_splits": "[]"}
+    keys |= {"grad_accumulation_factor": 2, "num_bucket": 4, "lr_adam": 0.01}
+    demo = REPOSITORY / "hparams" / "CTC" / "demo.yaml"
+    assert train(command_line(tone_corpus, tmp_path / "run", demo, **keys)) == 0
+    rates = [entry["lr"] for entry in metrics(tmp_path / "run") if "lr" in entry]
+    assert len(rates) > 4
+    assert max(rates) == pytest.approx(0.01)
+    # The rate that is logged is that of the step after.
+    assert rates[-2:] == pytest.approx(2 * [0.01 * 0.01])
+    assert rates[-3] > 1.1 * rates[-2]

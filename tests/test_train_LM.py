@@ -16,8 +16,9 @@ from modules.lm import MambaLM
 from text.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 from train_LM import main
 from training.brains.optimization import count_parameters
-from training.launch.command_line import load_hparams
+from training.launch.command_line import load_hparams, parse_command_line
 from training.lm.brain import LMBrain
+from training.lm.recipe import with_text_name
 from training.lm.text_batches import TextBatches, read_sentences
 
 WORDS = "ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN".split()  # noqa: SIM905
@@ -166,6 +167,21 @@ class TestRun:
         lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(lines[-1])["step"] == windows + 1
 
+    def test_outputs_follow_the_tokenizer(self, files, tmp_path):
+        main(
+            [
+                "hparams/LM/transformer_small.yaml",
+                *("--train_text", str(files / "train.txt.gz")),
+                *("--valid_text", str(files / "valid.txt"), "--output_folder", str(tmp_path)),
+                *("--tokenizer_path", str(files / "tok.model"), "--number_of_epochs", "1"),
+                *("--num_workers", "0", "--device", "cpu", "--noprogressbar"),
+                *OVERRIDES["transformer_small"],
+            ]
+        )
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(files / "tok.model"))
+        results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+        assert results["model"]["output_neurons"] == tokenizer.get_piece_size()
+
     def test_another_text_is_refused_in_the_folder_of_a_run(self, files, tmp_path):
         run(files, tmp_path, "transformer_small", "--number_of_epochs", "1")
         with pytest.raises(UserError, match=r"the training text .*valid.txt"):
@@ -179,6 +195,17 @@ class TestRun:
     def test_an_evaluation_alone_needs_a_trained_run(self, files, tmp_path):
         with pytest.raises(UserError, match="trained run"):
             run(files, tmp_path, "transformer_small", "--test_only")
+
+    def test_an_evaluation_alone_has_a_record_of_its_own(self, files, tmp_path):
+        trained = run(files, tmp_path, "transformer_small", "--number_of_epochs", "1")
+        other = tmp_path / "other.txt"
+        other.write_text("ONE TWO THREE\n", encoding="utf-8")
+        scored = ("--test_only", "--valid_text", str(other))
+        results = run(files, tmp_path, "transformer_small", *scored)
+        assert {key: results[key] for key in trained} == trained
+        assert results["evaluations"]["other"]["splits"]["valid"]["sentences"] == 1
+        results = run(files, tmp_path, "transformer_small", *scored, "--eval_name", "mine")
+        assert results["evaluations"].keys() == {"other", "mine"}
 
     def test_a_tokenizer_is_trained_where_none_is_given(self, files, tmp_path):
         setting = ["--tokenizer_path", "null", "--token_type", "char", "--number_of_epochs", "1"]
@@ -219,6 +246,20 @@ class TestRun:
 
 
 class TestFiles:
+    @pytest.mark.parametrize("name", ["mamba_small", "transformer_small", "transformer_large"])
+    def test_the_folder_is_that_of_the_text_and_the_seed(self, name):
+        def folder(*arguments):
+            text = ("--train_text", "corpora/first.txt.gz", "--valid_text", "dev.txt")
+            line = parse_command_line([f"hparams/LM/{name}.yaml", *text, *arguments], "")
+            line = with_text_name(line)
+            with torch.device("meta"):
+                return str(load_hparams(line.param_file, line.overrides)["output_folder"])
+
+        seed = folder().rsplit("/", 1)[1]
+        assert folder() == f"results/LM/{name}/first/{seed}"
+        assert folder("--text_name", "other") == f"results/LM/{name}/other/{seed}"
+        assert folder("--output_folder", "mine") == "mine"
+
     def test_the_large_one_has_the_published_size_and_class(self):
         with torch.device("meta"):
             hparams = load_hparams(

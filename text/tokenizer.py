@@ -18,6 +18,8 @@ WORD_MARK = "▁"
 """Sentencepiece's sign for the space before a word."""
 
 TOKENIZER_SETTINGS = ("token_type", "output_neurons", "character_coverage")
+MOST_CHARACTERS = 100_000
+"""More outputs than any tokenizer has tokens."""
 TOKEN_TYPES = ("char", "unigram", "bpe")
 UNKNOWN_CHARACTERS = ("drop", "skip", "error")
 
@@ -55,7 +57,7 @@ def train_tokenizer(
             model_writer=model,
             model_type=token_type,
             # A char model takes every character; the check below says whether they fit.
-            vocab_size=output_neurons if token_type != "char" else 100_000,
+            vocab_size=output_neurons if token_type != "char" else MOST_CHARACTERS,
             hard_vocab_limit=token_type != "char",
             character_coverage=character_coverage,
             unk_id=UNK_ID,

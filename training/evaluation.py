@@ -18,6 +18,7 @@ from speechbrain.utils.distributed import if_main_process, is_distributed_initia
 from common.errors import UserError
 from common.files import atomic_write
 from inference.bundle import RUN_BUNDLE, write_bundle
+from inference.scoring.error_analysis import case_hint
 from inference.scoring.reports import (
     SplitScore,
     record_evaluation,
@@ -177,15 +178,22 @@ def evaluate_split(
     started = time.perf_counter()
     brain.last_test_loss = brain.evaluate(dataset, test_loader_kwargs=loader_kwargs)
     decode_s = time.perf_counter() - started
-    transcripts = brain.transcripts
+    transcripts, num_cut = brain.transcripts, brain.num_cut
     if is_distributed_initialized():
         shares = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(shares, (transcripts, decode_s))
-        transcripts = {key: value for share, _ in shares for key, value in share.items()}
-        decode_s = max(seconds for _, seconds in shares)
+        torch.distributed.all_gather_object(shares, (transcripts, decode_s, num_cut))
+        transcripts = {key: value for share, _, _ in shares for key, value in share.items()}
+        decode_s = max(seconds for _, seconds, _ in shares)
+        num_cut = sum(cut for _, _, cut in shares)
     if not if_main_process():
         return None
     ids = sorted(transcripts)
+    if num_cut:
+        logger.warning(
+            "%s: %d of %d hypotheses were cut because they did not end: they had as many tokens as "
+            "max_decode_ratio (%s per frame) allows.",
+            *(split, num_cut, len(ids), brain.hparams.max_decode_ratio),
+        )
     score = None
     for folder in folders:
         score = write_split_report(
@@ -197,6 +205,8 @@ def evaluate_split(
             audio_s=sum(float(row["duration"]) for row in dataset.data.values()),
             decode_s=decode_s,
         )
+    if hint := case_hint([transcripts[i] for i in ids], score.wer):
+        logger.warning("%s: %s", split, hint)
     return score
 
 

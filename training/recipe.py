@@ -14,11 +14,12 @@ from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.run_opts import RunOptions
 
 from common.errors import UserError
-from common.files import file_digest
 from decoding.pretrained_lm import TOKENIZER_FILE, fetch_pretrained
+from decoding.searches import report_known_words
 from inference.scoring.reports import results_table
 from modules.weights import load_model_weights
 from text.tokenizer import (
+    MOST_CHARACTERS,
     TOKENIZER_SETTINGS,
     check_unknown_characters,
     count_unknown_characters,
@@ -29,11 +30,13 @@ from training.brains.asr_brain import ASRBrain
 from training.checkpoints.fingerprint import (
     Described,
     check_same,
+    file_described,
     read_fingerprint,
     rows_digest,
     text_digest,
     write_fingerprint,
 )
+from training.checkpoints.output_layer import outputs_for, outputs_of_run, with_outputs
 from training.checkpoints.run_tokenizer import copy_tokenizer, keep_tokenizer
 from training.data.augmentation import SpeedPerturbation
 from training.data.preparation import (
@@ -85,15 +88,22 @@ def uses_pretrained_tokenizer(hparams: dict) -> bool:
     return bool(source) and (Path(source).is_dir() or not hparams["no_lm"])
 
 
-def prepare_tokenizer(hparams: dict) -> None:
+def prepare_tokenizer(line: CommandLine, hparams: dict) -> int:
     """The run's tokenizer file: the language model's, or trained from the training transcripts.
+
+    Returns:
+        the outputs that the model is to have: what the user says, or a run began with; else as many
+        as the tokenizer asks for.
 
     Raises:
         UserError: the run's checkpoints were trained with another than what is asked for now.
     """
-    model_file = tokenizer_file(hparams)
+    model_file, outputs = tokenizer_file(hparams), hparams["output_neurons"]
     keep = partial(keep_tokenizer, model_file, checkpointer=hparams["checkpointer"])
-    if uses_pretrained_tokenizer(hparams):
+    follows = "output_neurons" not in line.overrides
+    characters = hparams["token_type"] == "char"
+    pretrained = uses_pretrained_tokenizer(hparams)
+    if pretrained:
         source = hparams["pretrained_lm_tokenizer_path"]
 
         def copy() -> None:
@@ -101,12 +111,28 @@ def prepare_tokenizer(hparams: dict) -> None:
             copy_tokenizer(fetch_pretrained(source, TOKENIZER_FILE, folder), model_file)
 
         keep({"tokenizer": "of the language model"}, source, copy)
-        return
-    rows = read_rows(Path(hparams["output_folder"]) / train_manifest(hparams), "")
-    transcripts = [row["wrd"] for row in rows.values()]
-    settings = {name: hparams[name] for name in TOKENIZER_SETTINGS}
-    digest = hashlib.sha256("\n".join(transcripts).encode()).hexdigest()
-    keep(settings, digest, partial(train_tokenizer, transcripts, model_file, **settings))
+    else:
+        rows = manifest_rows(Path(hparams["output_folder"]) / train_manifest(hparams))
+        transcripts = [row.wrd for row in rows]
+        settings = {name: hparams[name] for name in TOKENIZER_SETTINGS}
+        if characters and follows:
+            # There are as many as there are.
+            del settings["output_neurons"]
+        digest = hashlib.sha256("\n".join(transcripts).encode()).hexdigest()
+        limits = {"output_neurons": MOST_CHARACTERS} | settings
+        keep(settings, digest, partial(train_tokenizer, transcripts, model_file, **limits))
+    if not follows:
+        return outputs
+    if hparams["checkpointer"].list_checkpoints():
+        return outputs_of_run(hparams["output_folder"]) or outputs
+    num_tokens = load_tokenizer(model_file, MOST_CHARACTERS).get_piece_size()
+    if pretrained:
+        local = Path(hparams["pretrained_lm_tokenizer_path"])
+        return outputs_for(local / TOKENIZER_FILE, num_tokens)
+    if characters and "token_type" in line.overrides:
+        # The number in the file is that of another kind of tokens.
+        return num_tokens
+    return max(outputs, num_tokens)
 
 
 def dataio_prepare(
@@ -186,6 +212,8 @@ def run_recipe(
     """
     line, hparams, run_opts = start_run(argv, description)
     make_lists_of_splits(hparams, run_opts.test_only)
+    if run_opts.test_only:
+        on_main(_require_trained, tokenizer_file(hparams))
     try:
         hparams["speech_encoder"].check_widths()
     except ValueError as error:
@@ -203,12 +231,15 @@ def _run(
     prepare_searches: Callable[[dict, SentencePieceProcessor], None],
     argv: Sequence[str],
 ) -> ASRBrain:
-    test_only, checkpointer = run_opts.test_only, hparams["checkpointer"]
+    test_only, folder = run_opts.test_only, Path(hparams["output_folder"])
     evaluation = None
+    make_output_folder(hparams, test_only)
     if test_only:
-        on_main(_require_trained, tokenizer_file(hparams))
-        checkpointer.only_reads = True
-        make_output_folder(hparams, test_only)
+        outputs = hparams["output_neurons"]
+        if "output_neurons" not in line.overrides:
+            outputs = on_main(outputs_of_run, folder) or outputs
+        line, hparams = with_outputs(line, hparams, outputs)
+        make_lists_of_splits(hparams, test_only)
         evaluation = on_main(
             plan_evaluation,
             hparams,
@@ -216,13 +247,23 @@ def _run(
             run_opts.eval_precision,
             line.eval_name,
         )
+        hparams["checkpointer"].only_reads = True
     else:
-        checkpointer.check_architecture()
-        make_output_folder(hparams, test_only)
-        on_main(prepare_training, line, hparams)
+        outputs = on_main(prepare_training, line, hparams)
+        line, hparams = with_outputs(line, hparams, outputs)
+        make_lists_of_splits(hparams, test_only)
+        hparams["checkpointer"].check_architecture()
+        on_main(record_training, line, hparams)
+    checkpointer = hparams["checkpointer"]
     loaders = dataio_prepare(hparams, test_only, evaluation and evaluation.manifests)
     hparams["tokenizer"] = loaders.tokenizer
     prepare_searches(hparams, loaders.tokenizer)
+    rows = (row for dataset in loaders.tests.values() for row in dataset.data.values())
+    words = {word for row in rows for word in row["wrd"].split()}
+    if if_main_process():
+        report_known_words(
+            hparams["test_search"], words, f"kenlm_model_path {hparams.get('kenlm_model_path')}"
+        )
     if line.init_from is not None and not test_only:
         load_model_weights(hparams["model"], Path(line.init_from), "file")
     brain = brain_class(
@@ -236,6 +277,7 @@ def _run(
         brain.loggers += make_loggers(hparams)
     brain.resume_from = line.resume
     if not test_only:
+        fit_schedule(hparams, loaders, run_opts.grad_accumulation_factor)
         brain.train_sampler = loaders.train_sampler
         brain.perturbation = loaders.perturbation
         brain.splicing, brain.unperturbed = loaders.splicing, loaders.unperturbed
@@ -257,6 +299,22 @@ def _run(
     return brain
 
 
+def fit_schedule(hparams: dict, loaders: Loaders, batches_per_step: int) -> None:
+    """A schedule whose ``total_steps`` is null ends with the last epoch."""
+    schedule = hparams["noam_scheduler"]
+    if getattr(schedule, "total_steps", 0) is not None:
+        return
+    steps = hparams["number_of_epochs"] * -(-loaders.train_sampler.num_whole() // batches_per_step)
+    first = schedule.n_warmup_steps + schedule.n_hold_steps + 1
+    if steps < first:
+        logger.warning(
+            "The learning rate never falls: all epochs have %d optimiser steps, and it rises and "
+            "stays for %d (n_warmup_steps, n_hold_steps).",
+            *(steps, first - 1),
+        )
+    schedule.end_at(max(steps, first))
+
+
 def _require_trained(tokenizer: Path) -> None:
     if not tokenizer.is_file():
         raise UserError(
@@ -264,16 +322,17 @@ def _require_trained(tokenizer: Path) -> None:
         )
 
 
-def prepare_training(line: CommandLine, hparams: dict) -> None:
-    """Manifests, tokenizer and records of a training; a run goes on with what it began with.
+def prepare_training(line: CommandLine, hparams: dict) -> int:
+    """Manifests and tokenizer of a training; a run goes on with what it began with.
+
+    Returns:
+        see ``prepare_tokenizer``.
 
     Raises:
         UserError: something cannot be prepared, or the run's checkpoints were trained on something
             else. The run's files are as they were, then.
     """
-    folder = Path(hparams["output_folder"])
-    has_checkpoints = bool(hparams["checkpointer"].list_checkpoints())
-    earlier = read_fingerprint(folder) if has_checkpoints else {}
+    folder, earlier = Path(hparams["output_folder"]), _fingerprint_of_checkpoints(hparams)
     if earlier and not hparams["skip_prep"]:
         splits = [*hparams["train_splits"], *hparams["dev_splits"], *hparams["test_splits"]]
         names = [train_manifest(hparams), *(f"{split}.csv" for split in splits)]
@@ -283,21 +342,31 @@ def prepare_training(line: CommandLine, hparams: dict) -> None:
             move_manifests(scratch, folder)
     else:
         prepare_manifests(hparams, folder, test_only=False)
-    parts = {TRAINING_DATA: _training_data(hparams, folder)}
-    check_same(folder, earlier, parts)
-    prepare_tokenizer(hparams)
-    model_file = tokenizer_file(hparams)
-    parts["tokenizer"] = {"file": str(model_file), "sha256": file_digest(model_file)}
-    check_same(folder, earlier, parts)
-    parts["hyperparameters"] = {
-        "file": str(line.param_file),
-        "sha256": text_digest(resolved_text(line.param_file, line.overrides)),
+    check_same(folder, earlier, {TRAINING_DATA: _training_data(hparams, folder)})
+    outputs = prepare_tokenizer(line, hparams)
+    check_same(folder, earlier, {"tokenizer": file_described(tokenizer_file(hparams))})
+    return outputs
+
+
+def record_training(line: CommandLine, hparams: dict) -> None:
+    """Leaves what the run is trained with and on."""
+    folder = Path(hparams["output_folder"])
+    resolved = resolved_text(line.param_file, line.overrides)
+    parts: dict[str, Described] = {
+        TRAINING_DATA: _training_data(hparams, folder),
+        "tokenizer": file_described(tokenizer_file(hparams)),
+        "hyperparameters": {"file": str(line.param_file), "sha256": text_digest(resolved)},
     }
     for split in hparams["test_splits"]:
         rows = manifest_rows(folder / f"{split}.csv")
         parts[f"test split {split}"] = {"sha256": rows_digest(rows)}
     write_hyperparams(line, folder)
     write_fingerprint(folder, parts)
+
+
+def _fingerprint_of_checkpoints(hparams: dict) -> dict[str, Described]:
+    has_checkpoints = bool(hparams["checkpointer"].list_checkpoints())
+    return read_fingerprint(hparams["output_folder"]) if has_checkpoints else {}
 
 
 def _training_data(hparams: dict, folder: Path) -> Described:

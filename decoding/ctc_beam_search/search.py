@@ -13,7 +13,12 @@ import numpy as np
 
 from decoding.ctc_beam_search import native
 from decoding.ctc_beam_search.hotwords import HotwordTree, spelled
-from decoding.ctc_beam_search.hypothesis import CTCHypothesis, CTCToken, Vocabulary
+from decoding.ctc_beam_search.hypothesis import (
+    WORD_MARK,
+    CTCHypothesis,
+    CTCToken,
+    Vocabulary,
+)
 from decoding.ctc_beam_search.ngram import Ngram, ReferenceNgram
 from decoding.ctc_beam_search.reference import ReferenceSearch
 from decoding.ctc_beam_search.settings import Job, Settings, Wanted
@@ -136,6 +141,12 @@ class CTCBeamSearch:
         self.ngram = ngram_class(ngram) if isinstance(ngram, str | Path) else ngram
         if self.ngram is not None and not isinstance(self.ngram, ngram_class):
             raise ValueError(f"The n-gram was read by another backend than {backend!r}.")
+        marked = [piece for piece in vocabulary if piece.startswith(WORD_MARK)]
+        if self.ngram is not None and (tokens := [p for p in marked if p in self.ngram]):
+            raise ValueError(
+                f"The n-gram is one of tokens, such as {tokens[0]!r}; this search takes one of "
+                "words (python -m tools.make_ngram without --tokenizer makes one)."
+            )
         self._backend = search_class(self.settings, self.vocabulary, self.ngram)
         # What a state's numbers mean.
         ngram_size = (self.ngram.order, self.ngram.num_words) if self.ngram is not None else None

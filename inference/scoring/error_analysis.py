@@ -2,9 +2,15 @@
 
 import collections
 import io
+from collections.abc import Sequence
 
 from speechbrain.dataio.wer import print_alignments
-from speechbrain.utils.edit_distance import EDIT_SYMBOLS, top_wer_utts, wer_summary
+from speechbrain.utils.edit_distance import (
+    EDIT_SYMBOLS,
+    top_wer_utts,
+    wer_details_for_batch,
+    wer_summary,
+)
 
 
 def analyse_errors(scores: list[dict], *, top_words: int = 30, top_utterances: int = 20) -> str:
@@ -87,3 +93,24 @@ def _worst_utterances(scores: list[dict], limit: int) -> str:
     )
     print_alignments(with_output + without_output, text)
     return text.getvalue()
+
+
+def case_hint(texts: Sequence[tuple[str, str]], wer: float) -> str | None:
+    """What to say where words differ in letter case alone; None where they do not.
+
+    Args:
+        texts: reference and hypothesis of each utterance.
+        wer: as they are, in percent.
+    """
+    words = {word for pair in texts for text in pair for word in text.split()}
+    if len({word.casefold() for word in words}) == len(words):
+        return None
+    references, hypotheses = ([pair[side].casefold().split() for pair in texts] for side in (0, 1))
+    details = wer_details_for_batch(range(len(texts)), references, hypotheses)
+    folded = wer_summary(details)["WER"]
+    if not folded < wer:
+        return None
+    return (
+        "references and hypotheses are written in different letter case. Without regard to it the "
+        f"WER would be {folded:.2f} % instead of {wer:.2f} %"
+    )

@@ -45,3 +45,9 @@ def test_a_copy_inside_another_repository_is_not_given_that_ones_commit(reposito
 def test_no_commit_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert provenance.git_commit() is None
+
+
+def test_a_package_without_metadata_has_no_version(monkeypatch):
+    assert provenance.package_version("no-such-package-anywhere") is None
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: {}[name])
+    assert provenance.package_version("torch") is None

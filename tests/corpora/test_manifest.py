@@ -25,6 +25,12 @@ def test_any_words_come_back_as_they_were(tmp_path_factory, words):
     assert read_manifest(path) == rows
 
 
+def test_a_transcript_may_be_long(tmp_path):
+    rows = [row("1-2-0000", "WORD " * 100_000 + "END")]
+    write_manifest(tmp_path / "a.csv", rows)
+    assert read_manifest(tmp_path / "a.csv") == rows
+
+
 def test_speechbrain_reads_what_we_write(tmp_path):
     rows = [row("1-2-0000", 'SAID "NO", TWICE'), row("1-2-0001", "എതൊന്നും എനിയ്ക്ക്")]
     write_manifest(tmp_path / "a.csv", rows)
@@ -54,12 +60,13 @@ def test_merging_the_same_utterance_twice_is_an_error_that_names_both_files(tmp_
     ("content", "message"),
     [
         ("", "has the columns"),
+        ("ID,duration,wav,spk_id,wrd\na,1.0,x.flac,1,\xff\n", "not a manifest row .*utf-8"),
         ("id,text\na,b\n", "has the columns"),
         ("ID,duration,wav,spk_id,wrd\na,1.0,x.flac,1\n", "line 2: not a manifest row"),
         ("ID,duration,wav,spk_id,wrd\na,long,x.flac,1,HI\n", "line 2: not a manifest row"),
     ],
 )
 def test_a_file_that_is_no_manifest_is_refused(tmp_path, content, message):
-    (tmp_path / "a.csv").write_text(content)
+    (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         read_manifest(tmp_path / "a.csv")

@@ -276,3 +276,14 @@ def test_a_search_packs_the_weights_of_its_steps_once(monkeypatch):
     assert len(packed) == len(set(packed)) == num_weights
     steps = int(SETTING["max_decode_ratio"] * max(LENGTHS))
     assert len(products) == steps * num_weights
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_hypotheses_that_did_not_end_are_counted(decoder):
+    enc_states, wav_len = memory(LENGTHS), torch.tensor(LENGTHS) / max(LENGTHS)
+    for eos_bias, cut in ((-30.0, 3), (30.0, 0)):
+        ours, _ = searchers(decoder, eos_bias=eos_bias)
+        ours(enc_states, wav_len)
+        assert ours.num_cut == cut
+        ours(enc_states[:1], torch.ones(1))
+        assert ours.num_cut == cut + bool(cut)

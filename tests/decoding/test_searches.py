@@ -1,5 +1,7 @@
 """A configuration's search, whatever its class."""
 
+import re
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -7,8 +9,9 @@ from speechbrain.decoders.ctc import CTCBeamSearcher
 
 from common.errors import UserError
 from decoding.ctc_beam_search import CTCBeamSearch
-from decoding.searches import make_ctc_search
+from decoding.searches import make_ctc_search, report_known_words
 from text.tokenizer import train_tokenizer
+from tools.make_ngram import main as make_ngram
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +51,43 @@ def test_a_setting_that_cannot_be_is_named(settings, tokenizer):
 def test_a_missing_ngram_is_named(tokenizer):
     with pytest.raises(UserError, match=r"kenlm_model_path: .*nowhere\.arpa"):
         make_ctc_search(CTCBeamSearch, {"ngram": "nowhere.arpa"}, tokenizer)
+
+
+def ngram_of(folder, text, *options):
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    path = folder / "lm.arpa"
+    assert make_ngram([str(folder / "text.txt"), "--output", str(path), *options]) == 0
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("searcher", "key"), [(CTCBeamSearch, "ngram"), (CTCBeamSearcher, "kenlm_model_path")]
+)
+@pytest.mark.parametrize(
+    ("text", "level", "message"),
+    [
+        ("ONE TWO NOON", "INFO", "words.arpa knows 2 of the 3 words"),
+        ("one two noon", "WARNING", "knows 0 of the 3 words .* written in lower case"),
+        ("EINS ZWEI", "WARNING", "knows 0 of the 3 words .* of this language"),
+    ],
+)
+def test_it_is_said_how_many_words_an_ngram_knows(
+    searcher, key, text, level, message, tokenizer, tmp_path, caplog
+):
+    if searcher is CTCBeamSearcher:
+        pytest.importorskip("kenlm")
+    search = make_ctc_search(searcher, {"beam_size": 4, key: ngram_of(tmp_path, text)}, tokenizer)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="decoding.searches"):
+        report_known_words(search, {"ONE", "TWO", "THREE"}, "words.arpa")
+    (record,) = caplog.records
+    assert record.levelname == level
+    assert re.search(message, record.getMessage())
+
+
+def test_an_ngram_of_tokens_is_no_ngram_of_words(tokenizer, tmp_path):
+    model_file = tmp_path / "tok.model"
+    model_file.write_bytes(tokenizer.serialized_model_proto())
+    path = ngram_of(tmp_path, "ONE TWO", "--tokenizer", str(model_file))
+    with pytest.raises(UserError, match=r"n-gram is one of tokens, such as '▁'.*one of words"):
+        make_ctc_search(CTCBeamSearch, {"ngram": path}, tokenizer)

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from inference.scoring.error_analysis import case_hint
 from inference.scoring.reports import (
     SplitScore,
     read_hypotheses,
+    read_results,
     results_table,
     run_record,
     update_results,
@@ -290,3 +292,30 @@ def test_markdown_table_has_one_cell_per_column():
     lines = results_table(SPLITS | {"a|b": score()}, markdown=True).splitlines()
     assert [line.replace("\\|", "").count("|") for line in lines] == [6] * 6
     assert set(lines[1]) == set("| -:")
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        {"splits": {"a": None}},
+        {"splits": {"a": {"wer": None}}},
+        {"splits": {}, "run": None},
+        {"splits": {}, "evaluations": {"x": None}},
+        {"splits": {}, "intervals": []},
+    ],
+    ids=json.dumps,
+)
+def test_results_with_a_hole_are_kept_aside_and_named(tmp_path, results):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"results\.json.*[Ee]valuate again"):
+        read_results(tmp_path)
+    update_results(tmp_path, {"b": score()}, {}, {})
+    assert read_results(tmp_path)["splits"].keys() == {"b"}
+    assert json.loads((tmp_path / "results.json.unreadable").read_text()) == results
+
+
+def test_it_is_said_where_words_differ_in_letter_case_alone():
+    texts = [("one two", "ONE TWO"), ("three", "FOUR")]
+    assert "WER would be 33.33 % instead of 100.00 %" in case_hint(texts, 100.0)
+    assert case_hint([("ONE TWO", "ONE"), ("three", "four")], 50.0) is None

@@ -1,5 +1,7 @@
 """Facts that hold for every encoder, through the network that wraps it."""
 
+import random
+
 import pytest
 import torch
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
@@ -144,6 +146,17 @@ def test_hidden_states_of_all_layers_can_be_asked_for_at_construction():
     out_BTD, hidden = network.encode(torch.randn(1, 9, INPUT_SIZE))
     assert len(hidden) == 2
     torch.testing.assert_close(hidden[-1], out_BTD)
+
+
+def test_processes_that_draw_layers_alike_leave_out_the_same():
+    network = small_network("conmamba", layerdrop_prob=0.5).train()
+    src, outputs = torch.randn(1, 9, INPUT_SIZE), []
+    for process, seed in ((1, 5), (2, 5), (3, 6)):
+        torch.manual_seed(process)
+        network.encoder.layer_draw = random.Random(seed)
+        outputs.append([network.encode(src) for _ in range(8)])
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert any(not torch.equal(a, b) for a, b in zip(outputs[0], outputs[2], strict=True))
 
 
 @pytest.mark.parametrize("encoder", ["transformer", "conformer", "conmamba", "mamba"])

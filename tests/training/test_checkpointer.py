@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -347,3 +348,32 @@ def test_a_save_folder_a_run_and_a_pattern_stand_for_their_newest_whole_checkpoi
     cut_short(first.path / "model.ckpt")
     with pytest.raises(UserError, match=r"model.ckpt has .*; .*model.ckpt has"):
         checkpointer.checkpoint_at(str(run))
+
+
+def test_who_only_reads_leaves_damaged_checkpoints_where_they_are(checkpointer):
+    for value in (1.0, 2.0):
+        save(checkpointer, value, WER=10 * value)
+    best = checkpointer.find_intact(min_key="WER", max_num_checkpoints=1)[0]
+    os.truncate(best.paramfiles["model"], 10)
+    before = folders(checkpointer)
+    checkpointer.only_reads = True
+    (found,) = checkpointer.find_intact(min_key="WER", max_num_checkpoints=1)
+    assert found.meta["WER"] == 20.0
+    assert folders(checkpointer) == before
+
+
+def test_a_checkpoint_that_is_deleted_is_whole_or_gone_to_others(checkpointer, monkeypatch):
+    for value in (1.0, 2.0, 3.0, 4.0):
+        save(checkpointer, value, WER=value)
+    seen = []
+    rmtree = shutil.rmtree
+
+    def removal(path, **options):
+        seen.append(len(checkpointer.list_checkpoints()))
+        rmtree(path, **options)
+
+    monkeypatch.setattr("training.checkpoints.checkpointer.shutil.rmtree", removal)
+    checkpointer.keep_best(1, min_key="WER")
+    # The two latest and the best stay; the fourth was gone before its files were.
+    assert seen == [3]
+    assert len(folders(checkpointer)) == 3

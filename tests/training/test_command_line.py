@@ -1,6 +1,7 @@
 """Command line: options, overrides, and mistakes that end with one message."""
 
 import errno
+import signal
 import subprocess
 import sys
 
@@ -180,6 +181,9 @@ def test_a_file_that_is_no_hyperparameter_file_is_one_error(tmp_path, content):
     [
         (UserError("what, where, what to do"), EXIT_USER_ERROR, "error: what, where, what to do\n"),
         (OSError(errno.ENOSPC, "No space left", "log"), EXIT_USER_ERROR, "make room and repeat"),
+        (OSError(errno.EMFILE, "Too many open files", "a.wav"), EXIT_USER_ERROR, "ulimit -n"),
+        (RuntimeError("[enforce fail at inline_container.cc:1]"), EXIT_USER_ERROR, "make room"),
+        (RuntimeError("DataLoader worker (pid 1) exited"), EXIT_USER_ERROR, "worker has died"),
         (Interrupted(2), 130, ""),
         (Interrupted(15), 143, ""),
     ],
@@ -205,6 +209,44 @@ def test_a_fault_of_the_code_keeps_its_traceback(error):
 
     with pytest.raises(type(error), match="bug"):
         run_script(main, [])
+
+
+def test_an_interruption_says_how_to_go_on(capsys):
+    def main(argv):
+        raise Interrupted(signal.SIGINT)
+
+    with pytest.raises(SystemExit):
+        run_script(main, [])
+    assert capsys.readouterr().out == "saved; repeat the command to go on\n"
+
+
+CHATTY = """
+import logging, sys
+from training.launch.command_line import run_script
+def main(argv):
+    logging.basicConfig(stream=sys.stdout, level="INFO", force=True)
+    for i in range(20000):
+        print("a line that nobody reads any more")
+        logging.info("nor this one")
+    with open(argv[0], "w") as stream:
+        stream.write("done")
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize("redirection", ["| head -1", ">&-", "> /dev/full"])
+def test_a_run_goes_on_where_its_output_is_closed(tmp_path, redirection):
+    done = tmp_path / "done"
+    python = 'set -o pipefail; "$0" -c "$1" "$2"'
+    ended = subprocess.run(
+        ["bash", "-c", f"{python} {redirection}", sys.executable, CHATTY, str(done)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert done.read_text() == "done"
 
 
 def test_a_script_gets_the_arguments_of_the_process(monkeypatch):

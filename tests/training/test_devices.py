@@ -6,6 +6,7 @@ import torch
 from common.errors import UserError
 from training.launch.devices import (
     check_device,
+    check_forced_backend,
     check_precision,
     distributed_backend_for,
     explained_memory,
@@ -124,3 +125,21 @@ def test_other_faults_stay_what_they_are():
 def test_a_cpu_has_no_memory_of_its_own_and_no_use():
     assert memory_gib("cpu") is None
     assert gpu_use_percent("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("forced", "message"),
+    [
+        ("fast", "MAMBA_ASR_SCAN=fast: it must be one of auto, "),
+        ("mamba_ssm", "MAMBA_ASR_SCAN=mamba_ssm cannot be used here: .* ops.doctor"),
+    ],
+)
+def test_a_backend_that_is_forced_and_not_there_is_named_at_the_start(monkeypatch, forced, message):
+    from ops.selective_scan import mamba_ssm
+
+    monkeypatch.setattr(mamba_ssm, "unavailable", lambda: "it is not installed")
+    monkeypatch.setenv("MAMBA_ASR_SCAN", forced)
+    with pytest.raises(UserError, match=message):
+        check_forced_backend()
+    monkeypatch.setenv("MAMBA_ASR_SCAN", "torch")
+    check_forced_backend()

@@ -107,3 +107,16 @@ def test_a_worker_ends_when_the_main_process_exits():
     process.terminate()
     process.join(timeout=5)
     assert process.exitcode == 0
+
+
+def test_a_worker_that_cannot_send_a_batch_ends_instead_of_being_waited_for(capfd):
+    loader = torch.utils.data.DataLoader(
+        [0],
+        num_workers=1,
+        collate_fn=lambda items: lambda: items,
+        worker_init_fn=UndisturbedWorker(),
+        multiprocessing_context="fork",
+    )
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        list(loader)
+    assert "A loader worker cannot send its batch" in capfd.readouterr().err

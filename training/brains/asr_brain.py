@@ -20,7 +20,6 @@ from training.data.augmentation import SpectrogramAugmentation, SpeedPerturbatio
 from training.data.copied_ahead import CopiedAhead
 from training.data.recordings import SkippedUtterances, evaluation_batches, to_device
 from training.losses.ctc import consistency_loss, ctc_loss, flat_start_loss, mean_over_feasible
-from training.seeding import seed_everything
 from training.splicing.cut_speech import Emissions, WordCutter, cut_speech
 from training.splicing.splice import Splicing
 
@@ -68,6 +67,7 @@ class ASRBrain(RunBrain):
             getattr(hparams, "spectrogram_augmentations", []), hparams.seed
         )
         self.last_test_loss = float("nan")
+        self.num_cut = 0
         self.transcripts: dict[str, tuple[str, str]] = {}
         self.speech_encoder: SpeechEncoder = hparams.speech_encoder
         self.speech_encoder.compute_features.to(self.device)
@@ -115,7 +115,7 @@ class ASRBrain(RunBrain):
             num_frames_B = num_frames_B.repeat(copies)
         # From here on only dropout draws random numbers.
         if stage == sb.Stage.TRAIN:
-            seed_everything(hparams.seed, self.epoch, self.step, self.rank)
+            self.seed_step()
         frames_BTFC, num_frames_B = encoder.frontend(feats_BTM, num_frames_B)
         lengths = encoder.num_frames(batch.num_samples).tolist() * copies
         return FrontEndOutput(frames_BTFC, num_frames_B, lengths, copies)
@@ -180,6 +180,7 @@ class ASRBrain(RunBrain):
         self.wer_stats = ErrorRateStats()
         self.cer_stats = ErrorRateStats(split_tokens=True)
         self.transcripts = {}
+        self.num_cut = 0
         self.on_scoring_start(stage)
 
     def prepare_splicing(self, epoch: int) -> None:

@@ -65,34 +65,49 @@ class WarmupHoldCosineScheduler:
         lr_initial: peak learning rate.
         n_warmup_steps: optimiser steps from 0 to the peak.
         n_hold_steps: optimiser steps at the peak.
-        total_steps: optimiser steps until the end of the decay.
+        total_steps: optimiser steps until the end of the decay; None waits for ``end_at``.
         final_fraction: of the peak, at and after ``total_steps``.
+
+    Raises:
+        ValueError: the decay would end before it begins.
     """
 
     def __init__(
         self,
         lr_initial: float,
         n_warmup_steps: int,
-        total_steps: int,
+        total_steps: int | None,
         n_hold_steps: int = 0,
         final_fraction: float = 0.01,
     ):
-        if n_warmup_steps + n_hold_steps >= total_steps:
-            raise ValueError(
-                f"total_steps ({total_steps}) must exceed n_warmup_steps + n_hold_steps "
-                f"({n_warmup_steps} + {n_hold_steps})."
-            )
         self.lr_initial = lr_initial
         self.n_warmup_steps = n_warmup_steps
         self.n_hold_steps = n_hold_steps
-        self.total_steps = total_steps
         self.final_fraction = final_fraction
         self.n_steps = 0
+        self.total_steps: int | None = None
+        if total_steps is not None:
+            self.end_at(total_steps)
+
+    def end_at(self, total_steps: int) -> None:
+        """Let the decay end at the optimiser step with this number.
+
+        Raises:
+            ValueError: it would end before it begins.
+        """
+        if self.n_warmup_steps + self.n_hold_steps >= total_steps:
+            raise ValueError(
+                f"total_steps ({total_steps}) must exceed n_warmup_steps + n_hold_steps "
+                f"({self.n_warmup_steps} + {self.n_hold_steps})."
+            )
+        self.total_steps = total_steps
 
     def lr_at(self, step: int) -> float:
         """Learning rate of optimiser step number ``step``, counted from 1."""
         if step < self.n_warmup_steps:
             return self.lr_initial * step / self.n_warmup_steps
+        if self.total_steps is None:
+            raise ValueError("total_steps is open: it follows from epochs and batches, or give it.")
         decay_steps = self.total_steps - self.n_warmup_steps - self.n_hold_steps
         progress = (step - self.n_warmup_steps - self.n_hold_steps) / decay_steps
         cosine = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import random
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.errors import Interrupted, UserError
+from modules.layer_stack import LayerStack
 from training.brains.cast_weights import CastWeights
 from training.brains.optimization import (
     clip_gradients,
@@ -35,6 +37,7 @@ from training.brains.optimization import (
     scale_gradients,
 )
 from training.checkpoints.checkpointer import load_model_hook
+from training.data.epoch_batches import EpochBatches
 from training.launch.devices import (
     explained_memory,
     gpu_use_percent,
@@ -45,7 +48,7 @@ from training.launch.interrupts import StopRequest
 from training.reporting.metrics_log import MetricsLog
 from training.reporting.plots import plot_curves, run_title
 from training.reporting.step_clock import StepClock
-from training.seeding import seed_everything
+from training.seeding import derive_seed, seed_everything
 
 logger = logging.getLogger(__name__)
 
@@ -326,7 +329,7 @@ class RunBrain(sb.Brain):
                 self._save_intra_epoch_ckpt()
                 raise Interrupted(stop)
         elif self.stop_request.signal_number:
-            raise Interrupted(self.stop_request.signal_number)
+            raise Interrupted(self.stop_request.signal_number, "evaluation stopped")
         with (
             explained_memory(self.memory_keys_of_evaluation, self.describe_size, batch),
             self.evaluation_ctx,
@@ -345,6 +348,18 @@ class RunBrain(sb.Brain):
                 self.modules[name] = module.module
 
     # -- stages ---------------------------------------------------------------------------------
+
+    def seed_step(self) -> None:
+        """Seed what a step draws: its own in each process, but the layers that it leaves out."""
+        seed_everything(self.hparams.seed, self.epoch, self.step, self.rank)
+        for stack in self._dropping_layers():
+            stack.layer_draw = random.Random(
+                derive_seed(self.hparams.seed, self.epoch, self.step, "layers")
+            )
+
+    def _dropping_layers(self) -> list[LayerStack]:
+        parts = self.hparams.model.modules()
+        return [part for part in parts if isinstance(part, LayerStack) and part.layerdrop_prob]
 
     def on_stage_start(self, stage, epoch=None):
         """Seed the stage, reset what is measured in it."""
@@ -440,6 +455,8 @@ class RunBrain(sb.Brain):
                 "some twenty seconds."
             )
         self._compile()
+        # A layer that is left out has no gradients, which the processes would wait for.
+        self.find_unused_parameters |= bool(self._dropping_layers())
         self._wrap_distributed()
         if self.casts_weights():
             self.cast_weights = CastWeights(self.modules.values(), self.training_dtype)
@@ -503,8 +520,10 @@ class RunBrain(sb.Brain):
         return loader
 
     def _train_loader_specifics(self, dataset, loader_kwargs):
-        # EpochBatches shares the batches out among the processes.
-        return loader_kwargs
+        if isinstance(loader_kwargs.get("batch_sampler"), EpochBatches):
+            # It shares the batches out among the processes.
+            return loader_kwargs
+        return super()._train_loader_specifics(dataset, loader_kwargs)
 
     def is_last_batch(self) -> bool:
         """Whether the batch in work is the last one of the epoch."""
@@ -516,13 +535,16 @@ class RunBrain(sb.Brain):
 
     def position(self) -> Any:
         """What of the epoch has been trained on, as a JSON value: here the utterances' ids."""
+        if not isinstance(self.train_sampler, EpochBatches):
+            return None
         return {"seen": self.train_sampler.seen(self.step)}
 
     def go_on_from(self, position: Any) -> bool:
         """Enter an epoch where a checkpoint's ``position`` says, if that is possible now."""
-        if not isinstance(position, dict) or "seen" not in position:
+        sampler = self.train_sampler
+        if not isinstance(sampler, EpochBatches) or not position or "seen" not in position:
             return False
-        self.train_sampler.go_on(self.step, position["seen"])
+        sampler.go_on(self.step, position["seen"])
         return True
 
     @mark_as_saver

@@ -23,7 +23,7 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process
 from speechbrain.utils.epoch_loop import EpochCounterWithStopper
 
-from common.errors import UserError
+from common.errors import WRITER_FAILED, UserError
 from modules.weights import load_model_weights
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,6 @@ CHECKSUMS = "checksums.json"
 UNFINISHED_PREFIX = "unfinished+"
 DAMAGED_PREFIX = "damaged+"
 SUPERSEDED_PREFIX = "superseded+"
-# How torch.save reports a full disk: as a RuntimeError of its zip writer or of the C++ stream.
-_WRITER_FAILED = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 def crc32(path: Path) -> int:
@@ -145,7 +143,7 @@ class RunCheckpointer(Checkpointer):
             return checkpoint
         except (OSError, RuntimeError) as error:
             self.remove_unfinished()
-            if isinstance(error, OSError) or any(sign in str(error) for sign in _WRITER_FAILED):
+            if isinstance(error, OSError) or any(sign in str(error) for sign in WRITER_FAILED):
                 reason = str(error).splitlines()[0]
                 raise UserError(
                     f"No checkpoint could be written to {self.checkpoints_dir}: {reason}. Is the "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, file_digest
 from corpora.manifest import ManifestRow
 
 FINGERPRINT_FILE = "fingerprint.json"
@@ -25,6 +25,11 @@ def rows_digest(rows: Iterable[ManifestRow]) -> str:
 def text_digest(text: str) -> str:
     """Digest of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_described(path: str | Path) -> Described:
+    """A file and its digest."""
+    return {"file": str(path), "sha256": file_digest(path)}
 
 
 def read_fingerprint(folder: str | Path) -> dict[str, Described]:

@@ -41,7 +41,10 @@ def keep_tokenizer(
             return
         if checkpointer.find_checkpoint() is not None:
             earlier = record.note(model_file.name, "settings", settings)
-            if earlier != settings:
+            # Characters are as many as there are, unless the user says how many they may be.
+            said = {"output_neurons"} & earlier.keys() & settings.keys()
+            names = (earlier.keys() | settings.keys()) - {"output_neurons"} | said
+            if any(earlier.get(name) != settings.get(name) for name in names):
                 raise UserError(
                     f"{model_file.parent} holds checkpoints of a run with {_listed(earlier)}; now "
                     f"it is {_listed(settings)}. Use another output_folder, or the same tokens."

@@ -49,12 +49,15 @@ class EpochBatches(Sampler[list[int]]):
         whole = list(islice(self._batches, len(self._batches)))
         rest = ([i for i in batch if self._ids[i] not in self._seen] for batch in whole)
         self._rest = [batch for batch in rest if batch]
-        rank, self._ranks = 0, 1
-        if is_distributed_initialized():
-            rank, self._ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank = torch.distributed.get_rank() if is_distributed_initialized() else 0
+        self._ranks = _num_ranks()
         # All processes step equally often: what is missing in the last round is seen twice.
         missing = -len(self._rest) % self._ranks
         self._own = [*self._rest, *islice(cycle(whole), missing)][rank :: self._ranks]
+
+    def num_whole(self) -> int:
+        """How many batches each process has in an epoch that nothing interrupts."""
+        return -(-len(self._batches) // _num_ranks())
 
     def seen(self, num_done: int) -> list[str]:
         """Ids of the epoch that all processes together saw in their first ``num_done`` batches."""
@@ -74,3 +77,7 @@ class EpochBatches(Sampler[list[int]]):
             self.set_epoch(1)
         assert self._own is not None
         return self._own
+
+
+def _num_ranks() -> int:
+    return torch.distributed.get_world_size() if is_distributed_initialized() else 1

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from common.errors import UserError
 from corpora.audio import read_audio
 from corpora.manifest import DATA_ROOT
 from decoding.ctc_alignment import min_ctc_frames
-from text.tokenizer import BOS_ID, EOS_ID, tokens_of
+from text.tokenizer import BOS_ID, EOS_ID, UNK_ID, tokens_of
 from training.data.augmentation import SpeedPerturbation
 from training.data.epoch_batches import EpochBatches
 from training.data.preparation import manifest_rows
@@ -118,15 +119,19 @@ def unalignable(
         num_frames: encoder frames (25 a second in the published recipes) of so many samples.
     """
     reasons = {}
-    for utterance_id, row in rows.items():
-        ids = tokens_of(tokenizer, row["wrd"])
-        if not tokenizer.decode(ids).strip():
+    size = tokenizer.get_piece_size()
+    silent = {token for token in range(size) if not tokenizer.decode([token]).strip()}
+    # All at once, and in Python's own numbers: there may be hundreds of thousands.
+    of_each = tokenizer.encode([row["wrd"] for row in rows.values()])
+    for (utterance_id, row), encoded in zip(rows.items(), of_each, strict=True):
+        tokens = [token for token in encoded if token != UNK_ID]
+        if silent.issuperset(tokens):
             empty = not row["wrd"].strip()
             reasons[utterance_id] = "empty transcript" if empty else "no known character"
             continue
-        tokens = torch.tensor([ids])
         frames = num_frames(round(row["duration"] * sample_rate))
-        needed = int(min_ctc_frames(tokens, torch.tensor([tokens.shape[1]])))
+        # See min_ctc_frames.
+        needed = len(tokens) + sum(map(operator.eq, tokens, tokens[1:]))
         if frames < needed:
             reasons[utterance_id] = f"{frames} frames for {needed} (tokens and repetitions)"
     return reasons

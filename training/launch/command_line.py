@@ -18,8 +18,9 @@ import ruamel.yaml
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from common.errors import EXIT_USER_ERROR, Interrupted, UserError
+from common.errors import EXIT_USER_ERROR, WRITER_FAILED, Interrupted, UserError
 from training.launch.key_help import keys_as_text
+from training.launch.lasting_output import lasting_output
 from training.launch.run_options import IN_USE, option_actions
 from training.launch.settings import DEFAULTS, SETTINGS, VERBATIM, check_setting, check_together
 from training.launch.suggestions import describe_unknown, misspelt, similar_argument
@@ -189,7 +190,8 @@ def check_arguments(description: str, argv: Sequence[str] | None = None) -> None
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_before_training)
     if "-h" in argv or "--help" in argv:
-        print(help_text(argv, description), end="")
+        with lasting_output():
+            print(help_text(argv, description), end="")
         sys.exit(0)
 
     def check(argv: Sequence[str]) -> None:
@@ -348,28 +350,57 @@ def _end_before_training(number: int, frame: object) -> None:
 def run_script(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Run a script's main function; end the process with the documented status.
 
-    A UserError, and a disk that is full, is printed as one message. Anything else is a fault of
-    the code and keeps its traceback.
+    A UserError, and a machine that is out of disk space, files or workers, is printed as one
+    message. Anything else is a fault of the code and keeps its traceback.
     """
     if signal.getsignal(signal.SIGINT) is _end_before_training and argv is None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    with lasting_output():
+        status = _status_of(main, sys.argv[1:] if argv is None else argv)
+    if status:
+        sys.exit(status)
+
+
+def _status_of(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        main(argv)
         _leave_process_group()
     except UserError as error:
         # From a loader's worker it arrives below that process's traceback.
-        print(f"error: {str(error).split('UserError: ')[-1].strip()}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return _refused(str(error).split("UserError: ")[-1].strip())
+    except (OSError, RuntimeError) as error:
+        message = _out_of_resources(error)
+        if message is None:
             raise
-        print(
-            f"error: {error}. Checkpoints are whole: make room and repeat the command to go on.",
-            file=sys.stderr,
-        )
-        sys.exit(EXIT_USER_ERROR)
+        return _refused(message)
     except Interrupted as interrupted:
-        sys.exit(interrupted.exit_status)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{interrupted.what_is_left}; repeat the command to go on")
+        return interrupted.exit_status
     except KeyboardInterrupt:
         print("interrupted before training began; nothing to go on from", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _refused(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _out_of_resources(error: OSError | RuntimeError) -> str | None:
+    """What to say where the machine, not the code, has failed; None for a fault of the code."""
+    text, number = str(error).strip(), getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in WRITER_FAILED):
+        reason = text.splitlines()[0] if number is None else text
+        return f"{reason}. Checkpoints are whole: make room and repeat the command to go on."
+    files = "raise the limit (ulimit -n 65536), or use fewer --num_workers"
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
+        return f"Too many open files: {files}, and repeat the command to go on."
+    if "DataLoader worker" in text:
+        return (
+            f"A loader worker has died: {text.splitlines()[0]} What it said is above; where that "
+            f"is of open files, {files}; where it is nothing, memory may have run out. Repeat the "
+            "command to go on."
+        )
+    return None

@@ -13,6 +13,8 @@ import torch
 from speechbrain.utils.distributed import get_local_rank
 
 from common.errors import UserError
+from ops.backends import OVERRIDE, OVERRIDE_VALUES, obstacle
+from ops.selective_scan.dispatch import BACKENDS
 
 
 def own_device(asked_for: str | None) -> str:
@@ -63,6 +65,23 @@ def check_device(device: str) -> None:
     if not (index or "0").isdigit() or int(index or 0) >= counts.get(kind, 0):
         usable = ", ".join(name for name, count in counts.items() if count)
         raise UserError(f"--device {device}: there is none here. Usable: {usable}.")
+
+
+def check_forced_backend() -> None:
+    """Whether the scan backend that the environment names can compute on this machine.
+
+    Raises:
+        UserError: it cannot, or there is none of that name.
+    """
+    wanted = os.environ.get(OVERRIDE) or "auto"
+    if wanted not in OVERRIDE_VALUES:
+        raise UserError(f"{OVERRIDE}={wanted}: it must be one of {', '.join(OVERRIDE_VALUES)}.")
+    reason = None if wanted == "auto" else obstacle(BACKENDS.module(wanted))
+    if reason is not None:
+        raise UserError(
+            f"{OVERRIDE}={wanted} cannot be used here: {reason}. Unset it, or choose among those "
+            "that python -m ops.doctor lists."
+        )
 
 
 def check_precision(device: str, precision: str) -> None:

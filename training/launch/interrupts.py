@@ -2,9 +2,10 @@
 
 import atexit
 import logging
-import multiprocessing
+import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,12 @@ class StopRequest:
         self._previous = {}
 
 
+def _end_with(error: Exception, batch: object) -> None:
+    del batch
+    print(f"A loader worker cannot send its batch: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 class UndisturbedWorker:
     """``worker_init_fn`` of a loader: signals to the whole process group leave workers at work.
 
@@ -67,6 +74,8 @@ class UndisturbedWorker:
         del worker
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_sigterm)
+        # A batch that cannot be sent would be dropped, and be waited for without end.
+        multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_with)
 
     def _set_exiting(self) -> None:
         self.main_is_exiting.value = 1

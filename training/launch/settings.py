@@ -150,7 +150,7 @@ SETTINGS: dict[str, Setting] = {
     "weight_decay": Setting("number", low=0),
     "n_warmup_steps": Setting("integer", low=0),
     "n_hold_steps": Setting("integer", low=0),
-    "total_steps": _COUNT,
+    "total_steps": Setting("integer", low=1, optional=True),
     "ctc_weight": _SHARE,
     "label_smoothing": Setting("number", low=0, below=1),
     "n_fft": _COUNT,
@@ -283,5 +283,9 @@ def check_together(values: Mapping[str, Any], where: str) -> None:
         ("min_decode_ratio", "max_decode_ratio"),
         ("n_warmup_steps", "total_steps"),
     ):
-        if has({low, high}) and values[low] > values[high]:
+        if (
+            has({low, high})
+            and None not in (values[low], values[high])
+            and values[low] > values[high]
+        ):
             refuse(low, "not be above", high)

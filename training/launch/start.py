@@ -1,6 +1,6 @@
 """The first steps of every run: command line, YAML file, device, processes, output folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from training.launch.allocator import keep_freed_memory
 from training.launch.command_line import CommandLine, load_hparams, parse_command_line
 from training.launch.devices import (
     check_device,
+    check_forced_backend,
     check_precision,
     distributed_backend_for,
     own_device,
@@ -22,12 +23,17 @@ from training.launch.settings import PATHS
 from training.launch.yaml_file import RECIPE_FILE, as_text, resolved_text, with_overrides
 
 
-def start_run(argv: Sequence[str], description: str) -> tuple[CommandLine, dict, RunOptions]:
+def start_run(
+    argv: Sequence[str],
+    description: str,
+    complete: Callable[[CommandLine], CommandLine] = lambda line: line,
+) -> tuple[CommandLine, dict, RunOptions]:
     """Reads what was asked for and joins the other processes of the run.
 
     Args:
         argv: arguments of the command line, the YAML file first.
         description: of the script, for ``--help``.
+        complete: adds to the command line what follows from it.
 
     Returns:
         the command line, the hyperparameters with their objects, and the run options in force.
@@ -36,10 +42,11 @@ def start_run(argv: Sequence[str], description: str) -> tuple[CommandLine, dict,
         UserError: see ``parse_command_line`` and ``load_hparams``; or a device or a precision that
             is not to be had here.
     """
-    line = parse_command_line(argv, description)
+    line = complete(parse_command_line(argv, description))
     hparams = load_hparams(line.param_file, line.overrides)
     options = run_options(line, hparams)
     check_device(options.device)
+    check_forced_backend()
     check_precision(options.device, options.precision)
     check_precision(options.device, options.eval_precision)
     if options.device == "cpu":

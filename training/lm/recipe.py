@@ -5,21 +5,23 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from speechbrain.utils.checkpoints import average_checkpoints
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.run_opts import RunOptions
 
 from common.errors import UserError
-from common.files import atomic_write, file_digest
+from common.files import alone_with, atomic_write, file_digest
 from decoding.pretrained_lm import LM_FILE, TOKENIZER_FILE
 from inference.scoring.reports import run_record
 from modules.weights import load_model_weights
 from text.tokenizer import (
+    MOST_CHARACTERS,
     TOKENIZER_SETTINGS,
     check_unknown_characters,
     count_unknown_characters,
@@ -30,21 +32,25 @@ from training.brains.optimization import count_parameters
 from training.checkpoints.fingerprint import (
     Described,
     check_same,
+    file_described,
     read_fingerprint,
     text_digest,
     write_fingerprint,
 )
+from training.checkpoints.output_layer import outputs_for, outputs_of_run, with_outputs
 from training.checkpoints.run_tokenizer import copy_tokenizer, keep_tokenizer
 from training.launch.command_line import CommandLine
 from training.launch.processes import on_main
 from training.launch.run_lock import sole_run
 from training.launch.start import make_output_folder, start_run, write_hyperparams
-from training.launch.yaml_file import resolved_text
+from training.launch.yaml_file import read_yaml, resolved_text
 from training.lm.brain import LMBrain, Perplexity
 from training.lm.text_batches import TextBatches, TextLoader, read_sentences
 from training.reporting.loggers import make_loggers
 
 logger = logging.getLogger(__name__)
+
+TRAINING_TEXT = "training text"
 
 SAMPLE_SENTENCES = 50_000
 """Sentences that are searched for characters unknown to the tokenizer."""
@@ -64,7 +70,7 @@ def run_lm_recipe(argv: Sequence[str], description: str) -> dict[str, Perplexity
         UserError: something that the user can mend.
         Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
-    line, hparams, options = start_run(argv, description)
+    line, hparams, options = start_run(argv, description, with_text_name)
     with nullcontext() if options.test_only else sole_run(hparams["output_folder"]):
         return _run(line, hparams, options, argv)
 
@@ -76,10 +82,18 @@ def _run(
     tokenizer_file = Path(hparams["save_folder"]) / "tokenizer.model"
     if options.test_only:
         on_main(_require_trained, tokenizer_file)
-        hparams["checkpointer"].only_reads = True
     make_output_folder(hparams, options.test_only)
-    if not options.test_only:
-        on_main(prepare_training, line, hparams, tokenizer_file)
+    if options.test_only:
+        outputs = hparams["output_neurons"]
+        if "output_neurons" not in line.overrides:
+            outputs = on_main(outputs_of_run, folder) or outputs
+        line, hparams = with_outputs(line, hparams, outputs)
+        hparams["checkpointer"].only_reads = True
+    else:
+        outputs = on_main(prepare_training, line, hparams, tokenizer_file)
+        line, hparams = with_outputs(line, hparams, outputs)
+        hparams["checkpointer"].check_architecture()
+        on_main(record_training, line, hparams, tokenizer_file)
     tokenizer = load_tokenizer(tokenizer_file, hparams["output_neurons"])
     if line.init_from is not None and not options.test_only:
         load_model_weights(hparams["model"], Path(line.init_from), "file")
@@ -131,11 +145,27 @@ def _run(
         scores = {name: brain.perplexity_of(text) for name, text in held_out.items()}
     if if_main_process():
         command = [Path(sys.argv[0]).name, *argv]
-        write_results(brain, scores, command)
+        evaluation = None
+        if options.test_only:
+            files = dict.fromkeys(
+                Path(path).name.split(".")[0] for p in texts.values() for path in p
+            )
+            evaluation = line.eval_name or "+".join(files)
+        write_results(brain, scores, texts, command, evaluation)
         for name, score in scores.items():
             print(f"{name}: perplexity {score.value:.2f} over {score.num_tokens} tokens")
         print(f"Language model and tokenizer: {folder / 'lm'}")
     return scores
+
+
+def with_text_name(line: CommandLine) -> CommandLine:
+    """The command line with ``text_name``, where neither it nor the file gives that."""
+    values = read_yaml(line.param_file) | line.overrides
+    texts = paths_of(values.get("train_text"))
+    if "text_name" not in values or values["text_name"] is not None or not texts:
+        return line
+    name = Path(texts[0]).name.split(".")[0]
+    return replace(line, overrides={**line.overrides, "text_name": name})
 
 
 def _require_trained(tokenizer_file: Path) -> None:
@@ -145,32 +175,43 @@ def _require_trained(tokenizer_file: Path) -> None:
         )
 
 
-def prepare_training(line: CommandLine, hparams: Mapping, tokenizer_file: Path) -> None:
-    """Tokenizer and records of a training; a run goes on with the text that it began with.
+def prepare_training(line: CommandLine, hparams: Mapping, tokenizer_file: Path) -> int:
+    """Tokenizer of a training; a run goes on with the text that it began with.
+
+    Returns:
+        the outputs that the model is to have.
 
     Raises:
         UserError: see ``prepare_tokenizer``; or the run's checkpoints were trained on another text.
     """
-    folder, texts = Path(hparams["output_folder"]), paths_of(hparams["train_text"])
+    folder = Path(hparams["output_folder"])
+    has_checkpoints = bool(hparams["checkpointer"].list_checkpoints())
+    earlier = read_fingerprint(folder) if has_checkpoints else {}
+    check_same(folder, earlier, {TRAINING_TEXT: _text_described(hparams)})
+    outputs = prepare_tokenizer(line, hparams, tokenizer_file)
+    check_same(folder, earlier, {"tokenizer": file_described(tokenizer_file)})
+    return outputs
+
+
+def record_training(line: CommandLine, hparams: Mapping, tokenizer_file: Path) -> None:
+    """Leaves what the run is trained with and on."""
+    resolved = resolved_text(line.param_file, line.overrides)
+    parts: dict[str, Described] = {
+        TRAINING_TEXT: _text_described(hparams),
+        "tokenizer": file_described(tokenizer_file),
+        "hyperparameters": {"file": str(line.param_file), "sha256": text_digest(resolved)},
+    }
+    write_hyperparams(line, hparams["output_folder"])
+    write_fingerprint(hparams["output_folder"], parts)
+
+
+def _text_described(hparams: Mapping) -> Described:
+    texts = paths_of(hparams["train_text"])
     for path in texts:
         if not Path(path).is_file():
             raise UserError(f"There is no text file {path}.")
-    digests = [file_digest(path) for path in texts]
-    parts: dict[str, Described] = {
-        "training text": {"files": " ".join(texts), "sha256": text_digest(" ".join(digests))}
-    }
-    has_checkpoints = bool(hparams["checkpointer"].list_checkpoints())
-    earlier = read_fingerprint(folder) if has_checkpoints else {}
-    check_same(folder, earlier, parts)
-    prepare_tokenizer(hparams, tokenizer_file)
-    parts["tokenizer"] = {"file": str(tokenizer_file), "sha256": file_digest(tokenizer_file)}
-    check_same(folder, earlier, parts)
-    parts["hyperparameters"] = {
-        "file": str(line.param_file),
-        "sha256": text_digest(resolved_text(line.param_file, line.overrides)),
-    }
-    write_hyperparams(line, folder)
-    write_fingerprint(folder, parts)
+    digests = " ".join(file_digest(path) for path in texts)
+    return {"files": " ".join(texts), "sha256": text_digest(digests)}
 
 
 def paths_of(value: str | Sequence[str] | None) -> list[str]:
@@ -180,36 +221,57 @@ def paths_of(value: str | Sequence[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def prepare_tokenizer(hparams: Mapping, tokenizer_file: Path) -> None:
+def prepare_tokenizer(line: CommandLine, hparams: Mapping, tokenizer_file: Path) -> int:
     """Copies ``tokenizer_path``, or trains a tokenizer on the first sentences of the text.
+
+    Returns:
+        the outputs that the model is to have: what the user says, or a run began with; else as many
+        as the tokenizer asks for.
 
     Raises:
         UserError: there is no such file, the text does not support the tokenizer, or the run's
             checkpoints were trained with another one.
     """
     keep = partial(keep_tokenizer, tokenizer_file, checkpointer=hparams["checkpointer"])
-    source = hparams["tokenizer_path"]
+    source, outputs = hparams["tokenizer_path"], hparams["output_neurons"]
+    follows = "output_neurons" not in line.overrides
+    characters = hparams["token_type"] == "char"
     if source is not None:
         if not Path(source).is_file():
             raise UserError(
                 f"tokenizer_path {source} is no file. Give the recogniser's save/tokenizer.model, "
                 "or null to train a tokenizer on the text."
             )
-        load_tokenizer(source, hparams["output_neurons"])
+        num_tokens = load_tokenizer(
+            source, MOST_CHARACTERS if follows else outputs
+        ).get_piece_size()
         digest = file_digest(source)
         # Two files of one name are two tokenizers.
         keep({"tokenizer": digest[:12]}, digest, partial(copy_tokenizer, source, tokenizer_file))
-        return
-    texts = paths_of(hparams["train_text"])
-    settings = {name: hparams[name] for name in TOKENIZER_SETTINGS}
+        wanted = outputs_for(source, num_tokens)
+    else:
+        texts = paths_of(hparams["train_text"])
+        settings = {name: hparams[name] for name in TOKENIZER_SETTINGS}
+        if characters and follows:
+            # There are as many as there are.
+            del settings["output_neurons"]
+        limits = {"output_neurons": MOST_CHARACTERS} | settings
 
-    def train() -> None:
-        sentences = islice(read_sentences(texts), hparams["tokenizer_sentences"])
-        train_tokenizer(sentences, tokenizer_file, **settings)
+        def train() -> None:
+            sentences = islice(read_sentences(texts), hparams["tokenizer_sentences"])
+            train_tokenizer(sentences, tokenizer_file, **limits)
 
-    # A corpus of gigabytes is told by its size, not read.
-    sizes = [[Path(path).name, Path(path).stat().st_size] for path in texts if Path(path).is_file()]
-    keep(settings, [hparams["tokenizer_sentences"], *sizes], train)
+        # A corpus of gigabytes is told by its size, not read.
+        sizes = [
+            [Path(path).name, Path(path).stat().st_size] for path in texts if Path(path).is_file()
+        ]
+        keep(settings, [hparams["tokenizer_sentences"], *sizes], train)
+        wanted = load_tokenizer(tokenizer_file, MOST_CHARACTERS).get_piece_size()
+    if not follows:
+        return outputs
+    if hparams["checkpointer"].list_checkpoints():
+        return outputs_of_run(hparams["output_folder"]) or outputs
+    return wanted
 
 
 def warn_of_unknown_characters(text: TextBatches, policy: str) -> None:
@@ -231,48 +293,87 @@ def export(brain: LMBrain, tokenizer_file: Path, folder: Path) -> None:
     Raises:
         UserError: the run has neither.
     """
+    state = on_main(_exported, brain, tokenizer_file, folder)
+    brain.hparams.model.load_state_dict(state)
+
+
+def _exported(brain: LMBrain, tokenizer_file: Path, folder: Path) -> dict[str, torch.Tensor]:
     model_file = folder / LM_FILE
     best = brain.checkpointer.find_intact(
         min_key=brain.best_metric, max_num_checkpoints=brain.hparams.avg_checkpoints
     )
-    if best and if_main_process():
+    if best:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(model_file, "wb") as stream:
             torch.save(average_checkpoints(best, "model"), stream)
         with atomic_write(folder / TOKENIZER_FILE, "wb") as stream:
             stream.write(tokenizer_file.read_bytes())
-    ddp_barrier()
     if not model_file.is_file():
         raise UserError(
             f"{brain.checkpointer.checkpoints_dir} holds no finished epoch to evaluate. "
             "Train first, or give the output_folder of a trained run."
         )
     load_model_weights(brain.hparams.model, model_file, "file")
+    return torch.load(model_file, map_location="cpu", weights_only=True)
 
 
-def write_results(brain: LMBrain, scores: Mapping[str, Perplexity], command: list[str]) -> None:
-    """Writes ``results.json``: perplexities, the model's size, and how to repeat the run."""
-    results = {
-        "splits": {
-            name: {
-                "perplexity": score.value,
-                "tokens": score.num_tokens,
-                "sentences": score.num_sentences,
-            }
-            for name, score in scores.items()
-        },
-        "model": {
-            "parameters": count_parameters([brain.hparams.model]),
-            "token_type": brain.hparams.token_type,
-            "output_neurons": brain.hparams.output_neurons,
-        },
-        "run": run_record(
-            seed=brain.hparams.seed,
-            precision=brain.precision,
-            device=brain.device,
-            command=command,
-        ),
+def write_results(
+    brain: LMBrain,
+    scores: Mapping[str, Perplexity],
+    texts: Mapping[str, list[str]],
+    command: list[str],
+    evaluation: str | None,
+) -> None:
+    """Writes ``results.json``: perplexities, the model's size, and how to repeat the run.
+
+    Args:
+        texts: files of each text.
+        evaluation: name of an evaluation that no training precedes; it stands in ``evaluations``,
+            and the training's own results stay.
+    """
+    path = Path(brain.hparams.output_folder) / "results.json"
+    splits = {
+        name: {
+            "perplexity": score.value,
+            "tokens": score.num_tokens,
+            "sentences": score.num_sentences,
+        }
+        for name, score in scores.items()
     }
-    with atomic_write(Path(brain.hparams.output_folder) / "results.json") as stream:
-        json.dump(results, stream, indent=2)
-        stream.write("\n")
+    run = run_record(
+        seed=brain.hparams.seed,
+        precision=brain.precision,
+        eval_precision=brain.eval_precision,
+        device=brain.device,
+        command=command,
+    )
+    with alone_with(path):
+        results = _earlier_results(path)
+        if evaluation is None:
+            results |= {"splits": splits, "model": _model_described(brain), "run": run}
+        else:
+            settings = {"texts": {name: texts[name] for name in scores}}
+            settings["eval_precision"] = brain.eval_precision
+            entry = {"splits": splits, "settings": settings, "run": run}
+            results.setdefault("evaluations", {})[evaluation] = entry
+        with atomic_write(path) as stream:
+            json.dump(results, stream, indent=2)
+            stream.write("\n")
+
+
+def _earlier_results(path: Path) -> dict:
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(results["splits"], dict):
+            return results
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return {"splits": {}}
+
+
+def _model_described(brain: LMBrain) -> dict:
+    return {
+        "parameters": count_parameters([brain.hparams.model]),
+        "token_type": brain.hparams.token_type,
+        "output_neurons": brain.hparams.output_neurons,
+    }

@@ -58,7 +58,7 @@ def make_loggers(hparams: Mapping) -> list[TrainLogger]:
     """The loggers that ``use_tensorboard`` and ``use_wandb`` ask for.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: the package is not installed, or Weights & Biases does not take the run.
     """
     loggers: list[TrainLogger] = []
     folder = Path(hparams["output_folder"])
@@ -75,16 +75,26 @@ def make_loggers(hparams: Mapping) -> list[TrainLogger]:
         except ImportError:
             raise UserError("--use_wandb True needs: pip install -e '.[wandb]'") from None
         plain = {k: v for k, v in hparams.items() if isinstance(v, (int, float, str, list, dict))}
-        loggers.append(
-            RunWandBLogger(
-                wandb.init,
-                entity=hparams["wandb_entity"],
-                project=hparams["wandb_project"],
-                name="-".join(folder.parts[-2:]),
-                id=run_id(folder),
-                resume="allow",
-                dir=str(folder),
-                config=plain,
+        try:
+            loggers.append(
+                RunWandBLogger(
+                    wandb.init,
+                    entity=hparams["wandb_entity"],
+                    project=hparams["wandb_project"],
+                    name="-".join(folder.parts[-2:]),
+                    id=run_id(folder),
+                    resume="allow",
+                    dir=str(folder),
+                    config=plain,
+                )
             )
-        )
+        except (wandb.errors.Error, TypeError) as error:
+            # SpeechBrain calls the error that it means to raise.
+            reason = error.__context__ if isinstance(error, TypeError) else error
+            if not isinstance(reason, wandb.errors.Error):
+                raise
+            raise UserError(
+                f"--use_wandb True: {str(reason).strip().splitlines()[0]} Log in once with "
+                "`wandb login`, or set WANDB_MODE=offline to keep the figures here."
+            ) from None
     return loggers

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import sentencepiece as spm
 from speechbrain.dataio.batch import PaddedBatch
-from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.distributed import if_main_process
 from torch import Tensor
 
 from decoding.ctc_alignment import align_words
+from training.launch.processes import on_main
 from training.splicing.segments import Segment, cut_at_pauses, read_segments, write_segments
 
 logger = logging.getLogger(__name__)
@@ -85,15 +86,31 @@ def cut_speech(
         origin: where in the run this is: ``step``, ``epoch``, and ``first_epoch``, in which cutting
             is tried.
     """
-    if path.is_file():
-        segments, found = read_segments(path)
-        # Those of a later model, or of one that was to know the words sooner, count no more.
-        valid = found["step"] <= origin["step"] and found["first_epoch"] == origin["first_epoch"]
-        if valid and (segments or found["epoch"] == origin["epoch"]):
-            return segments
+    kept = on_main(_kept_segments, path, origin)
+    if kept is not None:
+        return kept
     segments = _find_segments(emissions(), cut)
-    run_on_main(write_segments, args=[path, segments, origin])
-    # Those of the main process, which alone has cut.
+    # Those of the main process, which alone has cut, as they are read back from the file.
+    return on_main(_keep_segments, path, segments, origin)
+
+
+def _kept_segments(path: Path, origin: Mapping[str, int]) -> list[Segment] | None:
+    if not path.is_file():
+        return None
+    try:
+        segments, found = read_segments(path)
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s): the speech is cut anew.", path, error)
+        return None
+    # Those of a later model, or of one that was to know the words sooner, count no more.
+    valid = found["step"] <= origin["step"] and found["first_epoch"] == origin["first_epoch"]
+    if valid and (segments or found["epoch"] == origin["epoch"]):
+        return segments
+    return None
+
+
+def _keep_segments(path: Path, segments: list[Segment], origin: Mapping[str, int]) -> list[Segment]:
+    write_segments(path, segments, origin)
     return read_segments(path)[0]
 
 
