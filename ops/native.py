@@ -43,7 +43,9 @@ def float32(x: Tensor) -> Tensor: ...
 def float32(x: None) -> None: ...
 def float32(x: Tensor | None) -> Tensor | None:
     """A parameter or state as the kernels want it: float32, contiguous."""
-    return None if x is None else x.detach().to(torch.float32).contiguous()
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.detach().to(torch.float32).contiguous()
 
 
 def empty_like(x: Tensor) -> Tensor:
