@@ -34,11 +34,16 @@ def check_shape(name: str, tensor: Tensor | None, wanted: tuple[int, ...], axes:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {axes} = {wanted}")
 
 
-def normalise_lengths(lengths: Tensor | None, batch: int, time: int, device) -> Tensor | None:
+def normalise_lengths(
+    lengths: Tensor | None, batch: int, time: int, device, clamp: bool = True
+) -> Tensor | None:
     """``lengths`` as contiguous int64 (batch,) on ``device``.
 
     Values are checked on the CPU; on an accelerator, where a look at them would stall the queue,
     they are clamped to 0 .. time instead.
+
+    Args:
+        clamp: False leaves that to kernels that do it.
 
     Raises:
         ValueError: wrong shape, not integers, or a value outside 0 .. time.
@@ -57,7 +62,7 @@ def normalise_lengths(lengths: Tensor | None, batch: int, time: int, device) -> 
                 f"lengths run from {int(lengths.min())} to {int(lengths.max())}; "
                 f"wanted values between 0 and the {time} frames of the input"
             )
-    else:
+    elif clamp:
         lengths = lengths.clamp(0, time)
     return lengths.to(device=device, dtype=torch.int64).contiguous()
 

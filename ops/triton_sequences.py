@@ -20,10 +20,11 @@ class Sequence(NamedTuple):
 
 @triton.jit
 def num_valid_frames(lengths, time):
-    """Valid frames of the program's item."""
+    """Valid frames of the program's item, never more than there are."""
     valid = time
     if lengths is not None:
         valid = tl.load(lengths + tl.program_id(2)).to(tl.int32)
+        valid = tl.minimum(tl.maximum(valid, 0), time)
     return valid
 
 

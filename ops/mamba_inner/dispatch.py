@@ -65,7 +65,8 @@ def mamba_inner_fn(
     # A compiler sees the parts and decides by itself what to keep.
     if xz_BTF.numel() and not torch.compiler.is_compiling():
         arguments = arguments._replace(
-            lengths=normalise_lengths(lengths, batch, time, xz_BTF.device),
+            # Of those that take raw calls on an accelerator, the kernels clamp.
+            lengths=normalise_lengths(lengths, batch, time, xz_BTF.device, clamp=False),
             chunk_size=normalise_reset(chunk_size, time),
         )
         modules = _choose(arguments, backend, conv_backend)

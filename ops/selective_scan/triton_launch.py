@@ -440,7 +440,7 @@ class GradientParts:
         piece = torch.zeros(call.batch, dtype=torch.int64, device=call.device)
         if way.reverse:
             valid = piece + call.time if call.lengths is None else call.lengths
-            piece = (valid - 1).clamp(min=0) // call.piece_frames
+            piece = (valid - 1).clamp(0, call.time - 1) // call.piece_frames
         items = torch.arange(call.batch, device=call.device)
         grad = self.carry[items, piece].transpose(1, 2)
         return empty_like(way.initial_state).copy_(grad)
