@@ -2,10 +2,12 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +125,28 @@ def test_an_id_that_a_manifest_made_by_hand_has_twice_is_named(copy, tone_corpus
     assert train(as_trained(tone_corpus, copy, skip_prep=True)) == EXIT_USER_ERROR
     message = capsys.readouterr().err
     assert f"{lines[1].split(',')[0]} in train.csv and train.csv" in message
+
+
+@pytest.mark.parametrize("by_permission", [False, True])
+def test_a_run_that_may_only_be_read_is_evaluated_beside(
+    copy, tone_corpus, tmp_path, monkeypatch, by_permission
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if by_permission and os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    for path in (copy, *copy.rglob("*")) if by_permission else ():
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    if not by_permission:
+        access = os.access
+        monkeypatch.setattr(
+            os, "access", lambda path, mode: Path(path) != copy and access(path, mode)
+        )
+    before = files_of(copy)
+    arguments = as_trained(tone_corpus, copy, test_splits="[test-other]", test_beam_size=3)
+    assert train([*arguments, "--test_only"]) == 0
+    assert files_of(copy) == before
+    place = tmp_path / "here" / "evaluation_of_copy"
+    (name,) = json.loads((place / "results.json").read_text(encoding="utf-8"))["evaluations"]
+    assert (place / "eval" / name / "wer_test-other.txt").is_file()
+    assert (place / "log.txt").is_file()

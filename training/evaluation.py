@@ -251,7 +251,8 @@ def evaluate_splits(
                     )
                 if evaluation is not None:
                     record_evaluation(
-                        run, evaluation.name, {split: score}, evaluation.settings, record
+                        *(evaluation.place, evaluation.name, {split: score}),
+                        *(evaluation.settings, record),
                     )
                 stats = {"loss": brain.last_test_loss, "WER": score.wer, "CER": score.cer}
             # On every process: a logger writes on the main one and then waits for the others.

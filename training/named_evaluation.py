@@ -49,13 +49,15 @@ class Evaluation:
 
     Attributes:
         name: of the evaluation, and of its folder.
-        folder: for the reports: ``eval/<name>``.
+        place: whose ``results.json`` has the scores: the run's folder, if that can be written.
+        folder: for the reports: ``eval/<name>`` in it.
         manifests: folder of the test manifests.
         settings: what the scores depend on, as JSON values.
         is_own: it repeats the evaluation that ends the training, whose reports it renews as well.
     """
 
     name: str
+    place: Path
     folder: Path
     manifests: Path
     settings: dict[str, Any]
@@ -63,7 +65,11 @@ class Evaluation:
 
 
 def plan_evaluation(
-    hparams: Mapping[str, Any], resolved: str, eval_precision: str, eval_name: str | None
+    hparams: Mapping[str, Any],
+    resolved: str,
+    eval_precision: str,
+    eval_name: str | None,
+    place: Path,
 ) -> Evaluation:
     """Prepare the test manifests, and find out what distinguishes this evaluation from others.
 
@@ -72,6 +78,7 @@ def plan_evaluation(
         resolved: its YAML file with overrides and without references.
         eval_precision: of the network.
         eval_name: what the user calls it.
+        place: where it is written; another folder than the run's where that may only be read.
 
     Raises:
         UserError: the test splits cannot be prepared, or ``eval_name`` is taken by an evaluation
@@ -93,7 +100,8 @@ def plan_evaluation(
         }
         recorded = read_fingerprint(run)
         is_own = (
-            own["search"] == search
+            place == run
+            and own["search"] == search
             and own["eval_precision"] in (None, eval_precision)
             and all(
                 split in own["splits"]
@@ -101,17 +109,17 @@ def plan_evaluation(
                 for split, digest in digests.items()
             )
         )
-        earlier = _earlier_evaluations(run)
+        earlier = _earlier_evaluations(place)
         if eval_name is None:
             name = _distinguishing(splits, search, eval_precision, own)
             name = _free_name(name, settings, earlier)
         else:
             name = _checked_name(eval_name, settings, earlier)
-        folder = run / EVAL_FOLDER / name
+        folder = place / EVAL_FOLDER / name
         manifests = run if is_own or hparams["skip_prep"] else folder
         if not hparams["skip_prep"]:
             move_manifests(scratch, manifests)
-    return Evaluation(name, folder, manifests, settings, is_own)
+    return Evaluation(name, place, folder, manifests, settings, is_own)
 
 
 def _search_settings(resolved: str) -> dict[str, Any]:
@@ -150,9 +158,9 @@ def _settings_of_run(run: Path) -> dict[str, Any]:
     return found
 
 
-def _earlier_evaluations(run: Path) -> dict[str, Any]:
+def _earlier_evaluations(place: Path) -> dict[str, Any]:
     try:
-        return read_results(run).get("evaluations") or {}
+        return read_results(place).get("evaluations") or {}
     except (OSError, ValueError):
         return {}
 

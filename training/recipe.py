@@ -65,7 +65,12 @@ from training.evaluation import evaluate_splits, leave_bundle
 from training.launch.command_line import CommandLine
 from training.launch.processes import on_main
 from training.launch.run_lock import sole_run
-from training.launch.start import make_output_folder, start_run, write_hyperparams
+from training.launch.start import (
+    make_output_folder,
+    place_for_reports,
+    start_run,
+    write_hyperparams,
+)
 from training.launch.yaml_file import resolved_text
 from training.named_evaluation import plan_evaluation
 from training.reporting.loggers import make_loggers
@@ -233,7 +238,8 @@ def _run(
 ) -> ASRBrain:
     test_only, folder = run_opts.test_only, Path(hparams["output_folder"])
     evaluation = None
-    make_output_folder(hparams, test_only)
+    place = on_main(place_for_reports, folder) if test_only else folder
+    make_output_folder(place, test_only)
     if test_only:
         outputs = hparams["output_neurons"]
         if "output_neurons" not in line.overrides:
@@ -246,6 +252,7 @@ def _run(
             resolved_text(line.param_file, line.overrides),
             run_opts.eval_precision,
             line.eval_name,
+            place,
         )
         hparams["checkpointer"].only_reads = True
     else:
@@ -275,6 +282,8 @@ def _run(
     )
     if not test_only:
         brain.loggers += make_loggers(hparams)
+    elif place != folder:
+        brain.loggers = []
     brain.resume_from = line.resume
     if not test_only:
         fit_schedule(hparams, loaders, run_opts.grad_accumulation_factor)

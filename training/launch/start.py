@@ -1,5 +1,6 @@
 """The first steps of every run: command line, YAML file, device, processes, output folder."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,16 @@ def run_options(line: CommandLine, hparams: Mapping) -> RunOptions:
     return RunOptions.from_dictionary(options)
 
 
-def make_output_folder(hparams: dict, test_only: bool) -> None:
+def make_output_folder(folder: str | Path, test_only: bool) -> None:
     """Makes the output folder with its log."""
-    sb.create_experiment_directory(
-        experiment_directory=hparams["output_folder"], save_env_desc=not test_only
-    )
+    sb.create_experiment_directory(experiment_directory=str(folder), save_env_desc=not test_only)
+
+
+def place_for_reports(run: str | Path) -> Path:
+    """The folder of a run, or where it may only be read, one here that is named after it."""
+    if os.access(run, os.W_OK):
+        return Path(run)
+    return Path(f"evaluation_of_{Path(run).resolve().name}")
 
 
 def write_hyperparams(line: CommandLine, folder: str | Path) -> None:

@@ -42,7 +42,12 @@ from training.checkpoints.run_tokenizer import copy_tokenizer, keep_tokenizer
 from training.launch.command_line import CommandLine
 from training.launch.processes import on_main
 from training.launch.run_lock import sole_run
-from training.launch.start import make_output_folder, start_run, write_hyperparams
+from training.launch.start import (
+    make_output_folder,
+    place_for_reports,
+    start_run,
+    write_hyperparams,
+)
 from training.launch.yaml_file import read_yaml, resolved_text
 from training.lm.brain import LMBrain, Perplexity
 from training.lm.text_batches import TextBatches, TextLoader, read_sentences
@@ -82,7 +87,8 @@ def _run(
     tokenizer_file = Path(hparams["save_folder"]) / "tokenizer.model"
     if options.test_only:
         on_main(_require_trained, tokenizer_file)
-    make_output_folder(hparams, options.test_only)
+    place = on_main(place_for_reports, folder) if options.test_only else folder
+    make_output_folder(place, options.test_only)
     if options.test_only:
         outputs = hparams["output_neurons"]
         if "output_neurons" not in line.overrides:
@@ -140,7 +146,7 @@ def _run(
         brain.text_loader = TextLoader(text, hparams["num_workers"])
         brain.fit(hparams["counter"], brain.text_loader, held_out["valid"])
     brain.unwrap_modules()
-    export(brain, tokenizer_file, folder / "lm")
+    export(brain, tokenizer_file, folder / "lm", place == folder)
     with brain.stop_request:
         scores = {name: brain.perplexity_of(text) for name, text in held_out.items()}
     if if_main_process():
@@ -151,10 +157,11 @@ def _run(
                 Path(path).name.split(".")[0] for p in texts.values() for path in p
             )
             evaluation = line.eval_name or "+".join(files)
-        write_results(brain, scores, texts, command, evaluation)
+        write_results(place, brain, scores, texts, command, evaluation)
         for name, score in scores.items():
             print(f"{name}: perplexity {score.value:.2f} over {score.num_tokens} tokens")
-        print(f"Language model and tokenizer: {folder / 'lm'}")
+        if place == folder:
+            print(f"Language model and tokenizer: {folder / 'lm'}")
     return scores
 
 
@@ -285,29 +292,39 @@ def warn_of_unknown_characters(text: TextBatches, policy: str) -> None:
     check_unknown_characters(unknown, policy, "Training text")
 
 
-def export(brain: LMBrain, tokenizer_file: Path, folder: Path) -> None:
-    """Writes the mean of the best checkpoints and the tokenizer as a recogniser loads them.
+def export(brain: LMBrain, tokenizer_file: Path, folder: Path, keep: bool) -> None:
+    """Loads the mean of the best checkpoints; writes it and the tokenizer as a recogniser wants it.
 
-    Without checkpoints the model of an earlier export is kept.
+    Without checkpoints the model of an earlier export is taken.
+
+    Args:
+        keep: whether to write them.
 
     Raises:
         UserError: the run has neither.
     """
-    state = on_main(_exported, brain, tokenizer_file, folder)
-    brain.hparams.model.load_state_dict(state)
+    brain.hparams.model.load_state_dict(on_main(_mean, brain, tokenizer_file, folder, keep))
 
 
-def _exported(brain: LMBrain, tokenizer_file: Path, folder: Path) -> dict[str, torch.Tensor]:
+def _mean(
+    brain: LMBrain, tokenizer_file: Path, folder: Path, keep: bool
+) -> dict[str, torch.Tensor]:
     model_file = folder / LM_FILE
     best = brain.checkpointer.find_intact(
         min_key=brain.best_metric, max_num_checkpoints=brain.hparams.avg_checkpoints
     )
     if best:
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(model_file, "wb") as stream:
-            torch.save(average_checkpoints(best, "model"), stream)
-        with atomic_write(folder / TOKENIZER_FILE, "wb") as stream:
-            stream.write(tokenizer_file.read_bytes())
+        for checkpoint in best:
+            # A clear message before averaging meets tensors of different shapes.
+            load_model_weights(brain.hparams.model, checkpoint.paramfiles["model"])
+        mean = average_checkpoints(best, "model", partial(torch.load, map_location="cpu"))
+        if keep:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(model_file, "wb") as stream:
+                torch.save(mean, stream)
+            with atomic_write(folder / TOKENIZER_FILE, "wb") as stream:
+                stream.write(tokenizer_file.read_bytes())
+        return mean
     if not model_file.is_file():
         raise UserError(
             f"{brain.checkpointer.checkpoints_dir} holds no finished epoch to evaluate. "
@@ -318,6 +335,7 @@ def _exported(brain: LMBrain, tokenizer_file: Path, folder: Path) -> dict[str, t
 
 
 def write_results(
+    place: Path,
     brain: LMBrain,
     scores: Mapping[str, Perplexity],
     texts: Mapping[str, list[str]],
@@ -327,11 +345,12 @@ def write_results(
     """Writes ``results.json``: perplexities, the model's size, and how to repeat the run.
 
     Args:
+        place: folder of ``results.json``.
         texts: files of each text.
         evaluation: name of an evaluation that no training precedes; it stands in ``evaluations``,
             and the training's own results stay.
     """
-    path = Path(brain.hparams.output_folder) / "results.json"
+    path = place / "results.json"
     splits = {
         name: {
             "perplexity": score.value,
