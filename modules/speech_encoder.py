@@ -69,11 +69,11 @@ class SpeechEncoder(nn.Module):
         self._frontend_frames = CNN.out_frames
         self._frontend_stride = CNN.stride_frames
 
-    def check_widths(self) -> None:
-        """Whether each part takes what the one before it makes.
+    def frontend_width(self) -> int:
+        """Features of a frame of the front end: what the network's ``input_size`` has to be.
 
         Raises:
-            ValueError: it does not: another number of mel bins, or another front end.
+            ValueError: the front end does not take what the filterbank makes.
         """
         bins, training = self.compute_features.compute_fbanks.n_mels, self.CNN.training
         try:
@@ -83,8 +83,17 @@ class SpeechEncoder(nn.Module):
             raise ValueError(f"CNN does not take features of {bins} mel bins: {error}") from None
         finally:
             self.CNN.train(training)
-        made, wanted = frames_BTFC.shape[2:].numel(), self.Transformer.input_size
+        return frames_BTFC.shape[2:].numel()
+
+    def check_widths(self) -> None:
+        """Whether each part takes what the one before it makes.
+
+        Raises:
+            ValueError: it does not: another number of mel bins, or another front end.
+        """
+        made, wanted = self.frontend_width(), self.Transformer.input_size
         if made != wanted:
+            bins = self.compute_features.compute_fbanks.n_mels
             raise ValueError(
                 f"The front end makes {made} features of {bins} mel bins, and input_size of "
                 f"Transformer is {wanted}. Give --Transformer '{{input_size: {made}}}'."

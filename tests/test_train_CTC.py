@@ -665,3 +665,14 @@ def test_a_cosine_ends_with_the_last_epoch(tone_corpus, tmp_path):
     # The rate that is logged is that of the step after.
     assert rates[-2:] == pytest.approx(2 * [0.01 * 0.01])
     assert rates[-3] > 1.1 * rates[-2]
+
+
+def test_the_network_takes_what_another_front_end_makes(tone_corpus, tmp_path, capsys):
+    folder = tmp_path / "run"
+    keys = {"n_mels": 40, "number_of_epochs": 1, "test_splits": "[test-other]", **ONE_BATCH}
+    arguments = command_line(tone_corpus, folder, **keys)
+    assert train([*arguments, "--Transformer", "{input_size: 640}"]) == EXIT_USER_ERROR
+    assert "The front end makes 320 features of 40 mel bins" in capsys.readouterr().err
+    assert train(arguments) == 0
+    assert train([*arguments, "--test_only"]) == 0
+    assert "input_size: 320" in (folder / "hyperparams.yaml").read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +63,7 @@ from training.data.recordings import (
     with_characters,
 )
 from training.evaluation import evaluate_splits, leave_bundle
-from training.launch.command_line import CommandLine
+from training.launch.command_line import CommandLine, load_hparams
 from training.launch.processes import on_main
 from training.launch.run_lock import sole_run
 from training.launch.start import (
@@ -91,6 +92,26 @@ def uses_pretrained_tokenizer(hparams: dict) -> bool:
     from the hub only for a language model that is really used."""
     source = hparams.get("pretrained_lm_tokenizer_path")
     return bool(source) and (Path(source).is_dir() or not hparams["no_lm"])
+
+
+def with_input_size(line: CommandLine, hparams: dict) -> tuple[CommandLine, dict]:
+    """Command line and hyperparameters of a network that takes what the front end makes.
+
+    Raises:
+        UserError: the parts do not fit, and ``input_size`` is given.
+    """
+    encoder, network = hparams["speech_encoder"], line.overrides.get("Transformer") or {}
+    try:
+        width = encoder.frontend_width()
+        if width != encoder.Transformer.input_size and "input_size" not in network:
+            given = {"Transformer": {**network, "input_size": width}}
+            line = replace(line, overrides=line.overrides | given)
+            hparams = load_hparams(line.param_file, line.overrides)
+            encoder = hparams["speech_encoder"]
+        encoder.check_widths()
+    except ValueError as error:
+        raise UserError(f"{line.param_file}: {error}") from None
+    return line, hparams
 
 
 def prepare_tokenizer(line: CommandLine, hparams: dict) -> int:
@@ -216,13 +237,10 @@ def run_recipe(
         Interrupted: SIGINT or SIGTERM; the run can be resumed.
     """
     line, hparams, run_opts = start_run(argv, description)
+    line, hparams = with_input_size(line, hparams)
     make_lists_of_splits(hparams, run_opts.test_only)
     if run_opts.test_only:
         on_main(_require_trained, tokenizer_file(hparams))
-    try:
-        hparams["speech_encoder"].check_widths()
-    except ValueError as error:
-        raise UserError(f"{line.param_file}: {error}") from None
     # An evaluation reads, and writes where no other does.
     with nullcontext() if run_opts.test_only else sole_run(hparams["output_folder"]):
         return _run(line, hparams, run_opts, brain_class, prepare_searches, argv)
