@@ -89,8 +89,10 @@ corpus_keys() {
 }
 
 tests() {
-  local options=(-m "${DRY:+not }gpu and not slow" -p no:cacheprovider -ra)
-  has pytest_timeout && options+=(--timeout 100)
+  local options=(-m "${DRY:+not }gpu and not slow" -p no:cacheprovider -rfE --tb=short)
+  # Ends itself before its limit does, so that what failed is told.
+  "$PYTHON" -m pytest --help 2>/dev/null | grep -q -- --session-timeout &&
+    options+=(--timeout 100 --session-timeout 160)
   has xdist && [ -z "$DRY" ] && options+=(-n 8)
   ROWS='^(FAILED|ERROR|E  )|passed|failed|error' \
     within 180 tests "$PYTHON" -m pytest "${options[@]}" tests/gpu

@@ -219,7 +219,10 @@ def pad_right(tensors: list[torch.Tensor], **options) -> tuple[torch.Tensor, tor
     return tensors[0].new_zeros(len(tensors), 1), torch.zeros(len(tensors))
 
 
-collate = partial(PaddedBatch, padding_func=pad_right)
+ON_THE_DEVICE = ("sig", "tokens", "tokens_bos", "tokens_eos")
+"""What of a batch is computed with; counts stay with the host, which need not wait to see them."""
+
+collate = partial(PaddedBatch, padding_func=pad_right, device_prep_keys=ON_THE_DEVICE)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
