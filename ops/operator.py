@@ -1,6 +1,7 @@
 """Makes a torch operator of a backend's forward and backward: one node, with gradients.
 
-torch.compile and torch.export see the operator, not what it does.
+torch.compile and torch.export see the operator, not what it does. Calls that nobody watches go past
+it: what torch does around an operator written in Python takes as long as what a GPU does in it.
 """
 
 from __future__ import annotations
@@ -66,24 +67,63 @@ def register(
         if not ctx.save:
             raise RuntimeError(f"{name} ran without keeping what its gradient needs")
         grad_y, grad_state, *_ = grad_outputs
-        # Once: recomputed tensors are handed out a single time.
-        saved = ctx.saved_tensors
-        tensors, kept = saved[: len(ctx.others)], saved[len(ctx.others) :]
-        arguments = [
-            other if x is None else x for x, other in zip(tensors, ctx.others, strict=True)
-        ]
-        if grad_y is None:
-            grad_y = arguments[0].new_zeros(()).expand(arguments[0].shape)
-        grads = iter(backward_operator(grad_y, grad_state, list(kept), *arguments))
+        grad_y, arguments, kept = _saved(ctx, grad_y)
+        grads = iter(backward_operator(grad_y, grad_state, kept, *arguments))
         return *(next(grads) if _has_gradient(x) else None for x in arguments), None
 
     operator.register_autograd(autograd_backward, setup_context=setup_context)
 
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            y, state, *kept = forward(arguments, True)
+            ctx.others = [None if isinstance(x, Tensor) else x for x in arguments]
+            tensors = [x if isinstance(x, Tensor) else None for x in arguments]
+            ctx.save_for_backward(*tensors, *kept)
+            ctx.set_materialize_grads(False)
+            return y, state
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad_y, grad_state):
+            grad_y, arguments, kept = _saved(ctx, grad_y)
+            grads = backward(grad_y, grad_state, kept, arguments)
+            found = iter(grad for grad in grads if grad is not None)
+            return tuple(next(found) if _has_gradient(x) else None for x in arguments)
+
     def call(*arguments) -> tuple[Tensor, Tensor]:
-        y, state, *_ = operator(*arguments, _wants_gradient(arguments))
+        save = _wants_gradient(arguments)
+        if _is_observed(arguments[0]):
+            y, state, *_ = operator(*arguments, save)
+        elif save:
+            y, state = Node.apply(*arguments)
+        else:
+            with torch.no_grad():
+                y, state, *_ = forward(arguments, False)
         return y, state
 
     return call
+
+
+def _saved(ctx, grad_y: Tensor | None) -> tuple[Tensor, list, list[Tensor]]:
+    """The gradient of y, zeros for None, the arguments and what was kept."""
+    # Once: recomputed tensors are handed out a single time.
+    saved = ctx.saved_tensors
+    tensors, kept = saved[: len(ctx.others)], list(saved[len(ctx.others) :])
+    arguments = [other if x is None else x for x, other in zip(tensors, ctx.others, strict=True)]
+    if grad_y is None:
+        grad_y = arguments[0].new_zeros(()).expand(arguments[0].shape)
+    return grad_y, arguments, kept
+
+
+def _is_observed(x: Tensor) -> bool:
+    """Whether a compiler, a mode or a transformation of torch's has to see the operator."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _has_gradient(argument: object) -> bool:

@@ -12,7 +12,6 @@ import itertools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ops.causal_conv1d import triton as conv
@@ -22,6 +21,7 @@ from ops.mamba_inner.triton_kernels import (
     collect_projections_kernel,
     prepare_parameters_kernel,
 )
+from ops.native import ceil_div, next_power_of_2
 from ops.selective_scan import triton as scan
 from ops.selective_scan.arguments import ScanArguments, Way
 from ops.selective_scan.triton_launch import launch_backward_in_parts
@@ -72,7 +72,7 @@ class _Prepared:
             cast = True
         else:
             x_proj, dt_proj = first.x_proj[None], first.dt_proj[None]
-        grid = (triton.cdiv(max(num_states, columns) * inner, _BLOCK), count, 3 if cast else 1)
+        grid = (ceil_div(max(num_states, columns) * inner, _BLOCK), count, 3 if cast else 1)
         prepare_parameters_kernel[grid](
             first.A_log, second.A_log, first.x_proj, second.x_proj, first.dt_proj, second.dt_proj,
             A, x_proj, dt_proj, inner, rank, NUM_STATE=num_states, BOTH=count == 2, CAST=cast,
@@ -185,9 +185,9 @@ def _backward(
     memory = parts[0].memory
     assert memory.projections is not None
     grad_projected = projected.new_empty(count, rows, columns)
-    collect_projections_kernel[(triton.cdiv(time, _FRAMES), 2 * count, batch)](
+    collect_projections_kernel[(ceil_div(time, _FRAMES), 2 * count, batch)](
         memory.projections, grad_projected, time, memory.projections.shape[3], columns, rank,
-        NUM_STATE=num_states, STATES=triton.next_power_of_2(num_states), FRAMES=_FRAMES,
+        NUM_STATE=num_states, STATES=next_power_of_2(num_states), FRAMES=_FRAMES,
     )  # fmt: skip
 
     # Both gradients of both ways in one piece, to be converted together.
@@ -212,7 +212,7 @@ def _backward(
         new(count, inner, num_states), new(count, inner), new(count, inner)
     )  # fmt: skip
     grad_conv_weight, grad_conv_bias = new(count, inner, width), new(count, inner)
-    collect_parameters_kernel[(triton.cdiv(inner, _CHANNELS), count, num_states + 3 + width)](
+    collect_parameters_kernel[(ceil_div(inner, _CHANNELS), count, num_states + 3 + width)](
         memory.A, memory.D, memory.bias, conv_parts, prepared.A, grad_A_log, grad_D, grad_bias,
         grad_conv_weight, grad_conv_bias, inner, memory.A.shape[1] * memory.A.shape[2],
         conv_parts.shape[1] * conv_parts.shape[2], NUM_STATE=num_states, WIDTH=width,

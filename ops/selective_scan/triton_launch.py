@@ -6,10 +6,9 @@ import functools
 from typing import NamedTuple, overload
 
 import torch
-import triton
 from torch import Tensor
 
-from ops.native import empty_like, float32
+from ops.native import ceil_div, empty_like, float32, next_power_of_2
 from ops.selective_scan.arguments import ScanArguments, Way, WayGradients
 from ops.selective_scan.triton_backward import (
     WayGradientPointers,
@@ -247,22 +246,22 @@ class _Call:
         self.batch, self.dim, self.time = ways[0].u.shape
         self.device = ways[0].u.device
         self.num_states = ways[0].A.shape[1]
-        self.states = triton.next_power_of_2(self.num_states)
+        self.states = next_power_of_2(self.num_states)
         projections = [x for way in ways for x in (way.B, way.C) if x.dim() == 4]
         self.groups = max((x.shape[1] for x in projections), default=1)
         # Of a warp's lanes, those that are left hold further states.
         self.channels = max(1, min(WARP.value, WARP.value * _STATES_PER_THREAD // self.states))
         self.piece_frames = self._piece_frames()
-        self.num_pieces = triton.cdiv(self.time, self.piece_frames)
+        self.num_pieces = ceil_div(self.time, self.piece_frames)
 
     def _piece_frames(self) -> int:
         programs = self._channel_blocks(WARP.value) * self.batch
         multiprocessors = _num_multiprocessors(self.device)
         pieces = 1
         if programs < TUNING.enough_programs * multiprocessors:
-            pieces = triton.cdiv(TUNING.programs * multiprocessors, programs)
-        frames = max(triton.cdiv(self.time, pieces), TUNING.min_piece_frames)
-        return triton.cdiv(frames, TILE.value) * TILE.value
+            pieces = ceil_div(TUNING.programs * multiprocessors, programs)
+        frames = max(ceil_div(self.time, pieces), TUNING.min_piece_frames)
+        return ceil_div(frames, TILE.value) * TILE.value
 
     def new(self, *shape: int) -> Tensor:
         """Uninitialised memory in float32."""
@@ -272,7 +271,7 @@ class _Call:
         return way.reset_every or self.time
 
     def _channel_blocks(self, channels: int) -> int:
-        return self.groups * triton.cdiv(self.dim // self.groups, channels)
+        return self.groups * ceil_div(self.dim // self.groups, channels)
 
     def grid(self, channels: int) -> tuple[int, int, int]:
         return self._channel_blocks(channels), self.num_pieces, self.batch
@@ -331,9 +330,9 @@ class _Call:
         return pairs
 
     def _pack(self, sources: list[Tensor], reverse: list[bool]) -> Tensor:
-        frames = triton.cdiv(self.time, TILE.value) * TILE.value
+        frames = ceil_div(self.time, TILE.value) * TILE.value
         packed = self.new(len(sources), self.batch, self.groups, frames, self.num_states)
-        grid = (triton.cdiv(frames, _PACKED_FRAMES), self.groups * len(sources), self.batch)
+        grid = (ceil_div(frames, _PACKED_FRAMES), self.groups * len(sources), self.batch)
         with torch.cuda.device_of(packed):
             pack_projections_kernel[grid](
                 *(sources * 4)[:4], packed, self.lengths, self.time,
