@@ -42,7 +42,7 @@ format: venv
 	$(BIN)/ruff format .
 
 bench: venv
-	@for part in "scan --report" encoder "decode --report" "ctc_search --report" prepare; do \
+	@for part in "scan --report" encoder "decode --report" "ctc_search --report" "streaming --report" prepare; do \
 		set -- $$part; name=$$1; shift; begun=$$(date +%s); \
 		echo "== python -m benchmarks.bench_$$name $$*"; \
 		$(BIN)/python -m benchmarks.bench_$$name "$$@" || exit; \

@@ -133,6 +133,7 @@ def recognize(
         recognizer.transcribe_many,
         [reference.audio for reference in split.references],
         batch_seconds=arguments.batch_seconds,
+        chunk_ms=arguments.chunk_ms,
         **search,
     )
     results = with_progress(transcribe_all, len(split.references), arguments.noprogressbar)

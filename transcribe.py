@@ -1,16 +1,20 @@
 """Transcribe audio with a trained model.
 
 python transcribe.py results/demo speech.mp3
+python transcribe.py results/demo_streaming speech.mp3 --stream
 python transcribe.py results/demo recordings/ 'more/*.m4a' --format txt,srt --output_dir texts
 """
 
 import argparse
 import functools
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
+from inference import Transcript
 from inference.audio import AudioError
 from inference.command_line import (
     add_model_options,
@@ -18,13 +22,14 @@ from inference.command_line import (
     exit_status,
     load_recognizer,
     made_folder,
+    positive,
     report_failures,
     search_options,
     with_progress,
     write_text,
 )
 from inference.formats import FORMATS
-from inference.sources import find_sources
+from inference.sources import Source, find_sources
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="folder of a run or a bundle, or a name on the hub")
     add(
         "audio",
-        nargs="+",
+        nargs="*",
         metavar="AUDIO",
         help="files, folders (searched for audio), globs; - is standard input",
     )
@@ -63,8 +68,25 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="encode a recording of any length as one instead (Mamba and ConMamba encoders)",
     )
+    add(
+        "--stream",
+        action="store_true",
+        help="recognise while the recording is played, in chunks; Ctrl-C ends it with its text",
+    )
+    add(
+        "--speed",
+        type=_speed,
+        default=1.0,
+        metavar="X",
+        help="of --stream: how fast the recording is played (default: 1), or max",
+    )
+    add("--microphone", action="store_true", help="of --stream: listen to the default input")
     add_model_options(parser)
     return parser
+
+
+def _speed(text: str) -> float:
+    return math.inf if text == "max" else positive(float)(text)
 
 
 def _formats(text: str) -> list[str]:
@@ -80,37 +102,88 @@ def transcribe(arguments: argparse.Namespace) -> int:
     """Transcribes all that can be; returns the exit status."""
     if arguments.channel is not None and arguments.channel < 0:
         raise UserError(f"--channel is {arguments.channel}; channels are counted from 0.")
+    if arguments.microphone and (arguments.audio or not arguments.stream):
+        raise UserError("--microphone goes with --stream and without recordings.")
+    if not arguments.microphone and not arguments.audio:
+        raise UserError("There is nothing to transcribe: name recordings, or use --microphone.")
     check_model(arguments.model)
     search = search_options(arguments)
     folder = None if arguments.output_dir is None else made_folder(Path(arguments.output_dir))
     sources, failures = find_sources(arguments.audio)
-    if sources:
-        recognizer = load_recognizer(arguments)
-        transcribe_all = functools.partial(
-            recognizer.transcribe_many,
-            [source.audio for source in sources],
-            batch_seconds=arguments.batch_seconds,
-            channel=arguments.channel,
-            max_segment_s=arguments.max_segment_s,
-            whole=arguments.whole,
-            **search,
-        )
-        results = with_progress(transcribe_all, len(sources), arguments.noprogressbar)
-        for source, (_, result) in zip(sources, results, strict=True):
-            if isinstance(result, AudioError):
-                failures.append(str(result))
-                continue
-            for name in arguments.format:
-                text = FORMATS[name](result, source.name if name == "json" else source.title)
-                if folder is not None:
-                    path = folder / f"{source.stem}.{name}"
-                    made_folder(path.parent)
-                    write_text(path, text)
-                elif name == "txt" and len(sources) > 1:
-                    _print(f"{source.name}\t{text}")
-                else:
-                    _print(text)
+    results: Iterable[tuple[Source, Transcript | AudioError]] = []
+    if arguments.stream and (sources or arguments.microphone):
+        results = _streamed(sources, arguments, search)
+    elif sources:
+        results = _transcribed(sources, arguments, search)
+    for source, result in results:
+        if isinstance(result, AudioError):
+            failures.append(str(result))
+            continue
+        for name in arguments.format:
+            text = FORMATS[name](result, source.name if name == "json" else source.title)
+            if folder is not None:
+                path = folder / f"{source.stem}.{name}"
+                made_folder(path.parent)
+                write_text(path, text)
+            elif name == "txt" and len(sources) > 1:
+                _print(f"{source.name}\t{text}")
+            else:
+                _print(text)
     return report_failures(failures, "transcribed")
+
+
+def _transcribed(
+    sources: Sequence[Source], arguments: argparse.Namespace, search: Mapping[str, Any]
+) -> Iterator[tuple[Source, Transcript | AudioError]]:
+    recognizer = load_recognizer(arguments)
+    transcribe_all = functools.partial(
+        recognizer.transcribe_many,
+        [source.audio for source in sources],
+        batch_seconds=arguments.batch_seconds,
+        channel=arguments.channel,
+        max_segment_s=arguments.max_segment_s,
+        whole=arguments.whole,
+        chunk_ms=arguments.chunk_ms,
+        **search,
+    )
+    results = with_progress(transcribe_all, len(sources), arguments.noprogressbar)
+    for source, (_, result) in zip(sources, results, strict=True):
+        yield source, result
+
+
+def _streamed(
+    sources: Sequence[Source], arguments: argparse.Namespace, search: Mapping[str, Any]
+) -> Iterator[tuple[Source, Transcript | AudioError]]:
+    """Each recording as it is played, or the microphone; Ctrl-C ends all."""
+    from inference.audio import load_audio
+    from inference.live import listen, microphone, played
+    from inference.streaming import StreamingRecognizer
+
+    recognizer = StreamingRecognizer.from_pretrained(
+        arguments.model,
+        chunk_ms=arguments.chunk_ms or 640.0,
+        search=dict(search),
+        device=arguments.device,
+        precision=arguments.precision,
+        threads=arguments.threads,
+    )
+    shows_partial = sys.stderr.isatty() and not arguments.noprogressbar
+    if arguments.microphone:
+        heard = microphone(recognizer.sample_rate)
+        transcript, _ = listen(recognizer, heard, recognizer.sample_rate, shows_partial)
+        yield Source("microphone", "microphone", "microphone"), transcript
+        return
+    for source in sources:
+        try:
+            wav_S = load_audio(source.audio, recognizer.sample_rate, arguments.channel)
+        except AudioError as error:
+            yield source, error
+            continue
+        pieces = played(wav_S, recognizer.sample_rate, arguments.speed)
+        transcript, interrupted = listen(recognizer, pieces, recognizer.sample_rate, shows_partial)
+        yield source, transcript
+        if interrupted:
+            return
 
 
 def _print(text: str) -> None:

@@ -11,8 +11,17 @@ from inference.transcript import Segment, Token, Transcript, Word
 
 if TYPE_CHECKING:
     from inference.recognizer import Recognizer
+    from inference.streaming import StreamingRecognizer
 
-__all__ = ["AudioError", "Recognizer", "Segment", "Token", "Transcript", "Word"]
+__all__ = [
+    "AudioError",
+    "Recognizer",
+    "Segment",
+    "StreamingRecognizer",
+    "Token",
+    "Transcript",
+    "Word",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from inference.recognizer import Recognizer
 
         return Recognizer
+    if name == "StreamingRecognizer":
+        from inference.streaming import StreamingRecognizer
+
+        return StreamingRecognizer
     if name == "AudioError":
         from inference.audio import AudioError
 

@@ -29,8 +29,9 @@ _CONTAINERS = (
     "mpegts,ogg,rm,tta,w64,wav,wv"
 )
 _BLOCK_VALUES = 1 << 20
-# What blocks are multiplied by meanwhile: sums of float32's greatest numbers stay numbers.
-_HEADROOM = 2.0**-40
+HEADROOM = 2.0**-40
+"""What blocks are multiplied by meanwhile: sums of float32's greatest numbers stay numbers."""
+
 _MAX_OGG_PAGE_BYTES = 65_307
 # A decoder may keep a little to itself at the end of a whole file.
 _MAX_MISSING_S = 0.1
@@ -93,19 +94,65 @@ def as_waveform(
     Raises:
         AudioError: see ``load_audio``; or samples that are not finite.
     """
-    samples = np.asarray(samples)
-    if samples.ndim not in (1, 2) or 0 in samples.shape[1:] or samples.dtype.kind not in "iuf":
-        raise AudioError(
-            f"{name}: samples are {samples.dtype} of shape {samples.shape}; wanted numbers of "
-            "shape (S,) or (S, channels)"
-        )
-    samples_SC = samples[:, None] if samples.ndim == 1 else samples
+    samples_SC = with_channels(samples, name)
     channels = samples_SC.shape[1]
     waveform = _Waveform(name, rate, channels, sample_rate, channel)
     step = max(1, _BLOCK_VALUES // max(1, channels))
     for start in range(0, len(samples_SC), step):
         waveform.add(samples_SC[start : start + step])
     return waveform.finish()
+
+
+def with_channels(samples: np.ndarray, name: str) -> np.ndarray:
+    """Samples (S,) or (S, channels) as (S, channels).
+
+    Raises:
+        AudioError: they have another shape, or are no numbers.
+    """
+    samples = np.asarray(samples)
+    if samples.ndim not in (1, 2) or 0 in samples.shape[1:] or samples.dtype.kind not in "iuf":
+        raise AudioError(
+            f"{name}: samples are {samples.dtype} of shape {samples.shape}; wanted numbers of "
+            "shape (S,) or (S, channels)"
+        )
+    return samples[:, None] if samples.ndim == 1 else samples
+
+
+def check_rate(rate: float, name: str) -> None:
+    """Checks a sampling rate.
+
+    Raises:
+        AudioError: no recording has it.
+    """
+    if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+        raise AudioError(
+            f"{name}: a sampling rate of {rate} Hz is impossible; it is between "
+            f"{MIN_SAMPLE_RATE} and {MAX_SAMPLE_RATE} Hz"
+        )
+
+
+def resampler(rate: float, sample_rate: int) -> Any:
+    """A stream of soxr's, whose ``resample_chunk`` takes and gives float32."""
+    import soxr
+
+    # Computed in double precision, so that one that starts anew, later, gives the same.
+    return soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="VHQ")
+
+
+def mixed_down(block_SC: np.ndarray, name: str) -> tuple[np.ndarray, float]:
+    """Samples (S,), float32, full scale being ``HEADROOM``, and the highest in full scales.
+
+    Raises:
+        AudioError: some samples are not finite.
+    """
+    if block_SC.dtype.kind in "iu":
+        info = np.iinfo(block_SC.dtype)
+        zero, full_scale = (info.max + info.min + 1) // 2, (info.max - info.min + 1) // 2
+        block_SC = (block_SC.astype(np.float64) - zero) / full_scale
+    peak = np.abs(block_SC).max(initial=0.0)
+    if not peak <= np.finfo(np.float32).max:
+        raise AudioError(f"{name}: some samples are not finite numbers")
+    return (block_SC.astype(np.float32) * np.float32(HEADROOM)).mean(1), float(peak)
 
 
 class _Waveform:
@@ -127,11 +174,7 @@ class _Waveform:
     def __init__(
         self, name: str, rate: int, channels: int, sample_rate: int, channel: int | None
     ) -> None:
-        if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
-            raise AudioError(
-                f"{name}: a sampling rate of {rate} Hz is impossible; it is between "
-                f"{MIN_SAMPLE_RATE} and {MAX_SAMPLE_RATE} Hz"
-            )
+        check_rate(rate, name)
         if channel is not None and not 0 <= channel < channels:
             raise AudioError(f"{name}: there is no channel {channel}; it has {channels}, from 0")
         self.name = name
@@ -141,22 +184,13 @@ class _Waveform:
         self._peak = 1.0
         self._resampler: Any = None
         if rate != sample_rate:
-            import soxr
-
-            self._resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
+            self._resampler = resampler(rate, sample_rate)
 
     def add(self, block_SC: np.ndarray) -> None:
         """Takes the samples that follow."""
-        block_SC = block_SC[:, self._channels]
-        if block_SC.dtype.kind in "iu":
-            info = np.iinfo(block_SC.dtype)
-            zero, full_scale = (info.max + info.min + 1) // 2, (info.max - info.min + 1) // 2
-            block_SC = (block_SC.astype(np.float64) - zero) / full_scale
-        peak = np.abs(block_SC).max(initial=0.0)
-        if not peak <= np.finfo(np.float32).max:
-            raise AudioError(f"{self.name}: some samples are not finite numbers")
-        self._peak = max(self._peak, float(peak))
-        self._append((block_SC.astype(np.float32) * np.float32(_HEADROOM)).mean(1))
+        wav_S, peak = mixed_down(block_SC[:, self._channels], self.name)
+        self._peak = max(self._peak, peak)
+        self._append(wav_S)
 
     def finish(self) -> np.ndarray:
         """All samples (S,), float32; full scale is 1."""
@@ -164,7 +198,7 @@ class _Waveform:
         wav_S = np.concatenate(self._blocks)
         self._blocks = []
         # A float file may go beyond full scale: quieter is the same speech, clipped is not.
-        wav_S *= np.float32(1 / _HEADROOM / self._peak)
+        wav_S *= np.float32(1 / HEADROOM / self._peak)
         return wav_S
 
     def _append(self, wav_S: np.ndarray, last: bool = False) -> None:

@@ -8,14 +8,17 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
 from inference.audio import AudioError, as_waveform, load_audio
 from inference.bundle import is_bundle, read_bundle, read_run
+from inference.chunks import Chunks, chunks_of
 from inference.long_audio import MIN_SEGMENT_S, cut_at_pauses, join
 from inference.model import Model
 from inference.search import Found, SearchOptions, TextSearch, options_of
+from inference.streaming_text import Endpoints, StreamSearch
 from inference.transcript import Segment, Transcript
 from inference.words import words_of
 
@@ -115,6 +118,7 @@ class Recognizer:
         channel: int | None = None,
         max_segment_s: float = MAX_SEGMENT_S,
         whole: bool = False,
+        chunk_ms: float | None = None,
         batch_seconds: float = BATCH_SECONDS,
         progress: Progress = _untold,
         **search: Any,
@@ -129,6 +133,8 @@ class Recognizer:
                 seconds, which are recognised like recordings of their own and joined.
             whole: encode the recording as one instead, every frame in sight of all others, in
                 bounded memory; the text is that of the CTC branch. Mamba and ConMamba encoders.
+            chunk_ms: recognise the recording as one, no frame in sight of what follows its chunk of
+                so many milliseconds: what a `StreamingRecognizer` of such chunks gives.
             batch_seconds: seconds of audio that are encoded at once.
             progress: is told each share of the recording that is done, and its seconds.
             **search: see ``SearchOptions``.
@@ -138,7 +144,7 @@ class Recognizer:
             UserError: an option that cannot be.
         """
         wav_S = self.load(audio, sample_rate, channel)
-        how = _How(max_segment_s, whole, batch_seconds, options_of(search), progress)
+        how = _How(max_segment_s, whole, chunk_ms, batch_seconds, options_of(search), progress)
         return self._transcribe_all({0: wav_S}, how)[0]
 
     def load(
@@ -159,6 +165,7 @@ class Recognizer:
         channel: int | None = None,
         max_segment_s: float = MAX_SEGMENT_S,
         whole: bool = False,
+        chunk_ms: float | None = None,
         progress: Progress = _untold,
         **search: Any,
     ) -> Iterator[tuple[FileSource, Transcript | AudioError]]:
@@ -169,11 +176,11 @@ class Recognizer:
             batch_seconds: seconds of audio, padding included, that are encoded at once. Files of
                 like lengths go together: some batches are read ahead.
             channel: as in ``transcribe``.
-            max_segment_s, whole: as in ``transcribe``.
+            max_segment_s, whole, chunk_ms: as in ``transcribe``.
             progress: is told how many recordings are newly done, and how many seconds of audio.
             **search: see ``SearchOptions``.
         """
-        how = _How(max_segment_s, whole, batch_seconds, options_of(search), progress)
+        how = _How(max_segment_s, whole, chunk_ms, batch_seconds, options_of(search), progress)
         window: list[tuple[FileSource, np.ndarray | AudioError]] = []
         seconds = 0.0
         for path in paths:
@@ -201,6 +208,8 @@ class Recognizer:
         self, waveforms: Mapping[int, np.ndarray], how: "_How"
     ) -> dict[int, Transcript]:
         """Transcripts of waveforms, those of like lengths encoded together."""
+        if how.chunk_ms is not None:
+            return self._transcribe_in_chunks(waveforms, how.chunk_ms, how)
         if how.whole:
             return {i: self._transcribe_whole(wav_S, how) for i, wav_S in waveforms.items()}
         rate = self.sample_rate
@@ -266,6 +275,48 @@ class Recognizer:
             found = self._search.in_pieces(log_probs, how.options)
         return self._transcript(found, duration_s)
 
+    @torch.inference_mode()
+    def _transcribe_in_chunks(
+        self, waveforms: Mapping[int, np.ndarray], chunk_ms: float, how: "_How"
+    ) -> dict[int, Transcript]:
+        chunks = chunks_of(self.model, chunk_ms)
+        search = StreamSearch(self._search, how.options, Endpoints(), self.model.frame_s)
+        transcripts = {}
+        for i, wav_S in waveforms.items():
+            duration_s, text = len(wav_S) / self.sample_rate, search.start()
+            if len(wav_S) >= self.model.min_samples:
+                for log_probs_TV in self._log_probs_in_chunks(wav_S, chunks, how.batch_seconds):
+                    search.advance([text], [log_probs_TV.cpu().numpy()])
+            transcripts[i] = search.transcript(text, duration_s)
+            how.progress(1.0, duration_s)
+        return transcripts
+
+    def _log_probs_in_chunks(
+        self, wav_S: np.ndarray, chunks: Chunks, batch_seconds: float
+    ) -> Iterator[Tensor]:
+        """Log probabilities (T, V) of each chunk, encoded at once or, of a long recording, not."""
+        if len(wav_S) <= batch_seconds * self.sample_rate:
+            _, log_probs_1TV, _ = self.encode([wav_S], chunks)
+            yield from log_probs_1TV[0].split(chunks.frames)
+            return
+        encoder = self.model.encoder
+        state = encoder.initial_state(1, chunks.mask)
+        size = chunks.frames * encoder.stride_samples
+        frames = encoder.num_frames(len(wav_S))
+        padded_S = F.pad(torch.from_numpy(wav_S), (encoder.lead_samples, 2 * size))
+        for first in range(0, frames, chunks.frames):
+            count = min(chunks.frames, frames - first)
+            start = first * encoder.stride_samples
+            with self._autocast():
+                encoder_out_1TD, state = encoder.forward_streaming(
+                    padded_S[None, start : start + size].to(self.device),
+                    state,
+                    torch.tensor([count], device=self.device) if count < chunks.frames else None,
+                    chunks.mask,
+                )
+                logits_1TV = self.model.ctc_lin(encoder_out_1TD)
+            yield logits_1TV[0, :count].float().log_softmax(-1)
+
     def transcribe_batch(self, waveforms: Sequence[np.ndarray], **search: Any) -> list[Transcript]:
         """Transcripts of waveforms (S,) at the model's rate, encoded at once.
 
@@ -291,8 +342,14 @@ class Recognizer:
         ]
 
     @torch.inference_mode()
-    def encode(self, waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoder output, CTC log probabilities (both float32), and integer frames of each item."""
+    def encode(
+        self, waveforms: Sequence[np.ndarray], chunks: Chunks | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encoder output, CTC log probabilities (both float32), and integer frames of each item.
+
+        Args:
+            chunks: behind whose ends a frame sees nothing; None shows it everything.
+        """
         lengths = [len(wav_S) for wav_S in waveforms]
         wav_BS = torch.zeros(len(waveforms), max([1, *lengths]))
         for row_S, wav_S in zip(wav_BS, waveforms, strict=True):
@@ -300,7 +357,7 @@ class Recognizer:
         num_samples_B = torch.tensor(lengths, device=self.device)
         with self._autocast():
             encoder_out_BTD, num_frames_B = self.model.encoder(
-                wav_BS.to(self.device), num_samples_B
+                wav_BS.to(self.device), num_samples_B, None if chunks is None else chunks.mask
             )
             logits_BTV = self.model.ctc_lin(encoder_out_BTD)
         return encoder_out_BTD.float(), logits_BTV.float().log_softmax(-1), num_frames_B
@@ -323,6 +380,7 @@ class _How:
 
     max_segment_s: float
     whole: bool
+    chunk_ms: float | None
     batch_seconds: float
     options: SearchOptions
     progress: Progress

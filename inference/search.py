@@ -15,6 +15,7 @@ from common.errors import UserError
 from decoding.ctc_alignment import align_tokens
 from decoding.ctc_beam_search import (
     CTCBeamSearch,
+    CTCGreedySearch,
     CTCToken,
     HotwordTree,
     ctc_greedy,
@@ -141,6 +142,26 @@ class TextSearch:
         for piece_TV in arrays:
             state = search.advance(state, piece_TV[None])
         return self._found([hypothesis.tokens for hypothesis in search.finish(state)[0]])
+
+    def of_streams(
+        self, options: SearchOptions
+    ) -> tuple[CTCBeamSearch | CTCGreedySearch, HotwordTree | None]:
+        """The search of streams, which goes on with the CTC branch's frames; and its hotwords.
+
+        Raises:
+            UserError: an option that streams do not have.
+        """
+        if options.alternatives:
+            raise UserError("alternatives: a stream, or a recording in chunks, has one text.")
+        if options.search == "greedy":
+            return CTCGreedySearch(self.vocabulary, self.blank), None
+        # Beams that differ early would never meet: without this a state grows with each of them.
+        return self._ctc_search(options, prune_history=True)
+
+    def found(self, tokens: Sequence[CTCToken]) -> tuple[str, list[Placed]]:
+        """What tokens of the CTC branch spell, and those that spell it with their frames."""
+        ((ids,), placed) = self._found([tokens])
+        return self.text(ids), placed
 
     def text(self, tokens: Sequence[int]) -> str:
         """What tokens spell."""

@@ -1,9 +1,10 @@
 """ConMamba encoder: the Conformer's layer with a Mamba mixer in the place of self-attention."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+from speechbrain.nnet.activations import Swish
 from speechbrain.nnet.normalization import LayerNorm
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
@@ -13,7 +14,10 @@ from modules.layer_stack import Surroundings, pieces_of
 from modules.mamba import Mamba, MambaState
 from modules.mamba_config import mixer_options
 from modules.mamba_stack import MambaLayerStack
+from modules.packed_linear import with_packed_linears
+from modules.plain_layers import is_plain, runs_its_class
 from modules.stream_state import StreamState, stream_state
+from ops import conmamba_layer
 
 
 @stream_state
@@ -44,6 +48,9 @@ class ConmambaEncoderLayer(nn.Module):
 
     Paper: arXiv:2407.09732.
     """
+
+    # In a twin made for streams alone: the layer in one call.
+    fused: conmamba_layer.Layer | None = None
 
     def __init__(
         self,
@@ -86,6 +93,11 @@ class ConmambaEncoderLayer(nn.Module):
     ) -> tuple[Tensor, ConmambaLayerState | None]:
         """Applies the layer to the next chunk of streams, or to whole utterances (None)."""
         padding_BT, lengths_B = surroundings.padding_BT, surroundings.lengths_B
+        if state is not None and lengths_B is None and self.fused and self.fused.takes(x_BTD):
+            x_BTD, conv, ssm, conv_BPD = self.fused(
+                x_BTD, state.mamba.conv, state.mamba.ssm, state.conv_BPD
+            )
+            return x_BTD, ConmambaLayerState(MambaState(conv, ssm), conv_BPD)
         mask_BT1 = None if padding_BT is None else padding_BT.unsqueeze(-1)
         x_BTD = torch.add(x_BTD, self.ffn_module1(x_BTD), alpha=0.5)
         mixed_BTD, mamba = self.mamba(
@@ -116,6 +128,76 @@ class ConmambaEncoderLayer(nn.Module):
         for piece_BTD in pieces:
             piece_BTD.copy_(self.norm2(piece_BTD + 0.5 * self.ffn_module2(piece_BTD)))
         return x_BTD
+
+    def fuse(self) -> None:
+        """Makes ready for streams in one call, where all parts are as torch makes them.
+
+        It holds for as long as the parameters do not change.
+        """
+        module = self.convolution_module
+        activation, after = module.after_conv[1], module.after_conv[2]
+        ffns: list[tuple[Any, ...]] = [
+            (ffn[0], *cast(Any, ffn[1]).ffn) for ffn in (self.ffn_module1, self.ffn_module2)
+        ]
+        linears = [self.mamba.in_proj, self.mamba.out_proj, module.bottleneck[0], after]
+        linears += [linear for _, inner, _, _, outer in ffns for linear in (inner, outer)]
+        norms = [self.norm1.norm, self.norm2.norm, module.layer_norm, module.after_conv[0]]
+        norms += [ffn[0] for ffn in ffns]
+        activations = [activation, *(ffn[2] for ffn in ffns)]
+        directions = self.mamba.directions()
+        is_gelu = all(type(a) is nn.GELU and a.approximate == "none" for a in activations)
+        is_swish = all(
+            type(a) is nn.SiLU or (type(a) is Swish and a.beta == 1) for a in activations
+        )
+        if not (
+            (is_gelu or is_swish)
+            and directions is not None
+            and all(map(is_plain, [*linears, module.conv]))
+            and module.conv.dilation == (1,)
+            and all(type(norm) is nn.LayerNorm and norm.bias is not None for norm in norms)
+            and all(map(runs_its_class, self.modules()))
+            and conmamba_layer.fits(*self.parameters())
+        ):
+            return
+
+        def norm_of(norm: nn.LayerNorm) -> conmamba_layer.Norm:
+            return conmamba_layer.Norm(norm.weight, norm.bias, norm.eps)
+
+        def linear_of(linear: nn.Linear | nn.Conv1d) -> conmamba_layer.Linear:
+            return conmamba_layer.Linear(linear.weight.flatten(1), linear.bias)
+
+        ffn1, ffn2 = (
+            conmamba_layer.FeedForward(norm_of(norm), linear_of(inner), linear_of(outer))
+            for norm, inner, _, _, outer in ffns
+        )
+        self.fused = conmamba_layer.Layer(
+            ffn1=ffn1,
+            ffn2=ffn2,
+            mixer_norm=norm_of(self.norm1.norm),
+            in_proj=linear_of(self.mamba.in_proj),
+            out_proj=linear_of(self.mamba.out_proj),
+            directions=directions,
+            conv_norm=norm_of(module.layer_norm),
+            pointwise=linear_of(module.bottleneck[0]),
+            depthwise=linear_of(module.conv),
+            left=module.padding,
+            after_norm=norm_of(module.after_conv[0]),
+            after=linear_of(after),
+            last_norm=norm_of(self.norm2.norm),
+            swish=is_swish,
+        )
+
+
+def for_streams(encoder: nn.Module) -> nn.Module:
+    """A twin of ``encoder`` with the same parameters, faster for chunks on a CPU.
+
+    It is for as long as the parameters do not change.
+    """
+    twin = with_packed_linears(encoder)
+    for layer in twin.modules():
+        if isinstance(layer, ConmambaEncoderLayer):
+            layer.fuse()
+    return twin
 
 
 class ConmambaEncoder(MambaLayerStack):

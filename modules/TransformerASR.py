@@ -562,6 +562,15 @@ class TransformerASR(SpeechBrainTransformerASR):
             table = getattr(self, "positional_encoding", None)
         return x_BUD if table is None else x_BUD + self._absolute(table, num_before, x_BUD)
 
+    @property
+    def has_absolute_positions(self) -> bool:
+        """Whether the encoder's frames are numbered, up to ``max_length``."""
+        return (
+            self.attention_type == "regularMHA"
+            and self.positional_encoding_type is not None
+            and self.encoder_has_positions
+        )
+
     def _with_positions(
         self, x_BTD: Tensor, num_before_B: Tensor | None = None, num_left: int = 0
     ) -> tuple[Tensor, Tensor | None]:
@@ -573,8 +582,7 @@ class TransformerASR(SpeechBrainTransformerASR):
             if not self.encoder_attends:
                 return x_BTD, None
             return x_BTD, self.positional_encoding.make_pe(x_BTD.shape[1] + num_left)
-        absolute = self.attention_type == "regularMHA" and self.positional_encoding_type is not None
-        if absolute and self.encoder_has_positions:
+        if self.has_absolute_positions:
             table = self.positional_encoding
             if num_before_B is None:
                 x_BTD = x_BTD + self._absolute(table, 0, x_BTD)

@@ -322,6 +322,11 @@ class Mamba(nn.Module):
             D=getattr(self, f"D{suffix}"),
         )
 
+    def directions(self) -> tuple[Direction, ...] | None:
+        """The parameters of each direction; None where a part of it has to be called."""
+        found = [self._modules_of(suffix) for suffix in self._suffixes()]
+        return tuple(map(_weights, found)) if all(d.are_plain() for d in found) else None
+
     def _check_state(self, state: MambaState, batch_size: int) -> None:
         rows = batch_size, self.d_inner
         wanted = {"ssm": (*rows, self.d_state), "conv": (*rows, self.d_conv - 1)}

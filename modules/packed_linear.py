@@ -21,11 +21,13 @@ class _Packed(nn.Module):
     packed: Tensor | None
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not packed_linear.fits(x, self.weight, bias):
+        rows = x.flatten(0, -2) if x.dim() > 2 else x
+        if not packed_linear.fits(rows, self.weight, bias):
             return F.linear(x, self.weight, bias)
         if self.packed is None:
             self.packed = packed_linear.pack(self.weight)
-        return packed_linear.packed_linear(x, self.packed, bias, len(self.weight))
+        y = packed_linear.packed_linear(rows, self.packed, bias, len(self.weight))
+        return y.view(*x.shape[:-1], len(self.weight))
 
 
 class PackedLinear(_Packed, nn.Linear):

@@ -197,6 +197,11 @@ class SpeechEncoder(nn.Module):
                 "not know; train with SpeechBrain's InputNormalization, norm_type: global."
             )
         self.Transformer.check_streaming(chunks)
+        if self.Transformer.has_absolute_positions:
+            raise ValueError(
+                f"Absolute positions end at max_length={self.Transformer.max_length}, a stream "
+                "does not; train with attention_type: RelPosMHAXL."
+            )
         if self.lead_samples < 0:
             raise ValueError(
                 f"n_fft={self.compute_features.compute_STFT.n_fft} reads further ahead than an "

@@ -60,6 +60,10 @@ class StreamState:
         for own, new in zip(self.tensors(), rows.tensors(), strict=True):
             own.index_copy_(0, index, new)
 
+    def cast_as(self, other: Self) -> Self:
+        """The same in the dtypes of ``other``."""
+        return self._map(lambda x, y: x.to(y.dtype), other)
+
     def enlarged(self, num_rows: int) -> Self:
         """As many further streams before their first frame."""
         return self._map(lambda x: torch.cat([x, x.new_zeros(num_rows, *x.shape[1:])]))

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -203,12 +204,19 @@ def _compiler() -> tuple[str, ...]:
     return ()
 
 
+def _with_includes(source: Path) -> list[Path]:
+    """The file, and those that it includes by their paths."""
+    found = [source]
+    for name in re.findall(r'^#include "(.+)"', source.read_text(encoding="utf-8"), re.MULTILINE):
+        found += _with_includes((source.parent / name).resolve())
+    return found
+
+
 def _key(source: Path, header: Path, command: list[str], torch_version: str) -> str:
     version = _run(*_compiler(), "--version")
     digest = hashlib.sha256()
     for part in (
-        source.read_bytes(),
-        header.read_bytes(),
+        *(path.read_bytes() for path in (*_with_includes(source), header)),
         torch_version.encode(),
         shlex.join(command).encode(),
         version.encode(),

@@ -1,5 +1,6 @@
 """CTC beam search: numpy arrays in, texts with frames out, in C++ or Python, without torch."""
 
+from decoding.ctc_beam_search.greedy import CTCGreedySearch
 from decoding.ctc_beam_search.hotwords import HotwordTree
 from decoding.ctc_beam_search.hypothesis import CTCHypothesis, CTCToken, CTCWord
 from decoding.ctc_beam_search.ngram import Ngram
@@ -13,6 +14,7 @@ from decoding.ctc_beam_search.search import (
 
 __all__ = [
     "CTCBeamSearch",
+    "CTCGreedySearch",
     "CTCHypothesis",
     "CTCSearchState",
     "CTCToken",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,15 @@ class CTCSearchState:
             self,
             rows=tuple(self.rows[row] for row in rows),
             hotwords=tuple(self.hotwords[row] for row in rows),
+        )
+
+    @staticmethod
+    def joined(states: Sequence[CTCSearchState]) -> CTCSearchState:
+        """The rows of several states of one search, in a row."""
+        return replace(
+            states[0],
+            rows=tuple(row for state in states for row in state.rows),
+            hotwords=tuple(tree for state in states for tree in state.hotwords),
         )
 
     def reset(self, mask: Sequence[bool]) -> CTCSearchState:
@@ -152,6 +162,13 @@ class CTCBeamSearch:
         ngram_size = (self.ngram.order, self.ngram.num_words) if self.ngram is not None else None
         self._kind = search_class.__name__, self.vocabulary.pieces, ngram_size
         self.hotwords = self.compile(hotwords)
+
+    def with_topk(self, topk: int) -> CTCBeamSearch:
+        """This search with another number of hypotheses; it goes on from the same states."""
+        twin = copy.copy(self)
+        twin.settings = replace(self.settings, topk=topk)
+        twin._backend = type(self._backend)(twin.settings, self.vocabulary, self.ngram)
+        return twin
 
     def compile(self, hotwords: Mapping[str, float] | None) -> HotwordTree | None:
         """Phrases made ready for this search; worth keeping where they serve many calls.

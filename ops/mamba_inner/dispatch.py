@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ops.causal_conv1d import triton as triton_conv
 from ops.causal_conv1d.dispatch import BACKENDS as CONV_BACKENDS
 from ops.checks import check_shape, normalise_lengths, normalise_reset
-from ops.mamba_inner import composed, fused
+from ops.mamba_inner import chunk_cpu, composed, fused
 from ops.mamba_inner.arguments import Direction, InnerArguments
 from ops.selective_scan import triton as triton_scan
 from ops.selective_scan.arguments import Way
@@ -60,6 +61,13 @@ def mamba_inner_fn(
     check_shape("conv_state", conv_state, (batch, inner, edge), "(batch, E, W-1)")
     directions = (forward,) if backward is None else (forward, backward)
     arguments = InnerArguments(xz_BTF, directions, lengths, conv_state, ssm_state, chunk_size)
+    if _is_short(arguments, backend):
+        if conv_state is None:
+            conv_state = xz_BTF.new_zeros(batch, inner, edge)
+        if ssm_state is None:
+            ssm_state = xz_BTF.new_zeros(batch, inner, state)
+        outputs = chunk_cpu.chunk(xz_BTF, directions, conv_state, ssm_state)
+        return outputs if return_state else (outputs[0], None, None)
     conv_backend = backend if backend in CONV_BACKENDS.names else "auto"
     modules: tuple[ModuleType, ...] = ()
     # A compiler sees the parts and decides by itself what to keep.
@@ -86,6 +94,20 @@ def _fused(
         if fused_triton.fits(arguments):
             return fused_triton.mamba_inner(arguments)
     return fused.mamba_inner(arguments, scan, conv)
+
+
+def _is_short(arguments: InnerArguments, backend: str) -> bool:
+    """Whether these are a few frames, of one chunk and all valid, for which there is a kernel."""
+    xz_BTF, directions, lengths, conv_state, ssm_state, chunk_size = arguments
+    frames = xz_BTF.shape[1]
+    return (
+        backend == "auto"
+        and lengths is None
+        and 0 < frames <= chunk_cpu.MAX_FRAMES
+        and xz_BTF.shape[0] > 0
+        and (chunk_size is None or chunk_size >= frames)
+        and chunk_cpu.fits(xz_BTF, conv_state, ssm_state, *itertools.chain(*directions))
+    )
 
 
 def _choose(

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.mamba_inner import step_cpu
+from ops.mamba_inner import chunk_cpu
 from ops.mamba_inner.arguments import Direction
-from ops.native import are_float32_on_cpu
 
 
 @torch.no_grad()
@@ -30,9 +29,11 @@ def mamba_inner_step(
         y (batch, E) in the dtype of ``xz_BF``, and both states after the frame; those given are
         left as they are.
     """
-    compiled = are_float32_on_cpu(xz_BF, conv_state, ssm_state, *parameters)
-    if compiled and not torch.compiler.is_compiling() and step_cpu.prepare() is None:
-        return step_cpu.step(xz_BF, parameters, conv_state, ssm_state)
+    if chunk_cpu.fits(xz_BF, conv_state, ssm_state, *parameters):
+        y_B1E, next_conv, next_ssm = chunk_cpu.chunk(
+            xz_BF[:, None], [parameters], conv_state, ssm_state
+        )
+        return y_B1E[:, 0], next_conv, next_ssm
     return step_in_torch(xz_BF, parameters, conv_state, ssm_state)
 
 

@@ -4,6 +4,6 @@ A BLAS arranges the weights anew for every call, which for ten rows takes longer
 Here they are arranged once, by `pack`, which costs about what a few products do.
 """
 
-from ops.packed_linear.cpu import fits, pack, packed_linear
+from ops.packed_linear.cpu import fits, pack, packed_linear, prepare
 
-__all__ = ["fits", "pack", "packed_linear"]
+__all__ = ["fits", "pack", "packed_linear", "prepare"]

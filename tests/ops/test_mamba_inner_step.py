@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modules.mamba import Mamba
-from ops.mamba_inner import step, step_cpu
+from ops.mamba_inner import chunk_cpu
 
 BATCH, FRAMES, WIDTH = 3, 11, 24
 OPTIONS = [
@@ -77,15 +77,35 @@ def test_the_state_given_is_left_as_it_was():
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_compiled_step_is_the_one_in_torch(options, monkeypatch):
-    if step_cpu.prepare() is not None:
-        pytest.skip(f"not compiled here: {step_cpu.prepare()}")
+    if chunk_cpu.prepare() is not None:
+        pytest.skip(f"not compiled here: {chunk_cpu.prepare()}")
     network = mixer(**options)
     # Enough rows for several threads.
     x_BTD = torch.randn(BATCH * 70, 3, WIDTH)
     with torch.no_grad():
         compiled, state = stepped(network, x_BTD, network.initial_state(len(x_BTD)))
-        monkeypatch.setattr(step, "are_float32_on_cpu", lambda *tensors: False)
+        monkeypatch.setattr(chunk_cpu, "are_float32_on_cpu", lambda *tensors: False)
         expected, expected_state = stepped(network, x_BTD, network.initial_state(len(x_BTD)))
     torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(state.ssm, expected_state.ssm, rtol=0, atol=1e-5)
     torch.testing.assert_close(state.conv, expected_state.conv, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 19])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_compiled_chunk_is_the_reference(options, bidirectional, frames):
+    if chunk_cpu.prepare() is not None:
+        pytest.skip(f"not compiled here: {chunk_cpu.prepare()}")
+    network = mixer(bidirectional=bidirectional, **options)
+    states = [network.initial_state(BATCH)] * 2
+    with torch.no_grad():
+        for _ in range(3):
+            x_BTD, outputs = torch.randn(BATCH, frames, WIDTH), []
+            for i, backend in enumerate(("reference", "auto")):
+                network.backend = backend
+                y, states[i] = network(x_BTD, state=states[i], chunk_size=frames, return_state=True)
+                outputs.append(y)
+            torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(states[1].ssm, states[0].ssm, rtol=0, atol=1e-5)
+            torch.testing.assert_close(states[1].conv, states[0].conv, rtol=0, atol=1e-5)

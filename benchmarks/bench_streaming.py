@@ -1,0 +1,176 @@
+"""What streaming costs: conmamba_small in chunks, one stream and many.
+
+    python -m benchmarks.bench_streaming --check
+    python -m benchmarks.bench_streaming --report
+
+The network is that of hparams/CTC/conmamba_small_streaming.yaml with weights at random, the search
+greedy, the audio noise at 16 kHz. Times are CPU time of all threads, medians over chunks, from the
+samples to the text; the real-time factor is that time over the audio's. Streams that two threads
+keep in real time are those of two recognisers of one thread each, by the CPU time of a batch.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.report import machine_slug, origin, write_report
+from benchmarks.targets import Target
+from common.tables import markdown_table
+from inference import StreamingRecognizer
+from inference.model import Model
+from text.tokenizer import load_tokenizer, train_tokenizer
+from training.launch.command_line import load_hparams
+
+YAML = Path(__file__).resolve().parents[1] / "hparams" / "CTC" / "conmamba_small_streaming.yaml"
+ALPHABET = ["THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG'S BACK"]
+BATCH = 16
+
+
+def random_model() -> Model:
+    """conmamba_small for streaming, as it is before training."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"data_folder": folder, "output_folder": folder}
+        hparams = load_hparams(str(YAML), options)
+        tokens = hparams["output_neurons"]
+        path = Path(folder) / "tokenizer.model"
+        train_tokenizer(ALPHABET, path, token_type="char", output_neurons=tokens)
+        tokenizer = load_tokenizer(path, tokens)
+    hparams["normalize"](torch.randn(2, 50, hparams["n_mels"]) * 10 - 30)
+    config = {"kind": "ctc", "tokens": {"blank": 0}, "search": {}}
+    model = Model(config, hparams["speech_encoder"], hparams["ctc_lin"], None, None, tokenizer)
+    for part in [model.encoder, *model.parts().values()]:
+        part.eval().requires_grad_(False)
+    return model
+
+
+def noise(samples: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
+
+
+def chunk_times_ms(model: Model, chunk_ms: float, num_streams: int, rounds: int) -> list[float]:
+    """CPU time of each chunk of so many streams in one batch."""
+    asr = StreamingRecognizer(
+        model, device="cpu", chunk_ms=chunk_ms, max_batch=num_streams, search={"search": "greedy"}
+    )
+    streams = [asr.open() for _ in range(num_streams)]
+    chunk_S = noise(round(chunk_ms * 16))
+    times_ms = []
+    for _ in range(rounds + 5):
+        started = time.process_time()
+        for stream in streams:
+            asr.accept(stream, chunk_S)
+        asr.step()
+        times_ms.append((time.process_time() - started) * 1e3)
+    for stream in streams:
+        asr.finish(stream)
+    return times_ms[5:]
+
+
+def offline_real_time_factor(model: Model, seconds: float = 16.0, rounds: int = 5) -> float:
+    """Of the pass over a whole recording in chunks of 640 ms."""
+    asr = StreamingRecognizer(model, device="cpu", search={"search": "greedy"})
+    wav_S, times_s = noise(round(seconds * 16000)), []
+    for _ in range(rounds):
+        started = time.process_time()
+        asr.transcribe(wav_S, chunk_ms=640, search="greedy")
+        times_s.append(time.process_time() - started)
+    return statistics.median(times_s) / seconds
+
+
+def memory_mib() -> float:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096 / 2**20
+
+
+def memory_per_stream_mib(model: Model, num_streams: int = 64) -> float:
+    """What each further stream adds, its share of a batch included."""
+    asr = StreamingRecognizer(model, device="cpu", max_batch=BATCH, search={"search": "greedy"})
+    chunk_S, before = noise(10_240), 0.0
+    for count in (1, num_streams - 1):
+        streams = [asr.open() for _ in range(count)]
+        for _ in range(4):
+            for stream in streams:
+                asr.accept(stream, chunk_S)
+            while asr.step():
+                pass
+        if count == 1:
+            before = memory_mib()
+    return (memory_mib() - before) / (num_streams - 1)
+
+
+def longest_wait_chunks(model: Model) -> float:
+    """The longest audio, in chunks, that must follow a sample until all up to it is encoded."""
+    asr = StreamingRecognizer(model, device="cpu")
+    chunk = 640 * 16
+    return max(asr.samples_needed(samples) for samples in range(1, 3 * chunk)) / chunk
+
+
+def measure(rounds: int) -> tuple[list[Target], list[list[str]]]:
+    """The targets, and further figures."""
+    model = random_model()
+    torch.set_num_threads(1)
+    memory = memory_per_stream_mib(model)
+    one = chunk_times_ms(model, 640, 1, rounds)
+    short = chunk_times_ms(model, 160, 1, rounds)
+    many = chunk_times_ms(model, 640, BATCH, max(rounds // 10, 5))
+    offline = offline_real_time_factor(model)
+    median = statistics.median(one)
+    p99 = statistics.quantiles(one, n=100)[98] / median
+    batch_ms = statistics.median(many)
+    gain = BATCH * median / batch_ms
+    streams = 2 * BATCH * 640 / batch_ms
+    targets = [
+        Target("640 ms, one thread, one stream: real-time factor", median / 640, 0.04, False, ""),
+        Target("a chunk's time: p99 over median", p99, 3, False, ""),
+        Target(
+            "160 ms, one thread, one stream: real-time factor",
+            statistics.median(short) / 160,
+            0.12,
+            False,
+            "",
+        ),
+        Target(f"{BATCH} streams in a batch against one: throughput", gain, 3, True, " times"),
+        Target("streams of two threads at 640 ms", streams, 40, True, ""),
+        Target("memory per further stream", memory, 2, False, " MiB"),
+        Target("audio waited for", longest_wait_chunks(model), 1, False, " chunks"),
+    ]
+    return targets, [["the same audio offline: real-time factor", f"{offline:.3g}", "", ""]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_streaming",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="status 1 where a target is missed")
+    parser.add_argument("--report", action="store_true", help="write benchmarks/reports")
+    parser.add_argument("--rounds", type=int, default=200, help="chunks (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    targets, others = measure(arguments.rounds)
+    rows = [target.row() for target in targets]
+    table = markdown_table(
+        ["", "measured", "target", "met"], list(itertools.chain(rows[:1], others, rows[1:]))
+    )
+    if arguments.report:
+        command = "python -m benchmarks.bench_streaming --report"
+        text = f"# Streaming\n\n{__doc__}\n{table}\n\n{origin(command, ['torch', 'numpy'])}"
+        write_report(f"streaming_{machine_slug()}", text)
+    else:
+        print(table)
+    if arguments.check and not all(target.met for target in targets):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

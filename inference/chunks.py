@@ -1,0 +1,61 @@
+"""The chunks in which a model hears: their size in frames, from milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
+
+from common.errors import UserError
+from inference.model import Model
+
+CHUNK_MS = 640.0
+LEFT_CONTEXT_CHUNKS = 8
+"""As the recipes train with."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Chunks of a model.
+
+    Attributes:
+        frames: encoder frames of one.
+        mask: at whose ends the network's sight ends; None for a causal one.
+    """
+
+    frames: int
+    mask: DynChunkTrainConfig | None
+
+
+def chunks_of(
+    model: Model, chunk_ms: float = CHUNK_MS, left_context_chunks: int = LEFT_CONTEXT_CHUNKS
+) -> Chunks:
+    """The chunks of so many milliseconds.
+
+    Args:
+        model: that is to hear in them.
+        chunk_ms: a multiple of an encoder frame.
+        left_context_chunks: chunks before its own that a frame sees, in an encoder that attends.
+
+    Raises:
+        UserError: the model cannot, or not in such chunks; the message says what can be done.
+    """
+    frame_ms = 1000 * model.frame_s
+    frames = round(chunk_ms / frame_ms) if 0 < chunk_ms < 1e6 else 0
+    if frames < 1 or abs(frames * frame_ms - chunk_ms) > 1e-6 * chunk_ms:
+        raise UserError(
+            f"chunk_ms is {chunk_ms:g}; it must be a multiple of {frame_ms:g} ms, the distance of "
+            "this model's frames."
+        )
+    if left_context_chunks < 0:
+        raise UserError(f"left_context_chunks is {left_context_chunks}; it cannot be negative.")
+    causal = model.encoder.Transformer.causal
+    chunks = Chunks(frames, None if causal else DynChunkTrainConfig(frames, left_context_chunks))
+    try:
+        model.encoder.check_streaming(chunks.mask)
+    except ValueError as error:
+        raise UserError(
+            f"This model cannot hear in chunks. {error} The recipes hparams/CTC/*_streaming.yaml "
+            "train models that can."
+        ) from None
+    return chunks
