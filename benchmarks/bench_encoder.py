@@ -43,7 +43,7 @@ from modules.frontend import ConvolutionFrontEnd
 from modules.speech_encoder import SpeechEncoder
 from modules.TransformerASR import TransformerASR
 from training.brains.cast_weights import CastWeights
-from training.brains.graphs import CudaCapture, GraphedEncoder
+from training.brains.graphs import CudaRecorder, GraphedEncoder
 from training.launch.allocator import keep_freed_memory
 
 SAMPLE_RATE = 16000
@@ -106,8 +106,8 @@ def training_step(
     half = precision == "bf16"
     casts: CastWeights | None = None
     if ours and graphs:
-        capture = CudaCapture(torch.bfloat16 if half else torch.float32)
-        network.encoder.forward = GraphedEncoder(network.encoder, 1, capture)
+        dtype = torch.bfloat16 if half else torch.float32
+        network.encoder.forward = GraphedEncoder(network.encoder, 1, CudaRecorder(), dtype)
     elif ours and half and src.is_cuda:
         casts = CastWeights([network], torch.bfloat16)
 

@@ -9,7 +9,7 @@ from speechbrain.dataio.batch import PaddedBatch
 
 from tests.modules.networks import padded_batch, small_network
 from training.brains.cast_weights import CastWeights
-from training.brains.graphs import CudaCapture, GraphedEncoder
+from training.brains.graphs import CudaRecorder, GraphedEncoder
 from training.data.augmentation import SpectrogramAugmentation
 from training.data.copied_ahead import CopiedAhead
 from training.data.filter_augment import FilterAugment
@@ -23,7 +23,7 @@ def train(device, graphs, dtype=torch.float32, dropout=0.0):
     network = small_network("conmamba", dropout=dropout).train().to(device)
     graphed = None
     if graphs:
-        graphed = GraphedEncoder(network.encoder, graphs, CudaCapture(dtype))
+        graphed = GraphedEncoder(network.encoder, graphs, CudaRecorder(), dtype)
         network.encoder.forward = graphed
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
     losses = []

@@ -7,7 +7,8 @@ A graph is launched once. It is bound to a shape: batches are padded, in both ax
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from common.errors import UserError
 from modules.layer_stack import LayerStack
 from modules.Transformer import ENCODERS
 from modules.TransformerASR import ATTENTION_ENCODERS
+from training.brains.cast_weights import CastWeights
 
-Step = Callable[[Tensor, Tensor], Tensor]
+Work = Callable[[], tuple[Tensor, ...]]
+Record = Callable[[Work], tuple[tuple[Tensor, ...], Callable[[], None]]]
+"""Does the work once and gives its results, and what does it again into the same results."""
+
+WARM_UPS = 2
 
 
 class GraphedEncoder:
@@ -32,21 +38,21 @@ class GraphedEncoder:
 
     Args:
         stack: the encoder's layers.
-        max_shapes: how many shapes are captured; they share their memory.
-        capture: makes the step of one shape of the layers and examples of their input.
+        max_shapes: how many shapes are captured.
+        record: ``CudaRecorder`` of a GPU.
+        dtype: of autocast.
     """
 
     def __init__(
-        self,
-        stack: LayerStack,
-        max_shapes: int,
-        capture: Callable[[nn.Module, tuple[Tensor, Tensor]], Step],
+        self, stack: LayerStack, max_shapes: int, record: Record, dtype: torch.dtype = torch.float32
     ):
         self.stack = stack
         self.max_shapes = max_shapes
-        self.capture = capture
+        self.record = record
+        self.dtype = dtype
         self.plain = stack.forward
-        self.steps: dict[tuple[int, int], Step] = {}
+        self.gradients = SharedGradients(stack)
+        self.steps: dict[tuple[int, int], CapturedStep] = {}
         self.seen: Counter[tuple[int, int]] = Counter()
 
     def __call__(
@@ -77,49 +83,158 @@ class GraphedEncoder:
         more = shape[0] - batch, shape[1] - frames
         x_BTD = F.pad(src, (0, 0, 0, more[1], 0, more[0]))
         padding_BT = F.pad(padding_BT, (0, more[1], 0, more[0]), value=True)
-        return step(x_BTD, padding_BT)[:batch, :frames], []
+        return _Replayed.apply(x_BTD, padding_BT, step)[:batch, :frames], []
 
-    def _step(self, shape: tuple[int, int], src: Tensor) -> Step | None:
+    def _step(self, shape: tuple[int, int], src: Tensor) -> CapturedStep | None:
         self.seen[shape] += 1
         full = len(self.steps) == self.max_shapes
         if shape not in self.steps and self.seen[shape] > 1 and not full:
             x_BTD = src.new_zeros(*shape, src.shape[2]).requires_grad_()
-            padding_BT = torch.zeros(shape, dtype=torch.bool, device=src.device)
-            self.steps[shape] = self.capture(_Layers(self.plain, self.stack), (x_BTD, padding_BT))
+            # What dropout draws depends on the place in the run alone.
+            with torch.random.fork_rng([src.device] if src.is_cuda else []):
+                self.steps[shape] = CapturedStep(
+                    self.plain, self.stack, x_BTD, self.gradients, self.record, self.dtype
+                )
         return self.steps.get(shape)
 
 
-class _Layers(nn.Module):
-    """A module of its own for every shape: what captures it replaces its ``forward``."""
+class SharedGradients:
+    """The gradients of a network, in memory that stays where it is: every graph adds to it."""
 
-    def __init__(self, plain: Callable, stack: LayerStack):
-        super().__init__()
-        self.plain, self.stack = plain, stack
+    def __init__(self, network: nn.Module):
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.memory: list[Tensor] = []
 
-    def forward(self, x_BTD: Tensor, padding_BT: Tensor) -> Tensor:
-        return self.plain(x_BTD, src_key_padding_mask=padding_BT)[0]
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add to the memory; a parameter without a gradient keeps what it has."""
+        pairs = [(m, g) for m, g in zip(self.memory, gradients, strict=True) if g is not None]
+        torch._foreach_add_([memory for memory, _ in pairs], [gradient for _, gradient in pairs])
+
+    def allocate(self) -> None:
+        """Have memory, if there is none yet."""
+        if not self.memory:
+            self.memory = [torch.zeros_like(p) for p in self.parameters]
+
+    def take_place(self) -> None:
+        """Be the parameters' gradients: from zero, or from what a batch before has left."""
+        if self.parameters[0].grad is self.memory[0]:
+            return
+        torch._foreach_zero_(self.memory)
+        for parameter, memory in zip(self.parameters, self.memory, strict=True):
+            if parameter.grad is not None:
+                memory.copy_(parameter.grad)
+            parameter.grad = memory
 
 
-class CudaCapture:
-    """Captures steps as CUDA graphs in one pool of memory: one of them runs at a time.
+class CapturedStep:
+    """Forward and backward of the layers for one shape of their input.
 
     Args:
+        layers: ``LayerStack.forward``.
+        stack: whose weights they have.
+        x_BTD: memory of the input, a leaf of autograd.
+        gradients: where those of the weights go.
+        record: see ``Record``.
         dtype: of autocast.
     """
 
-    def __init__(self, dtype: torch.dtype):
+    def __init__(
+        self,
+        layers: Callable,
+        stack: nn.Module,
+        x_BTD: Tensor,
+        gradients: SharedGradients,
+        record: Record,
+        dtype: torch.dtype,
+    ):
+        self.layers = layers
+        self.x_BTD = x_BTD
+        self.padding_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
+        self.gradients = gradients
         self.dtype = dtype
+        half = dtype != torch.float32
+        self.weights = CastWeights([stack], dtype) if half else None
+        gradients.allocate()
+        self.live_BTD: Tensor | None = None
+        self.grad_out_BTD = self._warm_up()
+        (self.out_BTD,), self.replay_forward = record(self._forward)
+        (self.grad_x_BTD,), self.replay_backward = record(self._backward)
+
+    def _warm_up(self) -> Tensor:
+        """Compile and load what the layers launch; gives zeros like their output."""
+        aside = nullcontext()
+        if self.x_BTD.is_cuda:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            aside = torch.cuda.stream(stream)
+        with aside:
+            for _ in range(WARM_UPS):
+                (out_BTD,) = self._forward()
+                grad_out_BTD = torch.zeros_like(out_BTD)
+                self._gradients(grad_out_BTD)
+        if self.x_BTD.is_cuda:
+            torch.cuda.current_stream().wait_stream(stream)
+        return grad_out_BTD
+
+    def _forward(self) -> tuple[Tensor]:
+        # Weights cached by autocast would be freed when the step ends.
+        autocast = torch.autocast(
+            self.x_BTD.device.type, self.dtype, self.weights is not None, cache_enabled=False
+        )
+        cast = nullcontext() if self.weights is None else self.weights.in_place()
+        with torch.enable_grad(), autocast, cast:
+            self.live_BTD = self.layers(self.x_BTD, src_key_padding_mask=self.padding_BT)[0]
+        return (self.live_BTD.detach(),)
+
+    def _backward(self) -> tuple[Tensor]:
+        grad_x_BTD, *gradients = self._gradients(self.grad_out_BTD)
+        self.gradients.add(gradients)
+        return (grad_x_BTD,)
+
+    def _gradients(self, grad_out_BTD: Tensor) -> tuple[Tensor, ...]:
+        assert self.live_BTD is not None
+        inputs = (self.x_BTD, *self.gradients.parameters)
+        gradients = torch.autograd.grad(self.live_BTD, inputs, grad_out_BTD, allow_unused=True)
+        self.live_BTD = None
+        return gradients
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BTD: Tensor, padding_BT: Tensor, step: CapturedStep) -> Tensor:
+        ctx.step = step
+        step.x_BTD.copy_(x_BTD)
+        step.padding_BT.copy_(padding_BT)
+        step.replay_forward()
+        return step.out_BTD.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out_BTD: Tensor):
+        step = ctx.step
+        step.gradients.take_place()
+        step.grad_out_BTD.copy_(grad_out_BTD)
+        step.replay_backward()
+        return step.grad_x_BTD.detach(), None, None
+
+
+class CudaRecorder:
+    """Records work as CUDA graphs that share one pool of memory.
+
+    That is right for steps of which one ends before another begins: what a graph leaves beside its
+    results may be overwritten by the next one.
+    """
+
+    def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, layers: nn.Module, example: tuple[Tensor, Tensor]) -> Step:
-        """A step whose forward and backward are replays."""
-        random_state = torch.cuda.get_rng_state()
-        # Weights cached by autocast would be freed when the step ends.
-        enabled = self.dtype != torch.float32
-        with torch.autocast("cuda", self.dtype, enabled=enabled, cache_enabled=False):
-            step = torch.cuda.make_graphed_callables(layers, example, pool=self.pool)
-        torch.cuda.set_rng_state(random_state)
-        return step
+    def __call__(self, work: Work) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+        """See ``Record``."""
+        graph = torch.cuda.CUDAGraph()
+        # The thread that pins the loader's batches goes on meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            results = work()
+        return results, graph.replay
 
 
 def rounded_up(count: int) -> int:
@@ -137,7 +252,7 @@ def check_graphs(hparams: Any, options: Any) -> None:
 
     Args:
         hparams: of the recipe.
-        options: run options: device, grad_accumulation_factor, compile.
+        options: run options: device, compile.
 
     Raises:
         UserError: it does not.
@@ -154,11 +269,6 @@ def check_graphs(hparams: Any, options: Any) -> None:
             f"encoder_module is {encoder}; encoders that attend are not captured, {able} are",
         ),
         (is_distributed_initialized(), "torchrun has started several processes; it works in one"),
-        (
-            options.grad_accumulation_factor > 1,
-            "grad_accumulation_factor is above 1; a captured step has room for the gradients of "
-            "one batch: set it 1",
-        ),
         (options.compile, "--compile makes graphs of its own; leave one of them out"),
         (hparams.gradient_checkpointing, "gradient_checkpointing runs layers twice; set it False"),
         (
