@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 
 import numpy as np
@@ -676,3 +677,19 @@ def test_the_network_takes_what_another_front_end_makes(tone_corpus, tmp_path, c
     assert train(arguments) == 0
     assert train([*arguments, "--test_only"]) == 0
     assert "input_size: 320" in (folder / "hyperparams.yaml").read_text(encoding="utf-8")
+
+
+def test_a_run_says_nothing_that_its_user_did_not_cause(tone_corpus, tmp_path, capsys, recwarn):
+    folder = tmp_path / "run"
+    keys = {"number_of_epochs": 1, "num_workers": 4, "test_splits": "[test-other]", **ONE_BATCH}
+    assert train(command_line(tone_corpus, folder, precision=None, **keys)) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert [str(warning.message) for warning in recwarn if "Deprec" not in str(warning)] == []
+    for noise in ("overridden", "hparams is used", "Generating dynamic", "quirks"):
+        assert noise not in printed.out
+    assert "Using training precision: `--precision=bf16`" in printed.out
+    assert not (folder / "start.py").exists()
+    log = (folder / "train_log.txt").read_text(encoding="utf-8")
+    assert re.search(r"test WER: \d+\.\d\d, test CER: \d+\.\d\d$", log, re.M)
+    assert re.search(r"train loss: \d+\.\d\d,", log)

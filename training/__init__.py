@@ -6,3 +6,8 @@ import logging
 logging.getLogger("speechbrain.utils.train_logger").addFilter(
     lambda record: "torchvision" not in record.getMessage()
 )
+# It calls every option overridden by the command line that is given to a Brain, and tells how it
+# samples before each epoch.
+logging.getLogger("speechbrain.core").addFilter(lambda record: "hparams" not in record.getMessage())
+for _name in ("speechbrain.dataio.sampler", "speechbrain.utils.quirks"):
+    logging.getLogger(_name).setLevel(logging.WARNING)

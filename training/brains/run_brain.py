@@ -23,7 +23,7 @@ from speechbrain.utils.checkpoints import (
 )
 from speechbrain.utils.distributed import if_main_process, is_distributed_initialized
 from speechbrain.utils.epoch_loop import EpochCounterWithStopper
-from speechbrain.utils.train_logger import TrainLogger
+from speechbrain.utils.train_logger import FileTrainLogger, TrainLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -45,6 +45,7 @@ from training.launch.devices import (
     peak_memory_gib,
 )
 from training.launch.interrupts import StopRequest
+from training.reporting.loggers import ReadableTrainLogger
 from training.reporting.metrics_log import MetricsLog
 from training.reporting.plots import plot_curves, run_title
 from training.reporting.step_clock import StepClock
@@ -91,7 +92,10 @@ class RunBrain(sb.Brain):
         self.epoch = 0
         self.rank = int(getattr(self, "rank", 0))
         self.metrics_log = MetricsLog(Path(self.hparams.output_folder) / "metrics.jsonl")
-        self.loggers: list[TrainLogger] = [self.hparams.train_logger]
+        own = self.hparams.train_logger
+        if type(own) is FileTrainLogger:
+            own = ReadableTrainLogger(own.save_file, own.precision)
+        self.loggers: list[TrainLogger] = [own]
         self.resume_from: str | None = None
         self._void_window = False
         self._window_batches = 0

@@ -54,6 +54,7 @@ def prepare_manifests(hparams: Mapping[str, Any], folder: str | Path, test_only:
         "sample_rate": hparams["sample_rate"],
         "resample": hparams["resample"],
         "skip_bad": hparams["skip_bad"],
+        "noprogressbar": hparams.get("noprogressbar", False),
     }
     tables = tables_of(hparams["data_folder"], [*train, *dev, *test])
     try:

@@ -1,12 +1,13 @@
 """The first steps of every run: command line, YAML file, device, processes, output folder."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import speechbrain as sb
-from speechbrain.utils.distributed import ddp_init_group
+from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from speechbrain.utils.run_opts import RunOptions
 
 from common.files import atomic_write
@@ -22,6 +23,12 @@ from training.launch.devices import (
 from training.launch.run_options import OF_ONE_START
 from training.launch.settings import PATHS
 from training.launch.yaml_file import RECIPE_FILE, as_text, resolved_text, with_overrides
+
+UNCAUSED_WARNINGS = (
+    r"This DataLoader will create \d+ worker processes",
+    r"Support for mismatched key_padding_mask",
+)
+"""Of torch, about what recipes and SpeechBrain's layers do on purpose."""
 
 
 def start_run(
@@ -43,9 +50,12 @@ def start_run(
         UserError: see ``parse_command_line`` and ``load_hparams``; or a device or a precision that
             is not to be had here.
     """
+    for message in UNCAUSED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     line = complete(parse_command_line(argv, description))
     hparams = load_hparams(line.param_file, line.overrides)
     options = run_options(line, hparams)
+    hparams["noprogressbar"] = options.noprogressbar
     check_device(options.device)
     check_forced_backend()
     check_precision(options.device, options.precision)
@@ -68,6 +78,9 @@ def run_options(line: CommandLine, hparams: Mapping) -> RunOptions:
 def make_output_folder(folder: str | Path, test_only: bool) -> None:
     """Makes the output folder with its log."""
     sb.create_experiment_directory(experiment_directory=str(folder), save_env_desc=not test_only)
+    if if_main_process():
+        # SpeechBrain leaves a copy of the file that calls it, for it takes that for the recipe.
+        (Path(folder) / Path(__file__).name).unlink(missing_ok=True)
 
 
 def place_for_reports(run: str | Path) -> Path:

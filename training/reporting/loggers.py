@@ -5,10 +5,26 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_process_only
-from speechbrain.utils.train_logger import TensorboardLogger, TrainLogger, WandBLogger
+from speechbrain.utils.train_logger import (
+    FileTrainLogger,
+    TensorboardLogger,
+    TrainLogger,
+    WandBLogger,
+)
 
 from common.errors import UserError
 from common.files import atomic_write
+
+
+class ReadableTrainLogger(FileTrainLogger):
+    """SpeechBrain's ``train_log.txt`` with percentages as they are read: 100.00, not 1.00e+02."""
+
+    PERCENT = ("WER", "CER", "ACC")
+
+    def _item_to_string(self, key, value, dataset=None):
+        if isinstance(value, float) and (key in self.PERCENT or 1 <= abs(value) < 1e5):
+            value = f"{value:.{self.precision}f}"
+        return super()._item_to_string(key, value, dataset)
 
 
 class EpochTensorboardLogger(TensorboardLogger):
