@@ -154,6 +154,7 @@ def score(
     ignore_case: bool,
 ) -> "SplitScore":
     """The score of a split, whose reports are written."""
+    from inference.scoring.confidence import confidence_area
     from inference.scoring.error_analysis import case_hint
     from inference.scoring.reports import write_split_report
 
@@ -176,6 +177,12 @@ def score(
     for suffix, name in (("jsonl", "json"), ("ctm", "ctm")):
         lines = (FORMATS[name](transcripts[key], key) for key in ids)
         write_text(folder / f"hyp_{split.name}.{suffix}", "".join(lines))
+    pairs = [(words[name], transcripts[name].words) for name in ids]
+    area = confidence_area(pairs, ignore_case)
+    if area is not None:
+        print(
+            f"{split.name}: a right word is more confident than a wrong one in {area:.1%} of pairs"
+        )
     if hint := case_hint(list(zip(references, hypotheses, strict=True)), result.wer):
         print(f"{split.name}: {hint}: score again with --ignore_case.", file=sys.stderr)
     return result

@@ -1,6 +1,9 @@
 """Long recordings: cut in their pauses, joined without losing or doubling a word."""
 
 import itertools
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -23,36 +26,80 @@ def recording(speech_s, pause_s, seed=0):
     return np.concatenate(parts).astype(np.float32)
 
 
+def assert_covered(pieces, start, stop):
+    """Every sample from start to stop is in some piece."""
+    covered = np.zeros(stop, bool)
+    for piece in pieces:
+        covered[piece.start : piece.stop] = True
+    assert covered[start:stop].all()
+
+
 def test_a_short_recording_stays_whole():
     assert cut_at_pauses(np.zeros(29 * RATE, np.float32), RATE) == [Piece(0, 29 * RATE, 29 * RATE)]
 
 
 def test_cuts_lie_in_pauses():
-    speech_s, pause_s = [4.0] * 30, [0.6] * 30
-    pieces = cut_at_pauses(recording(speech_s, pause_s), RATE)
+    pieces = cut_at_pauses(recording([4.0] * 30, [0.8] * 30), RATE)
     assert len(pieces) >= 5
-    for piece in pieces[:-1]:
-        assert piece.cut == piece.stop
-        assert piece.cut / RATE % 4.6 > 4.0
-    assert [p.start for p in pieces[1:]] == [p.cut for p in pieces[:-1]]
+    for piece, following in itertools.pairwise(pieces):
+        assert piece.stop < piece.cut < following.start
+        assert piece.cut / RATE % 4.8 > 4.0
+
+
+def test_where_silero_is_installed_it_says_where_speech_is(monkeypatch):
+    rate = 8000
+    speech_s = [(0.0, 9.0), (9.8, 21.0), (22.0, 40.0)]
+    silero = ModuleType("silero_vad")
+    silero.__spec__ = ModuleSpec("silero_vad", None)
+    silero.load_silero_vad = lambda: "detector"
+
+    def get_speech_timestamps(wav_S, detector, sampling_rate, return_seconds):
+        assert (len(wav_S), detector, sampling_rate, return_seconds) == (
+            *(40 * rate, "detector", rate, False),
+        )
+        return [{"start": round(a * rate), "end": round(b * rate)} for a, b in speech_s]
+
+    silero.get_speech_timestamps = get_speech_timestamps
+    monkeypatch.setitem(sys.modules, "silero_vad", silero)
+    noise_S = np.random.default_rng(0).standard_normal(40 * rate).astype(np.float32)
+    cuts_s = [piece.cut / rate for piece in cut_at_pauses(noise_S, rate)]
+    assert cuts_s == pytest.approx([9.4, 21.5, 40.0], abs=0.02)
+
+
+def test_of_a_long_pause_pieces_keep_a_little():
+    pieces = cut_at_pauses(recording([8.0] * 6, [10.0] * 6), RATE)
+    assert len(pieces) == 6
+    for n, piece in enumerate(pieces):
+        assert piece.start / RATE == pytest.approx(max(18 * n - 0.2, 0), abs=0.06)
+        assert piece.stop / RATE == pytest.approx(18 * n + 8.2, abs=0.06)
+
+
+def test_speech_without_a_pause_is_kept_beside_speech_with_one():
+    # The background of the first half minute is the speech itself.
+    pieces = cut_at_pauses(recording([70.0, 5.0], [20.0, 20.0]), RATE)
+    assert_covered(pieces, 0, 70 * RATE)
+    assert_covered(pieces, 90 * RATE, 95 * RATE)
 
 
 @settings(max_examples=30, deadline=None)
 @given(
     speech_s=st.lists(st.floats(0.1, 70), min_size=1, max_size=8),
-    pause_s=st.floats(0.0, 40.0),
+    pause_s=st.one_of(st.just(0.0), st.floats(0.2, 40.0)),
     max_s=st.floats(12, 40),
 )
-def test_pieces_cover_everything_and_none_is_too_long(speech_s, pause_s, max_s):
+def test_pieces_cover_all_that_is_loud_and_none_is_too_long(speech_s, pause_s, max_s):
     wav_S = recording(speech_s, [pause_s] * len(speech_s))
     pieces = cut_at_pauses(wav_S, RATE, max_s)
-    assert pieces[0].start == 0
-    assert pieces[-1].stop == pieces[-1].cut == len(wav_S)
+    assert pieces[-1].cut == len(wav_S)
     for piece, following in itertools.pairwise(pieces):
-        assert following.start <= piece.cut <= piece.stop
-        assert piece.cut - following.start == piece.stop - piece.cut
+        # Either both have the place of the cut, or it lies between them.
+        assert (following.start < piece.cut) == (piece.stop > piece.cut)
         assert following.cut > piece.cut
     assert max(piece.stop - piece.start for piece in pieces) <= max_s * RATE + 1
+    start = 0
+    for loud_s in speech_s:
+        assert_covered(pieces, start, start + round(loud_s * RATE))
+        start += round(loud_s * RATE) + round(pause_s * RATE)
 
 
 def test_pieces_shorter_than_their_overlaps_are_refused():

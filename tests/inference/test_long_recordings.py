@@ -4,8 +4,10 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+import torch
 
 from common.errors import UserError
+from inference.long_audio import cut_at_pauses, join
 from tests.inference.transcripts import assert_same
 
 RATE = 16000
@@ -33,17 +35,44 @@ def told():
     return progress, totals
 
 
-def test_as_a_whole_it_is_what_the_plain_forward_gives(recognizers, joined):
+@pytest.fixture
+def plain(monkeypatch):
+    """Recordings are encoded plainly unless they are wanted as a whole."""
+    monkeypatch.setattr("inference.recognizer._PLAIN_S", 1000.0)
+
+
+def test_as_a_whole_it_is_what_the_plain_forward_gives(recognizers, joined, plain):
     recognizer = recognizers["ctc"]
     whole = recognizer.transcribe(joined, whole=True, search="greedy")
     assert_same(whole, recognizer.transcribe(joined, max_segment_s=1000, search="greedy"))
     assert len(whole.words) > 10
 
 
-def test_a_joint_model_gives_the_text_of_its_ctc_branch(recognizers, joined):
+def test_alone_a_long_recording_goes_in_pieces(recognizers, joined, monkeypatch):
+    found = [recognizers["ctc"].encode([joined])]
+    monkeypatch.setattr("inference.recognizer._PLAIN_S", 1000.0)
+    found.append(recognizers["ctc"].encode([joined]))
+    for in_pieces, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(in_pieces, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_joint_model_gives_the_text_of_its_ctc_branch(recognizers, joined, plain):
     recognizer = recognizers["s2s"]
     plain = recognizer.transcribe(joined, max_segment_s=1000, search="greedy")
     assert_same(recognizer.transcribe(joined, whole=True, search="greedy"), plain)
+
+
+def test_in_segments_it_is_what_these_are_alone(recognizers, joined):
+    recognizer = recognizers["ctc"]
+    pieces = cut_at_pauses(joined, RATE)
+    assert len(pieces) > 10
+    alone = recognizer.transcribe_batch([joined[p.start : p.stop] for p in pieces])
+    found = recognizer.transcribe(joined)
+    assert_same(found, join(pieces, alone, RATE))
+    assert [word.text for word in found.words] == found.text.split()
+    spoken = [p for p, transcript in zip(pieces, alone, strict=True) if transcript.text]
+    times = [(p.start / RATE, p.stop / RATE) for p in spoken]
+    assert [(s.start_s, s.end_s) for s in found.segments] == times
 
 
 @pytest.mark.parametrize("whole", [False, True])
