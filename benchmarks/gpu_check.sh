@@ -158,6 +158,7 @@ small() {
   [ -n "$DRY" ] && size=(--utterances 12 --utterance_s 2 --warmup 1 --steps 2 --num_workers 0
     --max_batch_length_train 5) small=("${TINY[@]}")
   train_rate small 120 hparams/CTC/conmamba_small.yaml "${size[@]}" "${small[@]}"
+  [ -n "$DRY" ] || train_rate small_graphs 90 hparams/CTC/conmamba_small.yaml "${size[@]}" --cuda_graphs 24
 }
 
 trainings() {

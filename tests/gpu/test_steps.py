@@ -47,7 +47,7 @@ def train(device, graphs, dtype=torch.float32, dropout=0.0):
 def test_captured_steps_are_those_that_are_launched():
     wanted, _ = train(torch.device("cuda"), graphs=0)
     found, graphed = train(torch.device("cuda"), graphs=3)
-    assert len(graphed.steps) == 3
+    assert len(graphed.calls.steps) == 3
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -9,10 +9,11 @@ import torch
 import train_CTC
 import train_S2S
 from common.errors import UserError
+from modules.frontend import ConvolutionFrontEnd
 from tests.ctc_runs import CONMAMBA, CONMAMBAMAMBA, TINY_S2S, command_line, train
 from tests.modules.networks import assert_same_gradients, gradients, padded_batch, small_network
 from training.brains import asr_brain
-from training.brains.graphs import GraphedEncoder, check_graphs, rounded_up
+from training.brains.graphs import GraphedEncoder, GraphedFrontEnd, check_graphs, rounded_up
 
 LENGTHS = [37, 20, 9]
 
@@ -52,7 +53,7 @@ def test_padding_to_a_shape_changes_no_output_and_no_gradient(encoder, one_threa
         for output, reference in zip(outputs, wanted, strict=True):
             torch.testing.assert_close(output, reference, rtol=1e-5, atol=1e-5)
         assert_same_gradients(grads, wanted_grads)
-    assert list(graphed.steps) == [(3, 40)]
+    assert list(graphed.calls.steps) == [(3, 40, 16)]
 
 
 def test_a_shape_is_captured_when_it_comes_again_and_no_more_than_were_allowed():
@@ -61,7 +62,28 @@ def test_a_shape_is_captured_when_it_comes_again_and_no_more_than_were_allowed()
     network.encoder.forward = graphed
     for frames in (16, 18, 16, 20, 18, 20, 20):
         step(network, [frames, 5])
-    assert list(graphed.steps) == [(2, 16), (2, 18)]
+    assert list(graphed.calls.steps) == [(2, 16, 16), (2, 18, 16)]
+
+
+def test_a_front_end_in_graphs_is_the_front_end(one_thread):
+    torch.manual_seed(0)
+    front_end = ConvolutionFrontEnd((None, None, 20), out_channels=(4, 4), dropout=0.0).train()
+    batches = [(torch.randn(2, 33, 20), torch.tensor([33, 7])) for _ in range(3)]
+
+    def pass_through():
+        results = []
+        for feats_BTM, num_frames_B in batches:
+            out = front_end(feats_BTM, num_frames_B)
+            out.sin().sum().backward()
+            results += [out.detach().clone(), *(p.grad.clone() for p in front_end.parameters())]
+            front_end.zero_grad()
+        return results
+
+    wanted = pass_through()
+    front_end.forward = GraphedFrontEnd(front_end, 2, rerun)
+    for found, reference in zip(pass_through(), wanted, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)
+    assert list(front_end.forward.calls.steps) == [(2, 36, 20)]
 
 
 def test_gradients_of_several_batches_add_up_whichever_way_they_went(one_thread):
@@ -91,7 +113,7 @@ def test_evaluation_and_inner_outputs_go_the_plain_way():
     network.train().encode(x_BTD, lengths_B, intermediate_layers=[1])
     with torch.no_grad():
         network.encode(x_BTD, lengths_B)
-    assert not graphed.seen
+    assert not graphed.calls.seen
 
 
 def test_shapes_are_few_and_little_is_padded():
@@ -134,7 +156,7 @@ def test_the_losses_of_twenty_steps_are_those_without(
         losses[graphs] = [entry["train_loss"] for entry in entries if "train_loss" in entry]
     assert len(losses[0]) == 20
     torch.testing.assert_close(losses[3], losses[0], rtol=1e-5, atol=1e-5)
-    assert 0 < len(captured) <= 3 * 2
+    assert 0 < len(captured) <= 3 * 4
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,12 @@ from tqdm import tqdm
 
 from common.errors import Interrupted
 from modules.speech_encoder import SpeechEncoder
-from training.brains.graphs import CudaRecorder, GraphedEncoder, check_graphs
+from training.brains.graphs import (
+    CudaRecorder,
+    GraphedEncoder,
+    GraphedFrontEnd,
+    check_graphs,
+)
 from training.brains.run_brain import RunBrain
 from training.data.augmentation import SpectrogramAugmentation, SpeedPerturbation
 from training.data.copied_ahead import CopiedAhead
@@ -244,10 +249,10 @@ class ASRBrain(RunBrain):
         super().on_fit_start()
         self.speech_encoder.CNN = self.modules.CNN
         if self.hparams.cuda_graphs:
-            stack, record = self.hparams.Transformer.encoder, CudaRecorder()
-            stack.forward = GraphedEncoder(
-                stack, self.hparams.cuda_graphs, record, self.training_dtype
-            )
+            options = self.hparams.cuda_graphs, CudaRecorder(), self.training_dtype
+            stack, front_end = self.hparams.Transformer.encoder, self.hparams.CNN
+            stack.forward = GraphedEncoder(stack, *options)
+            front_end.forward = GraphedFrontEnd(front_end, *options)
 
     def casts_weights(self) -> bool:
         """As the parent's; a captured step casts by itself."""

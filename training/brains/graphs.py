@@ -1,4 +1,4 @@
-"""The encoder's part of a training step as CUDA graphs: a replay in the place of its launches.
+"""Front end and encoder in training as CUDA graphs: replays in the place of their launches.
 
 Small batches leave a GPU waiting for the host, which launches more than a thousand kernels a step.
 A graph is launched once. It is bound to a shape: batches are padded, in both axes, to one of few.
@@ -17,6 +17,7 @@ from speechbrain.utils.distributed import is_distributed_initialized
 from torch import Tensor, nn
 
 from common.errors import UserError
+from modules.frontend import ConvolutionFrontEnd
 from modules.layer_stack import LayerStack
 from modules.Transformer import ENCODERS
 from modules.TransformerASR import ATTENTION_ENCODERS
@@ -29,31 +30,86 @@ Record = Callable[[Work], tuple[tuple[Tensor, ...], Callable[[], None]]]
 WARM_UPS = 2
 
 
-class GraphedEncoder:
-    """Takes the place of an encoder's ``forward`` in training.
+class GraphedCalls:
+    """Calls of a module in training, replayed for the shapes that come more than once.
 
-    A shape is captured when it comes for the second time. Others, everything that is no training,
-    and chunks or inner outputs run as ever. What the graphs compute is what the layers compute: no
-    valid frame depends on padding.
+    A shape is captured when it comes for the second time.
 
     Args:
-        stack: the encoder's layers.
+        module: whose weights the call has.
+        call: ``(x, about) -> y``, all with rows in front, ``x`` and ``y`` with frames behind them;
+            rows and frames that ``about`` calls padding have no effect on others.
         max_shapes: how many shapes are captured.
         record: ``CudaRecorder`` of a GPU.
         dtype: of autocast.
     """
 
     def __init__(
-        self, stack: LayerStack, max_shapes: int, record: Record, dtype: torch.dtype = torch.float32
+        self,
+        module: nn.Module,
+        call: Callable[[Tensor, Tensor], Tensor],
+        max_shapes: int,
+        record: Record,
+        dtype: torch.dtype,
     ):
-        self.stack = stack
+        self.module = module
+        self.call = call
         self.max_shapes = max_shapes
         self.record = record
         self.dtype = dtype
-        self.plain = stack.forward
-        self.gradients = SharedGradients(stack)
-        self.steps: dict[tuple[int, int], CapturedStep] = {}
-        self.seen: Counter[tuple[int, int]] = Counter()
+        self.gradients = SharedGradients(module)
+        self.steps: dict[tuple[int, ...], CapturedStep] = {}
+        self.seen: Counter[tuple[int, ...]] = Counter()
+
+    def __call__(self, x: Tensor, about: Tensor, filler: int) -> Tensor | None:
+        """``call(x, about)`` with more rows and frames, or None where this shape is not captured.
+
+        Args:
+            filler: what ``about`` says of padding.
+        """
+        if not (self.module.training and torch.is_grad_enabled()):
+            return None
+        (batch, frames), rest = x.shape[:2], x.shape[2:]
+        shape = rounded_up(batch), rounded_up(frames), *rest
+        more = shape[0] - batch, shape[1] - frames
+        padded = F.pad(about, (0, more[1]) * (about.dim() - 1) + (0, more[0]), value=filler)
+        step = self._step(shape, x, padded)
+        if step is None:
+            return None
+        padded_x = F.pad(x, (0, 0) * len(rest) + (0, more[1], 0, more[0]))
+        return _Replayed.apply(padded_x, padded, step.anchor, step)
+
+    def _step(self, shape: tuple[int, ...], x: Tensor, about: Tensor) -> CapturedStep | None:
+        self.seen[shape] += 1
+        full = len(self.steps) == self.max_shapes
+        if shape not in self.steps and self.seen[shape] > 1 and not full:
+            memory = x.new_zeros(shape).requires_grad_(x.requires_grad)
+            # What dropout draws depends on the place in the run alone.
+            with torch.random.fork_rng([x.device] if x.is_cuda else []):
+                self.steps[shape] = CapturedStep(self, memory, about.clone())
+        return self.steps.get(shape)
+
+
+class GraphedEncoder:
+    """Takes the place of an encoder's ``forward`` in training.
+
+    Shapes that are not captured, everything that is no training, and chunks or inner outputs run as
+    ever. What the graphs compute is what the layers compute: no valid frame depends on padding.
+
+    Args:
+        stack: the encoder's layers.
+        Others as in ``GraphedCalls``.
+    """
+
+    def __init__(
+        self, stack: LayerStack, max_shapes: int, record: Record, dtype: torch.dtype = torch.float32
+    ):
+        self.plain = plain = stack.forward
+
+        def call(x_BTD: Tensor, padding_BT: Tensor) -> Tensor:
+            return plain(x_BTD, src_key_padding_mask=padding_BT)[0]
+
+        self.calls = GraphedCalls(stack, call, max_shapes, record, dtype)
 
     def __call__(
         self,
@@ -65,37 +121,53 @@ class GraphedEncoder:
         intermediate_layers: Collection[int] = (),
     ) -> tuple[Tensor, list[Tensor]]:
         """As ``LayerStack.forward``."""
-        padding_BT = src_key_padding_mask
         others = (src_mask, pos_embs, dynchunktrain_config, intermediate_layers or None)
-        if not (self.stack.training and torch.is_grad_enabled()) or any(
-            other is not None for other in others
-        ):
+        out_BTD = None
+        if all(other is None for other in others):
+            padding_BT = src_key_padding_mask
+            if padding_BT is None:
+                padding_BT = torch.zeros(src.shape[:2], dtype=torch.bool, device=src.device)
+            out_BTD = self.calls(src, padding_BT, filler=1)
+        if out_BTD is None:
             return self.plain(
-                src, src_mask, padding_BT, pos_embs, dynchunktrain_config, intermediate_layers
+                src,
+                src_mask,
+                src_key_padding_mask,
+                pos_embs,
+                dynchunktrain_config,
+                intermediate_layers,
             )
-        batch, frames, _ = src.shape
-        if padding_BT is None:
-            padding_BT = torch.zeros(batch, frames, dtype=torch.bool, device=src.device)
-        shape = rounded_up(batch), rounded_up(frames)
-        step = self._step(shape, src)
-        if step is None:
-            return self.plain(src, src_key_padding_mask=padding_BT)
-        more = shape[0] - batch, shape[1] - frames
-        x_BTD = F.pad(src, (0, 0, 0, more[1], 0, more[0]))
-        padding_BT = F.pad(padding_BT, (0, more[1], 0, more[0]), value=True)
-        return _Replayed.apply(x_BTD, padding_BT, step)[:batch, :frames], []
+        return out_BTD[: src.shape[0], : src.shape[1]], []
 
-    def _step(self, shape: tuple[int, int], src: Tensor) -> CapturedStep | None:
-        self.seen[shape] += 1
-        full = len(self.steps) == self.max_shapes
-        if shape not in self.steps and self.seen[shape] > 1 and not full:
-            x_BTD = src.new_zeros(*shape, src.shape[2]).requires_grad_()
-            # What dropout draws depends on the place in the run alone.
-            with torch.random.fork_rng([src.device] if src.is_cuda else []):
-                self.steps[shape] = CapturedStep(
-                    self.plain, self.stack, x_BTD, self.gradients, self.record, self.dtype
-                )
-        return self.steps.get(shape)
+
+class GraphedFrontEnd:
+    """Takes the place of a front end's ``forward`` in training.
+
+    Args:
+        front_end: features to fewer frames.
+        Others as in ``GraphedCalls``.
+    """
+
+    def __init__(
+        self,
+        front_end: ConvolutionFrontEnd,
+        max_shapes: int,
+        record: Record,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.plain = front_end.forward
+        self.out_frames = front_end.out_frames
+        self.calls = GraphedCalls(front_end, self.plain, max_shapes, record, dtype)
+
+    def __call__(self, feats_BTM: Tensor, num_frames_B: Tensor | None = None) -> Tensor:
+        """As ``ConvolutionFrontEnd.forward``."""
+        out_BTFC = None
+        if num_frames_B is not None:
+            out_BTFC = self.calls(feats_BTM, num_frames_B, filler=0)
+        if out_BTFC is None:
+            return self.plain(feats_BTM, num_frames_B)
+        batch, frames = feats_BTM.shape[:2]
+        return out_BTFC[:batch, : self.out_frames(frames)]
 
 
 class SharedGradients:
@@ -127,95 +199,86 @@ class SharedGradients:
 
 
 class CapturedStep:
-    """Forward and backward of the layers for one shape of their input.
+    """Forward and backward of a call for one shape of its input.
 
     Args:
-        layers: ``LayerStack.forward``.
-        stack: whose weights they have.
-        x_BTD: memory of the input, a leaf of autograd.
-        gradients: where those of the weights go.
-        record: see ``Record``.
-        dtype: of autocast.
+        calls: what is called.
+        x: memory of its input, a leaf of autograd.
+        about: memory of what is said of it.
     """
 
-    def __init__(
-        self,
-        layers: Callable,
-        stack: nn.Module,
-        x_BTD: Tensor,
-        gradients: SharedGradients,
-        record: Record,
-        dtype: torch.dtype,
-    ):
-        self.layers = layers
-        self.x_BTD = x_BTD
-        self.padding_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
-        self.gradients = gradients
-        self.dtype = dtype
-        half = dtype != torch.float32
-        self.weights = CastWeights([stack], dtype) if half else None
-        gradients.allocate()
-        self.live_BTD: Tensor | None = None
-        self.grad_out_BTD = self._warm_up()
-        (self.out_BTD,), self.replay_forward = record(self._forward)
-        (self.grad_x_BTD,), self.replay_backward = record(self._backward)
+    def __init__(self, calls: GraphedCalls, x: Tensor, about: Tensor):
+        self.call, self.dtype, self.gradients = calls.call, calls.dtype, calls.gradients
+        self.x, self.about = x, about
+        # Autograd goes on to what is behind the call, even where nothing before it has a gradient.
+        self.anchor = torch.zeros((), device=x.device, requires_grad=True)
+        half = self.dtype != torch.float32
+        self.weights = CastWeights([calls.module], self.dtype) if half else None
+        self.gradients.allocate()
+        self.live: Tensor | None = None
+        self.grad_out = self._warm_up()
+        (self.out,), self.replay_forward = calls.record(self._forward)
+        (*self.grad_x,), self.replay_backward = calls.record(self._backward)
 
     def _warm_up(self) -> Tensor:
-        """Compile and load what the layers launch; gives zeros like their output."""
+        """Compile and load what the call launches; gives zeros like its output."""
         aside = nullcontext()
-        if self.x_BTD.is_cuda:
+        if self.x.is_cuda:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             aside = torch.cuda.stream(stream)
         with aside:
             for _ in range(WARM_UPS):
-                (out_BTD,) = self._forward()
-                grad_out_BTD = torch.zeros_like(out_BTD)
-                self._gradients(grad_out_BTD)
-        if self.x_BTD.is_cuda:
+                (out,) = self._forward()
+                grad_out = torch.zeros_like(out)
+                self._differentiate(grad_out)
+        if self.x.is_cuda:
             torch.cuda.current_stream().wait_stream(stream)
-        return grad_out_BTD
+        return grad_out
 
     def _forward(self) -> tuple[Tensor]:
         # Weights cached by autocast would be freed when the step ends.
         autocast = torch.autocast(
-            self.x_BTD.device.type, self.dtype, self.weights is not None, cache_enabled=False
+            self.x.device.type, self.dtype, self.weights is not None, cache_enabled=False
         )
         cast = nullcontext() if self.weights is None else self.weights.in_place()
         with torch.enable_grad(), autocast, cast:
-            self.live_BTD = self.layers(self.x_BTD, src_key_padding_mask=self.padding_BT)[0]
-        return (self.live_BTD.detach(),)
+            self.live = self.call(self.x, self.about)
+        return (self.live.detach(),)
 
-    def _backward(self) -> tuple[Tensor]:
-        grad_x_BTD, *gradients = self._gradients(self.grad_out_BTD)
-        self.gradients.add(gradients)
-        return (grad_x_BTD,)
+    def _backward(self) -> tuple[Tensor, ...]:
+        grad_x, of_weights = self._differentiate(self.grad_out)
+        self.gradients.add(of_weights)
+        return grad_x
 
-    def _gradients(self, grad_out_BTD: Tensor) -> tuple[Tensor, ...]:
-        assert self.live_BTD is not None
-        inputs = (self.x_BTD, *self.gradients.parameters)
-        gradients = torch.autograd.grad(self.live_BTD, inputs, grad_out_BTD, allow_unused=True)
-        self.live_BTD = None
-        return gradients
+    def _differentiate(self, grad_out: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Gradients of the input, if it has one, and of the weights."""
+        assert self.live is not None
+        x = (self.x,) if self.x.requires_grad else ()
+        inputs = (*x, *self.gradients.parameters)
+        found = torch.autograd.grad(self.live, inputs, grad_out, allow_unused=True)
+        self.live = None
+        return found[: len(x)], found[len(x) :]
 
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_BTD: Tensor, padding_BT: Tensor, step: CapturedStep) -> Tensor:
+    def forward(ctx, x: Tensor, about: Tensor, anchor: Tensor, step: CapturedStep) -> Tensor:
         ctx.step = step
-        step.x_BTD.copy_(x_BTD)
-        step.padding_BT.copy_(padding_BT)
+        step.x.copy_(x)
+        step.about.copy_(about)
         step.replay_forward()
-        return step.out_BTD.detach()
+        return step.out.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out_BTD: Tensor):
+    def backward(ctx, grad_out: Tensor):
         step = ctx.step
         step.gradients.take_place()
-        step.grad_out_BTD.copy_(grad_out_BTD)
+        step.grad_out.copy_(grad_out)
         step.replay_backward()
-        return step.grad_x_BTD.detach(), None, None
+        grad_x = step.grad_x[0].detach() if step.grad_x else None
+        return grad_x, None, None, None
 
 
 class CudaRecorder:
