@@ -64,6 +64,13 @@ def test_a_corpus_that_was_moved_is_the_same(copy, tone_corpus, tmp_path):
     assert {"tokenizer", "hyperparameters", "test split test-clean"} <= fingerprint.keys()
 
 
+def test_other_validation_data_are_said(copy, tone_corpus):
+    keys = {"dev_splits": "[test-clean]", "test_splits": "[test-other]"}
+    assert train(as_trained(tone_corpus, copy, **keys)) == 0
+    log = (copy / "log.txt").read_text(encoding="utf-8")
+    assert re.search(r"were validated on dev-clean \(.*will be on test-clean \(", log)
+
+
 def test_another_tokenizer_in_its_place_is_refused(copy, tone_corpus, capsys):
     tokenizer = copy / "save" / "tokenizer.model"
     tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")

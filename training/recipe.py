@@ -29,12 +29,14 @@ from text.tokenizer import (
 )
 from training.brains.asr_brain import ASRBrain
 from training.checkpoints.fingerprint import (
+    VALIDATION_DATA,
     Described,
     check_same,
     file_described,
     read_fingerprint,
     rows_digest,
     text_digest,
+    warn_of_other_validation,
     write_fingerprint,
 )
 from training.checkpoints.output_layer import outputs_for, outputs_of_run, with_outputs
@@ -383,7 +385,9 @@ def record_training(line: CommandLine, hparams: dict) -> None:
         TRAINING_DATA: _training_data(hparams, folder),
         "tokenizer": file_described(tokenizer_file(hparams)),
         "hyperparameters": {"file": str(line.param_file), "sha256": text_digest(resolved)},
+        VALIDATION_DATA: _validation_data(hparams),
     }
+    warn_of_other_validation(_fingerprint_of_checkpoints(hparams), parts)
     for split in hparams["test_splits"]:
         rows = manifest_rows(folder / f"{split}.csv")
         parts[f"test split {split}"] = {"sha256": rows_digest(rows)}
@@ -394,6 +398,12 @@ def record_training(line: CommandLine, hparams: dict) -> None:
 def _fingerprint_of_checkpoints(hparams: dict) -> dict[str, Described]:
     has_checkpoints = bool(hparams["checkpointer"].list_checkpoints())
     return read_fingerprint(hparams["output_folder"]) if has_checkpoints else {}
+
+
+def _validation_data(hparams: dict) -> Described:
+    folder, splits = Path(hparams["output_folder"]), hparams["dev_splits"]
+    rows = [row for split in splits for row in manifest_rows(folder / f"{split}.csv")]
+    return {"splits": " ".join(splits), "sha256": rows_digest(rows)}
 
 
 def _training_data(hparams: dict, folder: Path) -> Described:

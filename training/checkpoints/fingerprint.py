@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from common.errors import UserError
 from common.files import atomic_write, file_digest
 from corpora.manifest import ManifestRow
 
+logger = logging.getLogger(__name__)
+
 FINGERPRINT_FILE = "fingerprint.json"
+VALIDATION_DATA = "validation data"
 
 Described = dict[str, Any]
 """A thing that a run is made of: its ``sha256``, and what a person knows it by."""
@@ -68,6 +72,19 @@ def check_same(
                 "another --output_folder; --init_from FILE starts there from this run's weights. "
                 f"Where you know that it should go on nonetheless, delete {FINGERPRINT_FILE}."
             )
+
+
+def warn_of_other_validation(
+    earlier: Mapping[str, Described], now: Mapping[str, Described]
+) -> None:
+    """Says so where the best checkpoints are chosen by figures of different data."""
+    recorded, part = earlier.get(VALIDATION_DATA), now[VALIDATION_DATA]
+    if recorded is not None and recorded["sha256"] != part["sha256"]:
+        logger.warning(
+            "The checkpoints of this run were validated on %s, those to come will be on %s: their "
+            "figures cannot be compared, and the best are chosen among both.",
+            *(_named(recorded), _named(part)),
+        )
 
 
 def _named(part: Described) -> str:

@@ -30,11 +30,13 @@ from text.tokenizer import (
 )
 from training.brains.optimization import count_parameters
 from training.checkpoints.fingerprint import (
+    VALIDATION_DATA,
     Described,
     check_same,
     file_described,
     read_fingerprint,
     text_digest,
+    warn_of_other_validation,
     write_fingerprint,
 )
 from training.checkpoints.output_layer import outputs_for, outputs_of_run, with_outputs
@@ -207,13 +209,19 @@ def record_training(line: CommandLine, hparams: Mapping, tokenizer_file: Path) -
         TRAINING_TEXT: _text_described(hparams),
         "tokenizer": file_described(tokenizer_file),
         "hyperparameters": {"file": str(line.param_file), "sha256": text_digest(resolved)},
+        VALIDATION_DATA: _files_described(paths_of(hparams["valid_text"])),
     }
+    if hparams["checkpointer"].list_checkpoints():
+        warn_of_other_validation(read_fingerprint(hparams["output_folder"]), parts)
     write_hyperparams(line, hparams["output_folder"])
     write_fingerprint(hparams["output_folder"], parts)
 
 
 def _text_described(hparams: Mapping) -> Described:
-    texts = paths_of(hparams["train_text"])
+    return _files_described(paths_of(hparams["train_text"]))
+
+
+def _files_described(texts: list[str]) -> Described:
     for path in texts:
         if not Path(path).is_file():
             raise UserError(f"There is no text file {path}.")
