@@ -74,3 +74,17 @@ def test_extras_of_the_pages_can_be_installed(document):
     extras = re.findall(r"pip install -e '\.\[([\w,]+)\]'", document.read_text(encoding="utf-8"))
     wanted = {extra for names in extras for extra in names.split(",")}
     assert wanted <= set(re.findall(r"^(\w+) = \[", section, flags=re.MULTILINE))
+
+
+def headings_of(document: Path) -> set[str]:
+    """Headings as the addresses that GitHub gives them."""
+    titles = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_into_pages_end_at_a_heading(document):
+    links = re.findall(r"\]\(([\w/.]*)#([\w-]+)\)", document.read_text(encoding="utf-8"))
+    for page, heading in links:
+        target = document.parent / page if page else document
+        assert heading in headings_of(target), (page, heading)
