@@ -60,16 +60,36 @@ class TimedBrain(ASRBrain):
     def fit_batch(self, batch):
         """As the recipe's, inside the window of the clock."""
         if self.batches == self.warmup + self.steps:
-            self.wait()
-            self.seconds = time.perf_counter() - self.started
+            self.stop()
             raise Measured(self)
         if self.batches == self.warmup:
-            self.wait()
-            self.started = time.perf_counter()
+            self.go_on()
         self.batches += 1
         if self.batches > self.warmup:
             self.audio_s += self.amount(batch)
         return super().fit_batch(batch)
+
+    def go_on(self) -> None:
+        """Let the clock run."""
+        self.wait()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop the clock."""
+        self.wait()
+        self.seconds += time.perf_counter() - self.started
+
+    def on_stage_start(self, stage, epoch=None):
+        """The clock stands still in a validation."""
+        super().on_stage_start(stage, epoch)
+        if stage == sb.Stage.TRAIN and self.batches > self.warmup:
+            self.go_on()
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """The clock stands still in a validation."""
+        if stage == sb.Stage.TRAIN and self.batches > self.warmup:
+            self.stop()
+        super().on_stage_end(stage, stage_loss, epoch)
 
     def front_end(self, batch, stage: sb.Stage) -> FrontEndOutput:
         """As the recipe's; what the encoder gets is noted."""
