@@ -56,6 +56,30 @@ def test_padding_to_a_shape_changes_no_output_and_no_gradient(encoder, one_threa
     assert list(graphed.calls.steps) == [(3, 40, 16)]
 
 
+def test_inner_outputs_are_captured_where_training_wants_them(one_thread):
+    network = small_network("conmamba", num_encoder_layers=3).train()
+    x_BTD, lengths_B = padded_batch([16, 11])
+
+    def passes(layers):
+        results = []
+        for _ in range(3):
+            out_BTD, inner = network.encode(x_BTD, lengths_B, intermediate_layers=layers)
+            sum(x[1, :11].sin().sum() for x in (out_BTD, *inner)).backward()
+            results += [x.detach().clone() for x in (out_BTD, *inner)]
+            results += [grad.clone() for grad in gradients(network).values()]
+            network.zero_grad()
+        return results
+
+    wanted = passes([1, 2])
+    graphed = GraphedEncoder(network.encoder, 2, rerun, inner_layers=[1, 2])
+    network.encoder.forward = graphed
+    for found, reference in zip(passes([1, 2]), wanted, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)
+    assert list(graphed.calls.steps) == [(2, 16, 16)]
+    passes([1])
+    assert graphed.calls.seen.total() == 3
+
+
 def test_a_shape_is_captured_when_it_comes_again_and_no_more_than_were_allowed():
     network = small_network("conmamba").train()
     graphed = GraphedEncoder(network.encoder, 2, rerun)

@@ -251,7 +251,8 @@ class ASRBrain(RunBrain):
         if self.hparams.cuda_graphs:
             options = self.hparams.cuda_graphs, CudaRecorder(), self.training_dtype
             stack, front_end = self.hparams.Transformer.encoder, self.hparams.CNN
-            stack.forward = GraphedEncoder(stack, *options)
+            inner_layers = getattr(self.hparams, "inter_ctc_layers", ())
+            stack.forward = GraphedEncoder(stack, *options, inner_layers)
             front_end.forward = GraphedFrontEnd(front_end, *options)
 
     def casts_weights(self) -> bool:

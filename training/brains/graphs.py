@@ -37,8 +37,8 @@ class GraphedCalls:
 
     Args:
         module: whose weights the call has.
-        call: ``(x, about) -> y``, all with rows in front, ``x`` and ``y`` with frames behind them;
-            rows and frames that ``about`` calls padding have no effect on others.
+        call: ``(x, about) -> ys``, all with rows in front, ``x`` and each of ``ys`` with frames
+            behind them; rows and frames that ``about`` calls padding have no effect on others.
         max_shapes: how many shapes are captured.
         record: ``CudaRecorder`` of a GPU.
         dtype: of autocast.
@@ -47,7 +47,7 @@ class GraphedCalls:
     def __init__(
         self,
         module: nn.Module,
-        call: Callable[[Tensor, Tensor], Tensor],
+        call: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
         max_shapes: int,
         record: Record,
         dtype: torch.dtype,
@@ -61,7 +61,7 @@ class GraphedCalls:
         self.steps: dict[tuple[int, ...], CapturedStep] = {}
         self.seen: Counter[tuple[int, ...]] = Counter()
 
-    def __call__(self, x: Tensor, about: Tensor, filler: int) -> Tensor | None:
+    def __call__(self, x: Tensor, about: Tensor, filler: int) -> tuple[Tensor, ...] | None:
         """``call(x, about)`` with more rows and frames, or None where this shape is not captured.
 
         Args:
@@ -98,16 +98,26 @@ class GraphedEncoder:
 
     Args:
         stack: the encoder's layers.
+        inner_layers: whose outputs training wants, too.
         Others as in ``GraphedCalls``.
     """
 
     def __init__(
-        self, stack: LayerStack, max_shapes: int, record: Record, dtype: torch.dtype = torch.float32
+        self,
+        stack: LayerStack,
+        max_shapes: int,
+        record: Record,
+        dtype: torch.dtype = torch.float32,
+        inner_layers: Collection[int] = (),
     ):
         self.plain = plain = stack.forward
+        self.inner_layers = tuple(inner_layers)
 
-        def call(x_BTD: Tensor, padding_BT: Tensor) -> Tensor:
-            return plain(x_BTD, src_key_padding_mask=padding_BT)[0]
+        def call(x_BTD: Tensor, padding_BT: Tensor) -> tuple[Tensor, ...]:
+            out_BTD, inner = plain(
+                x_BTD, src_key_padding_mask=padding_BT, intermediate_layers=inner_layers
+            )
+            return out_BTD, *inner
 
         self.calls = GraphedCalls(stack, call, max_shapes, record, dtype)
 
@@ -121,14 +131,15 @@ class GraphedEncoder:
         intermediate_layers: Collection[int] = (),
     ) -> tuple[Tensor, list[Tensor]]:
         """As ``LayerStack.forward``."""
-        others = (src_mask, pos_embs, dynchunktrain_config, intermediate_layers or None)
-        out_BTD = None
-        if all(other is None for other in others):
+        others = (src_mask, pos_embs, dynchunktrain_config)
+        outputs = None
+        as_captured = tuple(intermediate_layers) == self.inner_layers
+        if as_captured and all(other is None for other in others):
             padding_BT = src_key_padding_mask
             if padding_BT is None:
                 padding_BT = torch.zeros(src.shape[:2], dtype=torch.bool, device=src.device)
-            out_BTD = self.calls(src, padding_BT, filler=1)
-        if out_BTD is None:
+            outputs = self.calls(src, padding_BT, filler=1)
+        if outputs is None:
             return self.plain(
                 src,
                 src_mask,
@@ -137,7 +148,8 @@ class GraphedEncoder:
                 dynchunktrain_config,
                 intermediate_layers,
             )
-        return out_BTD[: src.shape[0], : src.shape[1]], []
+        out_BTD, *inner = (output[: src.shape[0], : src.shape[1]] for output in outputs)
+        return out_BTD, inner
 
 
 class GraphedFrontEnd:
@@ -155,19 +167,23 @@ class GraphedFrontEnd:
         record: Record,
         dtype: torch.dtype = torch.float32,
     ):
-        self.plain = front_end.forward
+        self.plain = plain = front_end.forward
         self.out_frames = front_end.out_frames
-        self.calls = GraphedCalls(front_end, self.plain, max_shapes, record, dtype)
+
+        def call(feats_BTM: Tensor, num_frames_B: Tensor) -> tuple[Tensor, ...]:
+            return (plain(feats_BTM, num_frames_B),)
+
+        self.calls = GraphedCalls(front_end, call, max_shapes, record, dtype)
 
     def __call__(self, feats_BTM: Tensor, num_frames_B: Tensor | None = None) -> Tensor:
         """As ``ConvolutionFrontEnd.forward``."""
-        out_BTFC = None
+        outputs = None
         if num_frames_B is not None:
-            out_BTFC = self.calls(feats_BTM, num_frames_B, filler=0)
-        if out_BTFC is None:
+            outputs = self.calls(feats_BTM, num_frames_B, filler=0)
+        if outputs is None:
             return self.plain(feats_BTM, num_frames_B)
         batch, frames = feats_BTM.shape[:2]
-        return out_BTFC[:batch, : self.out_frames(frames)]
+        return outputs[0][:batch, : self.out_frames(frames)]
 
 
 class SharedGradients:
@@ -215,13 +231,13 @@ class CapturedStep:
         half = self.dtype != torch.float32
         self.weights = CastWeights([calls.module], self.dtype) if half else None
         self.gradients.allocate()
-        self.live: Tensor | None = None
-        self.grad_out = self._warm_up()
-        (self.out,), self.replay_forward = calls.record(self._forward)
-        (*self.grad_x,), self.replay_backward = calls.record(self._backward)
+        self.live: tuple[Tensor, ...] | None = None
+        self.grad_outs = self._warm_up()
+        self.outs, self.replay_forward = calls.record(self._forward)
+        self.grad_x, self.replay_backward = calls.record(self._backward)
 
-    def _warm_up(self) -> Tensor:
-        """Compile and load what the call launches; gives zeros like its output."""
+    def _warm_up(self) -> tuple[Tensor, ...]:
+        """Compile and load what the call launches; gives zeros like its outputs."""
         aside = nullcontext()
         if self.x.is_cuda:
             stream = torch.cuda.Stream()
@@ -229,14 +245,13 @@ class CapturedStep:
             aside = torch.cuda.stream(stream)
         with aside:
             for _ in range(WARM_UPS):
-                (out,) = self._forward()
-                grad_out = torch.zeros_like(out)
-                self._differentiate(grad_out)
+                grad_outs = tuple(torch.zeros_like(out) for out in self._forward())
+                self._differentiate(grad_outs)
         if self.x.is_cuda:
             torch.cuda.current_stream().wait_stream(stream)
-        return grad_out
+        return grad_outs
 
-    def _forward(self) -> tuple[Tensor]:
+    def _forward(self) -> tuple[Tensor, ...]:
         # Weights cached by autocast would be freed when the step ends.
         autocast = torch.autocast(
             self.x.device.type, self.dtype, self.weights is not None, cache_enabled=False
@@ -244,38 +259,40 @@ class CapturedStep:
         cast = nullcontext() if self.weights is None else self.weights.in_place()
         with torch.enable_grad(), autocast, cast:
             self.live = self.call(self.x, self.about)
-        return (self.live.detach(),)
+        return tuple(out.detach() for out in self.live)
 
     def _backward(self) -> tuple[Tensor, ...]:
-        grad_x, of_weights = self._differentiate(self.grad_out)
+        grad_x, of_weights = self._differentiate(self.grad_outs)
         self.gradients.add(of_weights)
         return grad_x
 
-    def _differentiate(self, grad_out: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _differentiate(
+        self, grad_outs: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Gradients of the input, if it has one, and of the weights."""
         assert self.live is not None
         x = (self.x,) if self.x.requires_grad else ()
         inputs = (*x, *self.gradients.parameters)
-        found = torch.autograd.grad(self.live, inputs, grad_out, allow_unused=True)
+        found = torch.autograd.grad(self.live, inputs, grad_outs, allow_unused=True)
         self.live = None
         return found[: len(x)], found[len(x) :]
 
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, about: Tensor, anchor: Tensor, step: CapturedStep) -> Tensor:
+    def forward(ctx, x: Tensor, about: Tensor, anchor: Tensor, step: CapturedStep):
         ctx.step = step
         step.x.copy_(x)
         step.about.copy_(about)
         step.replay_forward()
-        return step.out.detach()
+        return tuple(out.detach() for out in step.outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out: Tensor):
+    def backward(ctx, *grad_outs: Tensor):
         step = ctx.step
         step.gradients.take_place()
-        step.grad_out.copy_(grad_out)
+        torch._foreach_copy_(step.grad_outs, grad_outs)
         step.replay_backward()
         grad_x = step.grad_x[0].detach() if step.grad_x else None
         return grad_x, None, None, None
