@@ -173,6 +173,7 @@ def score(
         hypotheses,
         audio_s=sum(transcript.duration_s for transcript in transcripts.values()),
         decode_s=decode_s,
+        speakers={reference.id: reference.speaker for reference in split.references},
     )
     for suffix, name in (("jsonl", "json"), ("ctm", "ctm")):
         lines = (FORMATS[name](transcripts[key], key) for key in ids)

@@ -13,11 +13,12 @@ from corpora.manifest import DATA_ROOT, read_manifest
 
 
 class Reference(NamedTuple):
-    """An utterance: its id, its audio file, and its words (which may be none)."""
+    """An utterance: its id, its audio file, its words (which may be none), and its speaker."""
 
     id: str
     audio: str
     words: str
+    speaker: str
 
 
 @dataclass
@@ -83,7 +84,9 @@ def _read_folder(folder: Path, wanted: Sequence[str]) -> list[ReferenceSplit]:
         split = ReferenceSplit(name)
         for utterance in listing.utterances:
             split.references.append(
-                Reference(utterance.id, str(root / utterance.path), utterance.words)
+                Reference(
+                    utterance.id, str(root / utterance.path), utterance.words, utterance.speaker
+                )
             )
         for problem in listing.problems:
             split.problems[problem.utterance_id or problem.path] = problem.reason
@@ -115,5 +118,5 @@ def _read_table(path: Path, data_root: str | os.PathLike | None) -> ReferenceSpl
             raise UserError(
                 f"The audio of {path} is in {DATA_ROOT}: say with --data_root where that is."
             )
-        split.references.append(Reference(row.ID, str(audio), row.wrd))
+        split.references.append(Reference(row.ID, str(audio), row.wrd, row.spk_id))
     return split

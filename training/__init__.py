@@ -10,4 +10,5 @@ logging.getLogger("speechbrain.utils.train_logger").addFilter(
 # samples before each epoch.
 logging.getLogger("speechbrain.core").addFilter(lambda record: "hparams" not in record.getMessage())
 for _name in ("speechbrain.dataio.sampler", "speechbrain.utils.quirks"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
+    # Not by its level, which the configuration of a run's log sets anew.
+    logging.getLogger(_name).addFilter(lambda record: record.levelno >= logging.WARNING)

@@ -204,6 +204,7 @@ def evaluate_split(
             [transcripts[i][1] for i in ids],
             audio_s=sum(float(row["duration"]) for row in dataset.data.values()),
             decode_s=decode_s,
+            speakers={key: row["spk_id"] for key, row in dataset.data.items()},
         )
     if hint := case_hint([transcripts[i] for i in ids], score.wer):
         logger.warning("%s: %s", split, hint)

@@ -2,7 +2,7 @@
 
 import collections
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from speechbrain.dataio.wer import print_alignments
 from speechbrain.utils.edit_distance import (
@@ -12,12 +12,24 @@ from speechbrain.utils.edit_distance import (
     wer_summary,
 )
 
+# Words of an utterance up to which it is counted with the shorter ones.
+_LENGTHS = (2, 5, 10, 20, 40)
 
-def analyse_errors(scores: list[dict], *, top_words: int = 30, top_utterances: int = 20) -> str:
-    """Describe the errors of one split: commonest confusions and worst utterances.
+
+def analyse_errors(
+    scores: list[dict],
+    characters: list[dict] | None = None,
+    speakers: Mapping[str, str] | None = None,
+    *,
+    top_words: int = 30,
+    top_utterances: int = 20,
+) -> str:
+    """Describe the errors of one split: confusions, errors by length and speaker, worst utterances.
 
     Args:
         scores: ``ErrorRateStats.scores``, alignments included.
+        characters: the same with ``split_tokens``.
+        speakers: by utterance.
         top_words: how many substitutions, deletions and insertions are listed at most.
         top_utterances: how many utterances are shown at most, once among those with a hypothesis
             and once among those for which nothing was recognised.
@@ -49,8 +61,17 @@ def analyse_errors(scores: list[dict], *, top_words: int = 30, top_utterances: i
             lambda word: f"{word} ({occurrences[word]})",
         ),
         _ranking("INSERTIONS", "hypothesis word", insertions, top_words, str),
-        _worst_utterances(scores, top_utterances),
     ]
+    if characters is not None:
+        confused = _count_edits(characters)[0]
+        title, legend = "CONFUSED CHARACTERS", "reference -> hypothesis"
+        blocks.append(
+            _ranking(title, legend, confused, top_words, lambda pair: f"{pair[0]} -> {pair[1]}")
+        )
+    blocks.append(_by_length(scores))
+    if speakers:
+        blocks.append(_by_speaker(scores, speakers, top_words))
+    blocks.append(_worst_utterances(scores, top_utterances))
     return "\n".join(blocks)
 
 
@@ -74,6 +95,41 @@ def _ranking(title: str, legend: str, counts: collections.Counter, limit: int, r
     lines += [f"{count:6d}  {render(what)}" for what, count in shown]
     if len(counts) > len(shown):
         lines.append(f"        ... and {len(counts) - len(shown)} more")
+    return "\n".join(lines) + "\n"
+
+
+def _by_length(scores: list[dict]) -> str:
+    groups: dict[str, list[dict]] = {}
+    for score in sorted(scores, key=lambda score: len(score["ref_tokens"])):
+        words = len(score["ref_tokens"])
+        below = [0, *_LENGTHS]
+        first = max(limit for limit in below if limit < words) + 1 if words else 0
+        last = next((limit for limit in below if limit >= words), None)
+        name = f"{first} and more" if last is None else f"{first} to {last}" if last else "0"
+        groups.setdefault(name, []).append(score)
+    return _table("BY LENGTH", "words of an utterance", groups)
+
+
+def _by_speaker(scores: list[dict], speakers: Mapping[str, str], limit: int) -> str:
+    groups: dict[str, list[dict]] = {}
+    for score in scores:
+        groups.setdefault(speakers.get(score["key"], "unknown"), []).append(score)
+    worst = sorted(groups, key=lambda name: (-_rate(groups[name]), name))
+    title = f"BY SPEAKER: {len(groups)}, those with the highest WER first"
+    return _table(title, "speaker", {name: groups[name] for name in worst[:limit]})
+
+
+def _rate(scores: list[dict]) -> float:
+    words = sum(score["num_ref_tokens"] for score in scores)
+    return 100 * sum(score["num_edits"] for score in scores) / words if words else 0.0
+
+
+def _table(title: str, legend: str, groups: Mapping[str, list[dict]]) -> str:
+    lines = [title, f" WER %  errors   words  utterances  {legend}"]
+    for name, scores in groups.items():
+        errors, words = (sum(s[key] for s in scores) for key in ("num_edits", "num_ref_tokens"))
+        rate = f"{_rate(scores):6.2f}" if words else "     -"
+        lines.append(f"{rate}  {errors:6d}  {words:6d}  {len(scores):10d}  {name}")
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from speechbrain.dataio.wer import print_alignments, print_wer_summary
 from speechbrain.utils.metric_stats import ErrorRateStats
 
 from common.files import alone_with, atomic_write
@@ -106,6 +107,7 @@ def write_split_report(
     *,
     audio_s: float,
     decode_s: float,
+    speakers: Mapping[str, str] | None = None,
 ) -> SplitScore:
     """Score one split and write ``wer_``, ``cer_``, ``hyp_`` and ``errors_<split>``.
 
@@ -117,6 +119,7 @@ def write_split_report(
         hypotheses: what was recognised, in the order of ``references``; empty is legal.
         audio_s: duration of the split in seconds.
         decode_s: seconds that recognising it took.
+        speakers: of the utterances that have one, by id: errors are counted by speaker, too.
 
     Returns:
         The scores that belong into ``results.json``.
@@ -138,11 +141,14 @@ def write_split_report(
     summary, cer = words.summarize(), characters.summarize("WER")
     # Scripts look for the last line.
     _write_stats(folder / f"wer_{split}.txt", words, f"WER: {summary['WER']:.2f}%  CER: {cer:.2f}%")
-    _write_stats(folder / f"cer_{split}.txt", characters)
+    _write_characters(folder / f"cer_{split}.txt", characters)
     rows = [HYPOTHESES_HEADER]
     rows += zip(ids, map(" ".join, reference_words), map(" ".join, hypothesis_words), strict=True)
     _write_text(folder / f"hyp_{split}.tsv", "".join("\t".join(row) + "\n" for row in rows))
-    _write_text(folder / f"errors_{split}.txt", analyse_errors(words.scores))
+    _write_text(
+        folder / f"errors_{split}.txt",
+        analyse_errors(words.scores, characters.scores, speakers),
+    )
 
     return SplitScore(
         wer=summary["WER"],
@@ -413,6 +419,13 @@ def _write_stats(path: Path, stats: ErrorRateStats, last_line: str | None = None
         stats.write_stats(file)
         if last_line is not None:
             file.write(f"{last_line}\n")
+
+
+def _write_characters(path: Path, stats: ErrorRateStats) -> None:
+    """As SpeechBrain writes alignments, a character a column: what is missing is one wide, too."""
+    with atomic_write(path) as file:
+        print_wer_summary(stats.summarize(), file)
+        print_alignments(stats.scores, file, empty_symbol="*", separator=" ")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -70,6 +70,13 @@ def test_error_rate_files_begin_with_the_rate_and_align_every_utterance(tmp_path
     assert sum(line.split(",")[0] in IDS for line in lines) == len(IDS)
     characters = (tmp_path / "cer_test-other.txt").read_text(encoding="utf-8")
     assert characters.startswith(f"%WER {result.cer:.2f} [")
+    # A character takes one column, also where one is missing.
+    lines = characters.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("5-1-0000, %WER"))
+    reference, operations, hypothesis = (line[::2] for line in lines[start + 1 : start + 4])
+    assert reference.replace("*", "") == "THE_CAT_SAT_ON_THE_MAT"
+    assert hypothesis.replace("*", "") == "THE_CAT_SAT_AT_MAT_NOW"
+    assert len(reference) == len(operations) == len(hypothesis)
 
 
 def test_hypotheses_are_read_back_as_written(tmp_path):
@@ -116,6 +123,36 @@ def test_error_analysis_ranks_words_and_utterances(tmp_path):
     assert shown == ["6-1-0001", "5-1-0001", "5-1-0000", "6-1-0000"]
 
 
+def test_error_analysis_counts_characters_lengths_and_speakers(tmp_path):
+    references = ["THE CAT SAT ON THE MAT", "FIVE", "NINE", "", "FIVE " * 41]
+    hypotheses = ["THE CAT SAD ON THE MAD", "NINE", "NINE", "OH", "FIVE " * 41]
+    ids = ["a-1", "a-2", "b-1", "b-2", "c-1"]
+    speakers = {key: key[0] for key in ids if key != "c-1"}
+    write_split_report(
+        *(tmp_path, "s", ids, references, hypotheses), audio_s=1, decode_s=1, speakers=speakers
+    )
+    blocks = (tmp_path / "errors_s.txt").read_text(encoding="utf-8").split("\n\n")
+    named = {block.split(":")[0].split("\n")[0]: block.splitlines() for block in blocks}
+    assert [line.split() for line in named["CONFUSED CHARACTERS"][2:]] == [
+        ["2", "T", "->", "D"],
+        ["1", "F", "->", "N"],
+        ["1", "V", "->", "N"],
+    ]
+    assert [line.split(maxsplit=4) for line in named["BY LENGTH"][2:]] == [
+        ["-", "1", "0", "1", "0"],
+        ["50.00", "1", "2", "2", "1 to 2"],
+        ["33.33", "2", "6", "1", "6 to 10"],
+        ["0.00", "0", "41", "1", "41 and more"],
+    ]
+    assert [line.split() for line in named["BY SPEAKER"][2:]] == [
+        ["100.00", "1", "1", "2", "b"],
+        ["42.86", "3", "7", "2", "a"],
+        ["0.00", "0", "41", "1", "unknown"],
+    ]
+    write(tmp_path)
+    assert "BY SPEAKER" not in (tmp_path / "errors_test-other.txt").read_text(encoding="utf-8")
+
+
 def test_error_analysis_shows_where_nothing_was_recognised(tmp_path):
     write(tmp_path)
     text = (tmp_path / "errors_test-other.txt").read_text(encoding="utf-8")
@@ -128,7 +165,7 @@ def test_error_analysis_is_cut_at_the_commonest(tmp_path):
     write(tmp_path, references, ["X"] * 40, [f"{i:02d}" for i in range(40)])
     text = (tmp_path / "errors_test-other.txt").read_text(encoding="utf-8")
     assert "SUBSTITUTIONS: 40, 40 different" in text
-    assert text.count(" -> X") == 30
+    assert text.split("CONFUSED")[0].count(" -> X") == 30
     assert "... and 10 more" in text
     assert sum(", %WER" in line for line in text.splitlines()) == 20
 
