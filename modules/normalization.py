@@ -1,6 +1,9 @@
 """Feature normalisation for corpora whose speakers and microphones differ."""
 
-from speechbrain.processing.features import InputNormalization
+from speechbrain.processing.features import (
+    InputNormalization,
+    combine_gaussian_statistics,
+)
 from torch import Tensor
 
 from modules.lengths import absolute_lengths, padding_mask
@@ -32,6 +35,34 @@ class UtteranceMeanNormalization(InputNormalization):
         if self.remove_mean:
             x = remove_utterance_mean(x, lengths)
         return super().forward(x, lengths, epoch)
+
+
+class CountedStatistics:
+    """Lets a normaliser learn from batches whose frames the host has counted.
+
+    SpeechBrain's asks the device how many there are, and waits for all that it has to do before.
+    This takes the place of its update, in a run of one process. Set ``num_frames``, of the batch
+    without its padding, before the normaliser is called.
+
+    Args:
+        normalize: SpeechBrain's normalisation or a subclass.
+    """
+
+    def __init__(self, normalize: InputNormalization):
+        self.normalize = normalize
+        self.num_frames = 0
+        normalize._update_global_stats = self._update
+
+    def _update(self, x_BTM: Tensor, mask_BT1: Tensor) -> None:
+        mean_M = (x_BTM * mask_BT1).sum((0, 1)) / self.num_frames
+        variance_M = ((x_BTM - mean_M).square() * mask_BT1).sum((0, 1)) / self.num_frames
+        statistics = self.num_frames, mean_M, variance_M
+        known = self.normalize
+        if known.count:
+            before = known.count, known.glob_mean.to(x_BTM), known.glob_std.to(x_BTM).square()
+            statistics = combine_gaussian_statistics(before, statistics)
+        known.count, known.glob_mean, variance_M = statistics
+        known.glob_std = variance_M.sqrt()
 
 
 def remove_utterance_mean(x_BTM: Tensor, lengths: Tensor | None) -> Tensor:

@@ -8,8 +8,6 @@ import train_S2S
 from tests.ctc_runs import CONMAMBA, CONMAMBAMAMBA, TINY_S2S, command_line, train
 from training.brains.run_brain import RunBrain
 
-# Until then the normaliser of SpeechBrain counts frames.
-FIRST_EPOCH = 4
 RECIPES = {"CTC": (train_CTC.main, CONMAMBA, {}), "S2S": (train_S2S.main, CONMAMBAMAMBA, TINY_S2S)}
 
 
@@ -45,7 +43,8 @@ def test_a_step_waits_for_nothing(recipe, precision, tone_corpus, tmp_path, monk
         return PatientCTC.apply(loss_function, log_probs, tokens, num_frames_B, num_tokens_B, blank)
 
     def watched_fit(brain, batch):
-        if brain.epoch < FIRST_EPOCH or brain.is_last_batch():
+        # The first steps compile, and the last one of an epoch reads the losses.
+        if brain.step < 3 or brain.is_last_batch():
             return fit_batch(brain, batch)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -59,11 +58,11 @@ def test_a_step_waits_for_nothing(recipe, precision, tone_corpus, tmp_path, monk
     keys = keys | {
         "device": "cuda",
         "precision": precision,
-        "number_of_epochs": FIRST_EPOCH,
+        "number_of_epochs": 1,
         "dynamic_batching": False,
         "batch_size": 2,
         "log_interval_steps": 1000,
         "test_splits": "[]",
     }
     assert train(command_line(tone_corpus, tmp_path, yaml_file, **keys), main) == 0
-    assert len(watched) == 4
+    assert len(watched) == 2

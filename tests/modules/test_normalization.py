@@ -5,7 +5,11 @@ import torch
 from speechbrain.processing.features import InputNormalization
 
 from modules.lengths import relative_lengths
-from modules.normalization import UtteranceMeanNormalization, remove_utterance_mean
+from modules.normalization import (
+    CountedStatistics,
+    UtteranceMeanNormalization,
+    remove_utterance_mean,
+)
 
 FRAMES_B = torch.tensor([9, 4, 7])
 
@@ -81,3 +85,16 @@ def test_the_mean_is_that_of_an_items_own_frames_at_any_length(width):
     feats_BTM[torch.arange(width) >= num_frames_B[:, None]] = 1e4
     centred = remove_utterance_mean(feats_BTM, relative_lengths(num_frames_B, width))
     assert centred.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("cls", [InputNormalization, UtteranceMeanNormalization])
+def test_counted_by_the_host_the_statistics_are_the_same(cls, feats_BTM):
+    lengths = relative_lengths(FRAMES_B, 9)
+    theirs, ours = cls(norm_type="global"), cls(norm_type="global")
+    statistics = CountedStatistics(ours)
+    for batch in range(3):
+        wanted = theirs(feats_BTM + batch, lengths, epoch=0)
+        statistics.num_frames = int(FRAMES_B.sum())
+        found = ours(feats_BTM + batch, lengths, epoch=0)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(ours._statistics_dict(), theirs._statistics_dict())

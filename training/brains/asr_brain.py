@@ -7,12 +7,13 @@ import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import if_main_process, is_distributed_initialized
 from speechbrain.utils.metric_stats import ErrorRateStats
 from torch import Tensor
 from tqdm import tqdm
 
 from common.errors import Interrupted
+from modules.normalization import CountedStatistics
 from modules.speech_encoder import SpeechEncoder
 from training.brains.graphs import (
     CudaRecorder,
@@ -68,6 +69,7 @@ class ASRBrain(RunBrain):
         self.perturbation: SpeedPerturbation | None = None
         self.splicing: Splicing | None = None
         self.unperturbed: DynamicItemDataset | None = None
+        self.statistics: CountedStatistics | None = None
         self.spectrogram_augmentation = SpectrogramAugmentation(
             getattr(hparams, "spectrogram_augmentations", []), hparams.seed
         )
@@ -99,6 +101,14 @@ class ASRBrain(RunBrain):
         """Whether this stage is trained on augmented speech: from ``augment_from_epoch`` on."""
         return stage == sb.Stage.TRAIN and self.epoch >= self.hparams.augment_from_epoch
 
+    def features(self, batch: PaddedBatch, epoch: int) -> tuple[Tensor, Tensor]:
+        """Normalised features (B, T, M), from which the normaliser may learn, and their frames."""
+        encoder = self.speech_encoder
+        if self.statistics is not None:
+            self.statistics.num_frames = int(encoder.num_feature_frames(batch.num_samples).sum())
+        num_samples_B = to_device(batch.num_samples, self.device)
+        return encoder.features(batch.sig.data, num_samples_B, epoch)
+
     def front_end(self, batch: PaddedBatch, stage: sb.Stage) -> FrontEndOutput:
         """Features, augmentation (see ``augments``) and front-end frames.
 
@@ -106,9 +116,7 @@ class ASRBrain(RunBrain):
         """
         hparams, encoder, copies = self.hparams, self.speech_encoder, 1
         lengths = encoder.num_feature_frames(batch.num_samples).tolist()
-        feats_BTM, num_frames_B = encoder.features(
-            batch.sig.data, to_device(batch.num_samples, self.device), self.epoch
-        )
+        feats_BTM, num_frames_B = self.features(batch, self.epoch)
         if self.augments(stage):
             copies = 2 if hparams.consistency_weight else 1
             feats_BTM = torch.cat(
@@ -225,8 +233,7 @@ class ASRBrain(RunBrain):
             normalize.train()
             for batch in tqdm(loader, desc="levels of the features", disable=hidden):
                 self._end_if_asked_to()
-                wav_BS = batch.sig.data.to(self.device)
-                self.speech_encoder.features(wav_BS, batch.num_samples.to(self.device), epoch=0)
+                self.features(batch.to(self.device), epoch=0)
             normalize.eval()
         for batch in tqdm(loader, desc="aligning words", disable=hidden):
             self._end_if_asked_to()
@@ -248,6 +255,8 @@ class ASRBrain(RunBrain):
         """As the parent's; the front end that is called is the one that synchronises gradients."""
         super().on_fit_start()
         self.speech_encoder.CNN = self.modules.CNN
+        if torch.device(self.device).type == "cuda" and not is_distributed_initialized():
+            self.statistics = CountedStatistics(self.hparams.normalize)
         if self.hparams.cuda_graphs:
             options = self.hparams.cuda_graphs, CudaRecorder(), self.training_dtype
             stack, front_end = self.hparams.Transformer.encoder, self.hparams.CNN
