@@ -24,7 +24,7 @@ from torch import Tensor
 from decoding.searches import prepare_joint_search
 from modules.lengths import relative_lengths
 from training.brains.asr_brain import ASRBrain, FrontEndOutput
-from training.data.recordings import to_device
+from training.data.copied_ahead import to_device
 from training.data.token_noise import replace_tokens
 from training.recipe import dataio_prepare, run_recipe
 

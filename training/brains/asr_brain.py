@@ -23,8 +23,8 @@ from training.brains.graphs import (
 )
 from training.brains.run_brain import RunBrain
 from training.data.augmentation import SpectrogramAugmentation, SpeedPerturbation
-from training.data.copied_ahead import CopiedAhead
-from training.data.recordings import SkippedUtterances, evaluation_batches, to_device
+from training.data.copied_ahead import CopiedAhead, to_device
+from training.data.recordings import SkippedUtterances, evaluation_batches
 from training.losses.ctc import consistency_loss, ctc_loss, flat_start_loss, mean_over_feasible
 from training.splicing.cut_speech import Emissions, WordCutter, cut_speech
 from training.splicing.splice import Splicing

@@ -1,4 +1,4 @@
-"""Batches that are on the GPU before their turn comes."""
+"""From the host to the GPU without waiting: tensors, and batches before their turn comes."""
 
 from collections.abc import Iterator, Sized
 from typing import Any
@@ -46,3 +46,10 @@ def _ready(batch: PaddedBatch, copied: torch.cuda.Event) -> PaddedBatch:
                 # Its memory belongs to the other stream, which must not give it away meanwhile.
                 tensor.record_stream(stream)
     return batch
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on a device, without waiting for what the device has to do."""
+    if torch.device(device).type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

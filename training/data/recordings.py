@@ -225,13 +225,6 @@ ON_THE_DEVICE = ("sig", "tokens", "tokens_bos", "tokens_eos")
 collate = partial(PaddedBatch, padding_func=pad_right, device_prep_keys=ON_THE_DEVICE)
 
 
-def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A tensor of the host on a device, without waiting for what the device has to do."""
-    if torch.device(device).type == "cuda" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 @dataclass
 class Loaders:
     """Datasets and how to iterate them, in the form that Brain.fit and Brain.evaluate take."""

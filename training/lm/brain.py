@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from training.brains.run_brain import RunBrain
-from training.data.recordings import to_device
+from training.data.copied_ahead import to_device
 from training.lm.text_batches import PAD_ID, TextBatch, TextLoader
 from training.seeding import seed_everything
 
