@@ -282,3 +282,21 @@ def test_a_language_model_in_two_processes(tmp_path):
     assert_trained_together(tmp_path, len(sentences))
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert results["splits"]["valid"]["sentences"] == len(sentences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("utterances", "dynamic"), [(1, True), (1, False), (2, True)])
+def test_fewer_utterances_than_processes_or_a_batch_each(tmp_path, utterances, dynamic):
+    sizes = {"train-clean-100": utterances, "dev-clean": 1, "test-clean": 1}
+    corpus = make_corpus(tmp_path / "corpus", sizes, num_words=1)
+    keys = {"max_batch_length_train": 0.1, "dynamic_batching": dynamic, "number_of_epochs": 2}
+    arguments = command_line(corpus, tmp_path / "run", test_splits="[test-clean]", **keys)
+    code = (
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train_CTC\n"
+        "from training.launch.command_line import run_script\n"
+        "run_script(train_CTC.main, sys.argv[2:])"
+    )
+    start_two_processes(code, tmp_path, arguments)
+    entries = [entry for entry in metrics(tmp_path / "run") if "valid_loss" in entry]
+    assert [entry["epoch"] for entry in entries] == [1, 2]
+    assert entries[-1]["step"] == 2
