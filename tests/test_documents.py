@@ -46,7 +46,8 @@ def test_a_command_of_the_pages_parses(document, line, monkeypatch):
     name = script.removesuffix(".py")
     if name in ("train_CTC", "train_S2S", "train_LM"):
         parsed = parse_command_line(arguments, document)
-        check_keys(parsed.param_file, parsed.overrides, script)
+        if not parsed.param_file.startswith("results/"):  # a run's folder, with its own settings
+            check_keys(parsed.param_file, parsed.overrides, script)
         return
     module = importlib.import_module(name)
     original = argparse.ArgumentParser.parse_args
