@@ -154,8 +154,9 @@ def read_evaluations(folder: str | os.PathLike, name: str) -> list[EvaluatedRun]
     named = (
         (f"{name}:{evaluation}", folder / EVAL_FOLDER / evaluation, entry["splits"], True)
         for evaluation, entry in results.get("evaluations", {}).items()
-        # evaluate.py records there how it scored a split, and has its scores among the others.
-        if "splits" in entry
+        # evaluate.py records there how it scored a split, and has its scores among the others; and
+        # reports may have been deleted.
+        if "splits" in entry and (folder / EVAL_FOLDER / evaluation).is_dir()
     )
     evaluated = [
         EvaluatedRun(

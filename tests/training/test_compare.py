@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -227,6 +228,8 @@ def test_named_evaluations_have_rows_of_their_own(tmp_path, wrong_words):
     assert float(lm[3]) < float(own[3])
     assert float(lm[8]) == pytest.approx(float(lm[3]) - float(own[3]), abs=0.011)
     assert mine[8:] == ["-", "-", "-"]
+    shutil.rmtree(run / "eval" / "lm")
+    assert "a:lm" not in compare([run])
 
 
 def test_runs_are_drawn_by_their_parameters(tmp_path, wrong_words, monkeypatch, capsys):
