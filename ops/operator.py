@@ -50,7 +50,12 @@ def register(
     )
     def backward_operator(grad_y, grad_state, kept, *arguments):
         grads = backward(grad_y, grad_state, kept, arguments)
-        return [grad for grad in grads if grad is not None]
+        # What comes out of an operator has memory of its own, parameters' in order.
+        return [
+            grad.clone(memory_format=torch.contiguous_format) if grad.dim() < 3 else grad
+            for grad in grads
+            if grad is not None
+        ]
 
     @backward_operator.register_fake
     def _(grad_y, grad_state, kept, *arguments):

@@ -77,12 +77,11 @@ def conv_backward(
     grad_x = empty_like(arguments.x)
     parts, grad_initial = conv_backward_of_ways([grad_y], grad_state, [arguments], grad_x)
     width = weight.shape[1]
-    # Added up apart: outputs of an operator must not share memory.
-    taps, of_bias = parts[0, :, :, :width].sum((0, 1)).t(), parts[0, :, :, width]
+    sums = parts[0].sum((0, 1))
     return (
         grad_x,
-        taps.to(weight.dtype, memory_format=torch.contiguous_format),
-        None if bias is None else of_bias.sum((0, 1)).to(bias.dtype),
+        sums[:width].t().to(weight.dtype),
+        None if bias is None else sums[width].to(bias.dtype),
         grad_initial,
     )
 

@@ -213,8 +213,8 @@ def _backward(
     )  # fmt: skip
     grad_conv_weight, grad_conv_bias = new(count, inner, width), new(count, inner)
     collect_parameters_kernel[(ceil_div(inner, _CHANNELS), count, num_states + 3 + width)](
-        memory.A, memory.D, memory.bias, conv_parts, prepared.A, grad_A_log, grad_D, grad_bias,
-        grad_conv_weight, grad_conv_bias, inner, memory.A.shape[1] * memory.A.shape[2],
+        memory.parts, conv_parts, prepared.A, grad_A_log, grad_D, grad_bias, grad_conv_weight,
+        grad_conv_bias, inner, memory.parts.shape[1] * memory.parts.shape[2],
         conv_parts.shape[1] * conv_parts.shape[2], NUM_STATE=num_states, WIDTH=width,
         CHANNELS=_CHANNELS, ROWS=_ROWS,
     )  # fmt: skip

@@ -98,8 +98,8 @@ def _sum_rows(parts, num_parts, stride, channel, channel_mask, ROWS: tl.constexp
 
 @triton.jit(do_not_specialize=["num_parts", "num_conv_parts"])
 def collect_parameters_kernel(
-    A_parts, D_parts, bias_parts, conv_parts, A, grad_A_log, grad_D, grad_bias, grad_conv_weight,
-    grad_conv_bias, inner, num_parts, num_conv_parts, NUM_STATE: tl.constexpr, WIDTH: tl.constexpr,
+    parts, conv_parts, A, grad_A_log, grad_D, grad_bias, grad_conv_weight, grad_conv_bias, inner,
+    num_parts, num_conv_parts, NUM_STATE: tl.constexpr, WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the parameters of every way, added up.
@@ -107,7 +107,7 @@ def collect_parameters_kernel(
     Grid (blocks of CHANNELS, ways, NUM_STATE + 2 + WIDTH + 1).
 
     Args:
-        A_parts: (ways, parts, state, inner); D_parts, bias_parts (ways, parts, inner).
+        parts: (ways, num_parts, rows, inner), those of the scan: A's states, D, bias and others.
         conv_parts: (ways, conv_parts, WIDTH + 1, inner), the taps' and the bias'.
         A: (ways, state, inner), the decay rates: A = -exp(A_log) multiplies their gradient.
         grad_A_log: (ways, inner, state); grad_D, grad_bias, grad_conv_bias (ways, inner);
@@ -117,22 +117,23 @@ def collect_parameters_kernel(
     row = tl.program_id(2)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     mask = channel < inner
+    # Behind those of D and the bias stand carries, one for each state.
+    stride = (2 * NUM_STATE + 2) * inner
+    rows = parts + way * num_parts * stride + row * inner
     if row < NUM_STATE:
-        A_rows = A_parts + way * num_parts * NUM_STATE * inner + row * inner
-        total = _sum_rows(A_rows, num_parts, NUM_STATE * inner, channel, mask, ROWS)
+        total = _sum_rows(rows, num_parts, stride, channel, mask, ROWS)
         total *= tl.load(A + (way * NUM_STATE + row) * inner + channel, mask=mask, other=0.0)
         tl.store(grad_A_log + (way * inner + channel) * NUM_STATE + row, total, mask=mask)
     elif row < NUM_STATE + 2:
         is_bias = row == NUM_STATE + 1
-        rows = tl.where(is_bias, bias_parts, D_parts) + way * num_parts * inner
-        total = _sum_rows(rows, num_parts, inner, channel, mask, ROWS)
+        total = _sum_rows(rows, num_parts, stride, channel, mask, ROWS)
         of_channels = tl.where(is_bias, grad_bias, grad_D)
         tl.store(of_channels + way * inner + channel, total, mask=mask)
     else:
         tap = row - NUM_STATE - 2
-        stride = (WIDTH + 1) * inner
-        taps = conv_parts + way * num_conv_parts * stride + tap * inner
-        total = _sum_rows(taps, num_conv_parts, stride, channel, mask, ROWS)
+        of_part = (WIDTH + 1) * inner
+        taps = conv_parts + way * num_conv_parts * of_part + tap * inner
+        total = _sum_rows(taps, num_conv_parts, of_part, channel, mask, ROWS)
         is_tap = tap < WIDTH
         of_taps = grad_conv_weight + (way * inner + channel) * WIDTH + tap
         tl.store(of_taps, total, mask=mask & is_tap)

@@ -49,26 +49,21 @@ from ops.triton_sequences import LOG2E, Sequence, num_valid_frames, sigmoid
 class WayGradientPointers(NamedTuple):
     """Where the gradients of a `WayPointers` go; contiguous float32 but for u and delta.
 
-    Those of parameters remain to be added up over their first two axes, batch and pieces: A,
-    constant B and C (batch, pieces, state, dim), D and bias (batch, pieces, dim). Those of
+    Those of parameters stand in ``parts`` (batch, pieces, rows, dim) and remain to be added up over
+    batch and pieces: A in as many rows as there are states, constant B and C likewise, D, bias. The
+    last rows, again one for each state, carry the gradient of the state from tile to tile and end,
+    in the piece that is scanned first, as the gradient of the initial state. Gradients of
     time-varying B and C stand in ``projections`` (one or both, batch, blocks of channels, state,
-    time). ``carry`` (batch, pieces, state, dim) ends, in the piece that is scanned first, as the
-    gradient of the initial state. ``last_state`` (batch, state, dim) is read, and so are ``ends``
-    and ``steps``, which are those of `WayPointers` for the gradients of the states.
+    time). ``last_state`` (batch, state, dim) is read, and so are ``ends``, which are those of
+    `WayPointers` for the gradients of the states.
     """
 
     u: Sequence
     delta: Sequence
-    A: torch.Tensor
-    B: torch.Tensor | None
-    C: torch.Tensor | None
-    D: torch.Tensor
-    bias: torch.Tensor
+    parts: torch.Tensor
     projections: torch.Tensor | None
-    carry: torch.Tensor
     last_state: torch.Tensor | None
     ends: torch.Tensor
-    steps: torch.Tensor
     end: int = END
 
 
@@ -158,7 +153,10 @@ def _backward_way(
     sign = tl.where(reverse, -1, 1)
     item = tl.program_id(2).to(tl.int64)
     program = item * tl.num_programs(1) + tl.program_id(1)
-    of_program = program * NUM_STATE * dim
+    # Rows of the program's parts; see `WayGradientPointers`.
+    C_FROM: tl.constexpr = NUM_STATE * (1 if VARIABLE_B else 2)
+    D_FROM: tl.constexpr = C_FROM + (0 if VARIABLE_C else NUM_STATE)
+    ROWS: tl.constexpr = D_FROM + 2 + NUM_STATE
     lane = tl.arange(0, WARP)[None, :]
     u = either(first.u.pointer, second.u.pointer, is_second, BOTH)
     delta = either(first.delta.pointer, second.delta.pointer, is_second, BOTH)
@@ -168,10 +166,9 @@ def _backward_way(
     states = either(first.states, second.states, is_second, BOTH)
     grad_u = either(first_grads.u.pointer, second_grads.u.pointer, is_second, BOTH)
     grad_delta = either(first_grads.delta.pointer, second_grads.delta.pointer, is_second, BOTH)
-    grad_A = either(first_grads.A, second_grads.A, is_second, BOTH) + of_program
-    carry = either(first_grads.carry, second_grads.carry, is_second, BOTH) + of_program
-    grad_D = either(first_grads.D, second_grads.D, is_second, BOTH)
-    grad_bias = either(first_grads.bias, second_grads.bias, is_second, BOTH)
+    grad_A = either(first_grads.parts, second_grads.parts, is_second, BOTH) + program * ROWS * dim
+    grad_D = grad_A + D_FROM * dim
+    carry = grad_D + 2 * dim
     initial_state = None
     if first.initial_state is not None:
         initial_state = first.initial_state + item * NUM_STATE * dim
@@ -180,11 +177,11 @@ def _backward_way(
     if VARIABLE_B:
         packed_B = packed_projection(B, group, num_groups, time, NUM_STATE)
     else:
-        grad_B = either(first_grads.B, second_grads.B, is_second, BOTH) + of_program
+        grad_B = grad_A + NUM_STATE * dim
     if VARIABLE_C:
         packed_C = packed_projection(C, group, num_groups, time, NUM_STATE)
     else:
-        grad_C = either(first_grads.C, second_grads.C, is_second, BOTH) + of_program
+        grad_C = grad_A + C_FROM * dim
     if COUNT > 0:
         projections = either(first_grads.projections, second_grads.projections, is_second, BOTH)
 
@@ -202,7 +199,6 @@ def _backward_way(
     grad_bias_row = tl.zeros([1, WARP], tl.float32)
     nothing = tl.zeros([1, WARP], tl.float32)
     ends = either(first_grads.ends, second_grads.ends, is_second, BOTH)
-    steps = either(first_grads.steps, second_grads.steps, is_second, BOTH)
 
     block_from, block_to = blocks_of_piece(piece, block_frames, piece_frames, valid)
     for b in range(block_to - block_from):
@@ -225,8 +221,8 @@ def _backward_way(
             g_all = tl.load(first_grads.last_state + of_item, mask=all_mask & leaves, other=0.0)
         A2_all = tl.load(A + of_parameters, mask=all_mask, other=0.0) * LOG2E
         g_all = entering_state(
-            g_all, A2_all, ends, steps, piece, tl.num_programs(1), turned.distance, reverse == 0,
-            dim, channel, of_parameters, all_mask, channel_mask, NUM_STATE,
+            g_all, A2_all, ends, piece, tl.num_programs(1), turned.distance, reverse == 0, dim,
+            channel, of_parameters, all_mask, channel_mask, NUM_STATE,
         )  # fmt: skip
         tl.store(carry + of_parameters, g_all, mask=all_mask)
 
@@ -409,8 +405,8 @@ def _backward_way(
                     grad_z.pointer, grad_z, grad_z_rows, channel, channel_mask, start, lo, hi,
                     reverse, TILE, WIDE,
                 )  # fmt: skip
-    tl.store(grad_D + program * dim + channel, grad_D_row, mask=channel_mask)
-    tl.store(grad_bias + program * dim + channel, grad_bias_row, mask=channel_mask)
+    tl.store(grad_D + channel, grad_D_row, mask=channel_mask)
+    tl.store(grad_D + dim + channel, grad_bias_row, mask=channel_mask)
 
 
 @triton.jit

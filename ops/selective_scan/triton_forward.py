@@ -73,7 +73,6 @@ def _scan_way(
         C_t = tl.load(C + of_parameter, mask=state_mask, other=0.0)
 
     ends = either(first.ends, second.ends, is_second, BOTH)
-    steps = either(first.steps, second.steps, is_second, BOTH)
     block_from, block_to = blocks_of_piece(piece, block_frames, piece_frames, valid)
     for block in range(block_from, block_to):
         segment = segment_of(block, piece, block_frames, piece_frames, valid, reverse)
@@ -87,7 +86,7 @@ def _scan_way(
                 enters = enters & (is_second == 0)
             h = tl.load(first.initial_state + of_item, mask=state_mask & enters, other=0.0)
         h = entering_state(
-            h, A2, ends, steps, piece, tl.num_programs(1), segment.distance, reverse, dim, channel,
+            h, A2, ends, piece, tl.num_programs(1), segment.distance, reverse, dim, channel,
             of_parameter, state_mask, channel_mask, NUM_STATE,
         )  # fmt: skip
 

@@ -106,8 +106,8 @@ def launch_backward_in_parts(
                 second._replace(initial_state=second_grads.last_state),
                 z, grad_y, softplus,
             )  # fmt: skip
-            first_grads = first_grads._replace(ends=first_ends.ends, steps=first_ends.steps)
-            second_grads = second_grads._replace(ends=second_ends.ends, steps=second_ends.steps)
+            first_grads = first_grads._replace(ends=first_ends.ends)
+            second_grads = second_grads._replace(ends=second_ends.ends)
             selective_scan_backward_kernel[call.grid(WARP.value)](
                 first, second, first_grads, second_grads, _sequence(z), _sequence(grad_y),
                 _sequence(grad_z), lengths, *launch.sizes(), VARIABLE_B=launch.variable[0],
@@ -149,16 +149,14 @@ class _Launch(NamedTuple):
         self, first: WayPointers, second: WayPointers, z: Tensor | None, grad_y: Tensor | None,
         softplus: bool,
     ) -> tuple[WayPointers, WayPointers]:  # fmt: skip
-        """Both with the ``ends`` and ``steps`` of their states, or for ``grad_y`` of gradients."""
+        """Both with the ``ends`` of their states, or for ``grad_y`` of the gradients of these."""
         call = self.call
         if call.num_pieces == 1:
             return first, second
         count = len(self.ways)
-        per_piece = call.num_states * call.dim
-        ends = call.new(count, call.batch, call.num_pieces, per_piece)
-        steps = call.new(count, call.batch, call.num_pieces, call.dim)
-        first = first._replace(ends=ends[0], steps=steps[0])
-        second = second._replace(ends=ends[-1], steps=steps[-1])
+        ends = call.new(count, call.batch, call.num_pieces, call.num_states + 1, call.dim)
+        first = first._replace(ends=ends[0])
+        second = second._replace(ends=ends[-1])
         channel_blocks, num_pieces, batch = call.grid(call.channels)
         turns = int(grad_y is not None)
         of_each = [call.ways[0], call.ways[-1]]
@@ -308,7 +306,6 @@ class _Call:
             None if last_state is None else last_state.transpose(1, 2),
             # Not None, for which kernels would be compiled apart; of one piece nobody reads them.
             A,
-            A,
         )
 
     def projections(self) -> list[list[Tensor]]:
@@ -346,32 +343,21 @@ class _Call:
 class GradientMemory(NamedTuple):
     """What the backward kernel fills for one way or two, the first axis; see `WayGradientPointers`.
 
-    Both ways' in one piece of memory each, so that they can be added up together.
+    Both ways' in one piece of memory, so that they can be added up together.
     """
 
-    A: Tensor
-    carry: Tensor
-    B: Tensor | None
-    C: Tensor | None
-    D: Tensor
-    bias: Tensor
+    parts: Tensor
     projections: Tensor | None
 
     @classmethod
     def new(cls, call: _Call, count: int) -> GradientMemory:
         """Uninitialised memory."""
         channel_blocks, pieces, batch = call.grid(WARP.value)
-        of_parameter = (count, batch, pieces, call.num_states, call.dim)
-        of_channels = (count, batch, pieces, call.dim)
         B, C = (x.dim() == 4 for x in call.ways[0][3:5])
+        rows = call.num_states * (4 - B - C) + 2
         of_projections = (count, B + C, batch, channel_blocks, call.num_states, call.time)
         return cls(
-            call.new(*of_parameter),
-            call.new(*of_parameter),
-            None if B else call.new(*of_parameter),
-            None if C else call.new(*of_parameter),
-            call.new(*of_channels),
-            call.new(*of_channels),
+            call.new(count, batch, pieces, rows, call.dim),
             call.new(*of_projections) if B or C else None,
         )
 
@@ -390,45 +376,37 @@ class GradientParts:
         self.call, self.way, self.grad_last_state = call, way, _by_state(grad_last_state)
         self.memory = memory
         self.u, self.delta = empty_like(way.u), empty_like(way.delta)
-        self.A, self.carry = memory.A[index], memory.carry[index]
-        self.B = None if memory.B is None else memory.B[index]
-        self.C = None if memory.C is None else memory.C[index]
-        self.D, self.bias = memory.D[index], memory.bias[index]
+        self.parts = memory.parts[index]
         self.projections = None if memory.projections is None else memory.projections[index]
 
     def pointers(self) -> WayGradientPointers:
         return WayGradientPointers(
             _sequence(self.u),
             _sequence(self.delta),
-            self.A,
-            self.B,
-            self.C,
-            self.D,
-            self.bias,
+            self.parts,
             self.projections,
-            self.carry,
             self.grad_last_state,
-            self.carry,
-            self.carry,
+            self.parts,
         )
 
     def collect(self) -> WayGradients:
-        way, call = self.way, self.call
+        way, num_states = self.way, self.call.num_states
         projections = []
         if self.projections is not None:
-            parts = self.projections.unflatten(2, (call.groups, -1))
-            # One by one: outputs of an operator must not share memory.
-            projections = [part.sum(2) for part in parts]
-        grad_B = projections[0] if self.B is None else _sum_parameter(self.B, way.B)
-        grad_C = projections[-1] if self.C is None else _sum_parameter(self.C, way.C)
+            by_group = self.projections.unflatten(2, (self.call.groups, -1))
+            projections = [part.sum(2) for part in by_group]
+        sums = self.parts[:, :, :-num_states].sum((0, 1))
+        constant = iter(sums[num_states:-2].split(num_states))
+        grad_B = projections[0] if way.B.dim() == 4 else next(constant).t().to(way.B.dtype)
+        grad_C = projections[-1] if way.C.dim() == 4 else next(constant).t().to(way.C.dtype)
         return WayGradients(
             self.u,
             self.delta,
-            _sum_parameter(self.A, way.A),
+            sums[:num_states].t().to(way.A.dtype),
             _to_groups_of(grad_B, way.B),
             _to_groups_of(grad_C, way.C),
-            None if way.D is None else self.D.sum((0, 1)).to(way.D.dtype),
-            None if way.delta_bias is None else self.bias.sum((0, 1)).to(way.delta_bias.dtype),
+            None if way.D is None else sums[-2].to(way.D.dtype),
+            None if way.delta_bias is None else sums[-1].to(way.delta_bias.dtype),
             self.initial_state(),
         )
 
@@ -441,12 +419,8 @@ class GradientParts:
             valid = piece + call.time if call.lengths is None else call.lengths
             piece = (valid - 1).clamp(0, call.time - 1) // call.piece_frames
         items = torch.arange(call.batch, device=call.device)
-        grad = self.carry[items, piece].transpose(1, 2)
+        grad = self.parts[items, piece, -call.num_states :].transpose(1, 2)
         return empty_like(way.initial_state).copy_(grad)
-
-
-def _sum_parameter(parts: Tensor, parameter: Tensor) -> Tensor:
-    return parts.sum((0, 1)).t().to(parameter.dtype, memory_format=torch.contiguous_format)
 
 
 def _to_groups_of(grad: Tensor, projection: Tensor) -> Tensor:

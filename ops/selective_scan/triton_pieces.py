@@ -74,8 +74,8 @@ def blocks_of_piece(piece, block_frames, piece_frames, valid):
 
 @triton.jit
 def entering_state(
-    entered, A2, ends, steps, piece, num_pieces, distance, reverse, dim, channel, of_parameter,
-    state_mask, channel_mask, NUM_STATE: tl.constexpr,
+    entered, A2, ends, piece, num_pieces, distance, reverse, dim, channel, of_parameter, state_mask,
+    channel_mask, NUM_STATE: tl.constexpr,
 ):  # fmt: skip
     """The state (states, channels) in front of a piece, ``entered`` in front of the block."""
     h = entered
@@ -83,8 +83,9 @@ def entering_state(
     for i in range(distance):
         away = distance - i
         row = item * num_pieces + tl.where(reverse, piece + away, piece - away)
-        step = tl.load(steps + row * dim + channel, mask=channel_mask, other=0.0)
-        end = tl.load(ends + row * NUM_STATE * dim + of_parameter, mask=state_mask, other=0.0)
+        ends_of_piece = ends + row * (NUM_STATE + 1) * dim
+        end = tl.load(ends_of_piece + of_parameter, mask=state_mask, other=0.0)
+        step = tl.load(ends_of_piece + NUM_STATE * dim + channel, mask=channel_mask, other=0.0)
         h = tl.exp2(step * A2) * h + end
     return h
 
@@ -105,7 +106,7 @@ def selective_scan_ends_kernel(
     """What the frames of each piece leave behind. Grid (blocks of channels, pieces * ways, batch).
 
     Args:
-        first: `WayPointers`, whose ``ends`` and ``steps`` are written.
+        first: `WayPointers`, whose ``ends`` are written.
         second: another if BOTH, else the first again.
         z: `Sequence` or None.
         grad_y: `Sequence`; None for the states. If given, the gradients of the states: ``reverse``
@@ -209,6 +210,6 @@ def selective_scan_ends_kernel(
         start = after
     row = item * num_pieces + piece
     ends = either(first.ends, second.ends, is_second, BOTH)
-    steps = either(first.steps, second.steps, is_second, BOTH)
-    tl.store(ends + row * NUM_STATE * dim + of_parameter, h, mask=state_mask)
-    tl.store(steps + row * dim + channel, step_row, mask=channel_mask)
+    ends += row * (NUM_STATE + 1) * dim
+    tl.store(ends + of_parameter, h, mask=state_mask)
+    tl.store(ends + NUM_STATE * dim + channel, step_row, mask=channel_mask)

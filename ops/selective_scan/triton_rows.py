@@ -41,8 +41,9 @@ class WayPointers(NamedTuple):
 
     A and constant B, C are (state, dim); time-varying B, C come from `pack_projection_kernel`; D
     and bias are (dim,), states (batch, tiles, state, dim), initial and last state (batch, state,
-    dim), ends (batch, pieces, state, dim) and steps (batch, pieces, dim), which `triton_pieces`
-    explains. All of these are contiguous float32, or None.
+    dim). ``ends`` (batch, pieces, state + 1, dim) holds what `triton_pieces` explains: the state
+    that each piece leaves, then its step sizes, added up. All of these are contiguous float32, or
+    None.
     """
 
     u: Sequence
@@ -56,7 +57,6 @@ class WayPointers(NamedTuple):
     initial_state: torch.Tensor | None
     last_state: torch.Tensor | None
     ends: torch.Tensor
-    steps: torch.Tensor
     end: int = END
 
 
