@@ -89,13 +89,14 @@ corpus_keys() {
 }
 
 tests() {
-  local options=(-m "${DRY:+not }gpu and not slow" -p no:cacheprovider -rfE --tb=short)
+  local options=(-m "${DRY:+not }gpu and not slow" -p no:cacheprovider -v --tb=short --durations=8)
   # Ends itself before its limit does, so that what failed is told.
   "$PYTHON" -m pytest --help 2>/dev/null | grep -q -- --session-timeout &&
-    options+=(--timeout 100 --session-timeout 160)
-  has xdist && [ -z "$DRY" ] && options+=(-n 8)
-  ROWS='^(FAILED|ERROR|E  )|passed|failed|error' \
-    within 180 tests "$PYTHON" -m pytest "${options[@]}" tests/gpu
+    options+=(--timeout 60 --session-timeout 100)
+  has xdist && [ -z "$DRY" ] && options+=(-n 12)
+  local files=(steps synchronisation training networks decoding kernels)
+  ROWS='FAILED|ERROR|^E  |passed|failed|s (call|setup) ' within 120 tests \
+    "$PYTHON" -m pytest "${options[@]}" $(printf "tests/gpu/test_%s.py " "${files[@]}")
 }
 
 scan() {
@@ -124,8 +125,8 @@ encoder() {
   [ -n "$DRY" ] && size=(--batch_size 1 --seconds 1 --repeats 1)
   ROWS='^\[|^\|' within 120 encoder \
     "$PYTHON" -m benchmarks.bench_encoder --device $DEVICE --precision bf16 "${size[@]}"
-  [ -n "$DRY" ] || ROWS='^\[' within 60 encoder_graphs "$PYTHON" -m benchmarks.bench_encoder \
-    --device $DEVICE --precision bf16 --batch_size 16 --seconds 4 16 --repeats 10 --cuda_graphs
+  [ -n "$DRY" ] || ROWS='^\[' within 90 encoder_graphs "$PYTHON" -m benchmarks.bench_encoder \
+    --device $DEVICE --precision bf16 --batch_size 16 --seconds 4 16 60 --repeats 10 --cuda_graphs
 }
 
 kernels() {

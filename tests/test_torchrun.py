@@ -300,3 +300,56 @@ def test_fewer_utterances_than_processes_or_a_batch_each(tmp_path, utterances, d
     entries = [entry for entry in metrics(tmp_path / "run") if "valid_loss" in entry]
     assert [entry["epoch"] for entry in entries] == [1, 2]
     assert entries[-1]["step"] == 2
+
+
+LATE_DRIVER = f"""
+import os, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import torch, train_CTC
+from training.brains.run_brain import RunBrain
+from training.launch.command_line import run_script
+
+rank, folder = int(os.environ["RANK"]), sys.argv.pop(1)
+init_optimizers, objectives = RunBrain.init_optimizers, train_CTC.ASR.compute_objectives
+stage_end, steps = RunBrain.on_stage_end, []
+
+def late(self):
+    init_optimizers(self)
+    self.reads_late = True
+
+def spoilt(self, predictions, batch, stage):
+    loss = objectives(self, predictions, batch, stage)
+    return loss * float("nan") if rank == 1 and self.step == 2 and stage.name == "TRAIN" else loss
+
+def on_stage_end(self, stage, *others):
+    if stage.name == "TRAIN":
+        notes = {{"model": self.hparams.model.state_dict(), "steps": self.optimizer_step}}
+        torch.save(notes, f"{{folder}}/rank{{rank}}.pt")
+    stage_end(self, stage, *others)
+
+RunBrain.init_optimizers, RunBrain.on_stage_end = late, on_stage_end
+train_CTC.ASR.compute_objectives = spoilt
+run_script(train_CTC.main)
+"""
+"""Reads losses late, as on a GPU, and gives the second process one infinite loss."""
+
+
+@pytest.mark.slow
+def test_two_processes_that_read_their_losses_late_leave_out_the_same_step(tmp_path):
+    corpus = make_corpus(tmp_path / "LibriSpeech", {"train-clean-100": 8, "dev-clean": 2}, 1)
+    arguments = command_line(
+        corpus,
+        tmp_path / "run",
+        number_of_epochs=1,
+        dynamic_batching=False,
+        batch_size=1,
+        log_interval_steps=3,
+        test_splits="[]",
+    )
+    stdout = start_two_processes(LATE_DRIVER, tmp_path, arguments)
+    first, second = notes_of(tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert all(weight.isfinite().all() for weight in first["model"].values())
+    assert first["steps"] == 4
+    assert "The loss is not finite" in stdout
+    assert "The gradient is not finite" in stdout
