@@ -202,7 +202,10 @@ class Utterance {
     candidates_.clear();
     for (const int32_t token : tokens_) {
       ++visit_;
-      for (const Beam& beam : beams_) offer(extended(beam, token, log_probs[token]));
+      for (const Beam& beam : beams_) {
+        const Beam longer = extended(beam, token, log_probs[token]);
+        if (is_likely(log_probs, token) || spells_hotword(longer)) offer(longer);
+      }
     }
     prune(false);
     beams_.clear();
@@ -222,14 +225,24 @@ class Utterance {
   void choose_tokens(const float* log_probs) {
     double least = search_.token_prune_min_logp;
     if (job_.hotwords) least = std::min(least, search_.hotword_token_min_logp);
+    const float* best = std::max_element(log_probs, log_probs + search_.vocabulary);
+    best_token_ = static_cast<int32_t>(best - log_probs);
     tokens_.clear();
     for (int32_t token = 0; token < search_.vocabulary; ++token) {
-      if (log_probs[token] > static_cast<float>(least)) tokens_.push_back(token);
+      const bool is_kept = log_probs[token] > static_cast<float>(least);
+      if (is_kept || token == best_token_) tokens_.push_back(token);
     }
-    if (tokens_.empty()) {
-      const float* best = std::max_element(log_probs, log_probs + search_.vocabulary);
-      tokens_.push_back(static_cast<int32_t>(best - log_probs));
-    }
+  }
+
+  bool is_likely(const float* log_probs, int32_t token) const {
+    return token == best_token_ ||
+           log_probs[token] > static_cast<float>(search_.token_prune_min_logp);
+  }
+
+  // Whether a hotword goes on or is finished; that a word begins is not enough.
+  bool spells_hotword(const Beam& beam) const {
+    const auto state = texts_[beam.text].hotword_state;
+    return state != 0 && state != job_.hotwords->start;
   }
 
   Beam extended(Beam beam, int32_t token, double log_prob) {
@@ -436,6 +449,7 @@ class Utterance {
 
   // Of one frame.
   std::vector<int32_t> tokens_, chosen_;
+  int32_t best_token_ = 0;
   std::vector<Beam> candidates_;
   std::vector<uint64_t> late_;
 };

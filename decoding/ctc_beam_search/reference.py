@@ -116,15 +116,17 @@ class _Utterance:
 
     def _step(self, beams: Iterable[Beam], frame: int, log_probs_V: np.ndarray) -> list[Beam]:
         least = self.settings.token_prune_min_logp
+        likely_V = log_probs_V > np.float32(least)
+        likely_V[log_probs_V.argmax()] = True
         if self.hotwords is not None:
             least = min(least, self.settings.hotword_token_min_logp)
-        kept_V = log_probs_V > np.float32(least)
-        kept_V[log_probs_V.argmax()] = True
-        extended = [
-            self._extended(beam, token, frame, float(log_probs_V[token]))
-            for token in kept_V.nonzero()[0].tolist()
-            for beam in beams
-        ]
+        kept_V = likely_V | (log_probs_V > np.float32(least))
+        extended = []
+        for token in kept_V.nonzero()[0].tolist():
+            for beam in beams:
+                longer = self._extended(beam, token, frame, float(log_probs_V[token]))
+                if likely_V[token] or self._spells_hotword(longer.prefix):
+                    extended.append(longer)
         beams = self._pruned(_merged(extended), self._total)
         return self._distinct_of_late(beams) if self.settings.prune_history else beams
 
@@ -169,6 +171,11 @@ class _Utterance:
             return state, gain
         state = self.hotwords.step(state, symbol)
         return state, gain + self.hotwords.gains[state]
+
+    def _spells_hotword(self, prefix: Prefix) -> bool:
+        """Whether a hotword goes on or is finished; that a word begins is not enough."""
+        assert self.hotwords is not None
+        return prefix.hotword_state not in (HotwordTree.ROOT, self.hotwords.start)
 
     def _total(self, beam: Beam) -> float:
         """Score with n-gram and hotwords, while a word may go on."""

@@ -95,8 +95,8 @@ class CTCBeamSearch:
         hotwords: nats by phrase, in a case that the vocabulary has; begin with 1 per character. A
             phrase gains them each time it occurs as whole words, and is advanced a share while it
             is spelled; what the n-gram takes for not knowing its words is given back.
-        hotword_token_min_logp: where there are hotwords ``token_prune_min_logp`` is no higher: they
-            cannot win with tokens that are left out.
+        hotword_token_min_logp: tokens down to this are tried where they spell a hotword, which
+            cannot win with tokens that are left out; all others stay as they are without hotwords.
         topk: hypotheses per utterance, at most.
         threads: utterances searched at a time.
         backend: ``native`` (C++, built at its first use), ``reference`` (Python, slow) or ``auto``,

@@ -178,3 +178,18 @@ def test_phrases_that_cannot_be_found_are_named(hotwords, message):
         CTCBeamSearch(CHARACTERS, hotwords=hotwords)
     with pytest.raises(ValueError, match=message):
         CTCBeamSearch(CHARACTERS)(np.zeros((1, 0, len(CHARACTERS))), hotwords=hotwords)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_phrase_that_no_frame_has_changes_nothing(backend):
+    # Tokens of 0.7 to 30 % are in doubt: only a phrase may be spelled with them.
+    options = {"backend": backend, "beam_size": 16, "token_prune_min_logp": -1.2, "topk": 4}
+    log_probs = [
+        np.where(np.arange(len(CHARACTERS)) == CHARACTERS.index("Z"), -50.0, item_TV)
+        for item_TV in outputs(CHARACTERS, 4, doubt=0.8)[1]
+    ]
+    assert sum(((item_TV > -5.0) & (item_TV < -1.2)).sum() for item_TV in log_probs) > 20
+    batch = padded(log_probs)
+    plain = CTCBeamSearch(CHARACTERS, **options)(*batch)
+    search = CTCBeamSearch(CHARACTERS, hotwords={"ZZ": 10.0, "ZEBRA": 10.0}, **options)
+    assert found(search(*batch)) == found(plain)
