@@ -53,7 +53,12 @@ class Conv2d(SpeechBrainConv2d):
         return (padded - self.reach_frames) // self.stride_frames + 1
 
     def forward_streaming(
-        self, x: Tensor, before: Tensor, num_frames_B: Tensor | None
+        self,
+        x: Tensor,
+        before: Tensor,
+        num_frames_B: Tensor | None,
+        num_early: int,
+        is_first_B: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Convolves the next frames of streams; a causal convolution alone can.
 
@@ -61,14 +66,17 @@ class Conv2d(SpeechBrainConv2d):
             x: (batch, time, frequency[, channel]), as many frames as strides.
             before: the frames of the call before that are still read, zeros before the first.
             num_frames_B: how many frames of each row count, integers; None means all.
+            num_early: how many of the first frames lie before the beginning
+            is_first_B: in these rows; they are zero, whatever stands there.
 
         Returns:
             a frame per stride, and the frames that the next call reads.
         """
-        seen = torch.cat([before, _with_channel(x)], dim=1)
+        seen, kept = torch.cat([before, _with_channel(x)], dim=1), before.shape[1]
+        seen[:, kept : kept + num_early].masked_fill_(is_first_B[:, None, None, None], 0.0)
         # Of a kernel shorter than its stride the first frames of a stride are not read.
         unread = max(self.stride_frames - self.reach_frames, 0)
-        return self._convolve(seen[:, unread:]), last_frames(seen, before.shape[1], num_frames_B)
+        return self._convolve(seen[:, unread:]), last_frames(seen, kept, num_frames_B)
 
     @property
     def num_kept_frames(self) -> int:
@@ -291,18 +299,14 @@ class ConvolutionFrontEnd(SpeechBrainFrontEnd):
         Returns:
             the frames (batch, time, frequency, channel), and the next state.
         """
-        is_first_B111 = is_first_B[:, None, None, None]
-        x, stride = _with_channel(feats_BTM), self.stride_frames
+        x, stride = feats_BTM, self.stride_frames
         before, states = iter(state), []
         for layer in self._layers():
             if not isinstance(layer, Conv2d):
                 x = layer(x)
                 continue
-            # What lies before the beginning of a stream is zero for every convolution.
-            early = x[:, : stride - 1].masked_fill(is_first_B111, 0.0)
-            x = torch.cat([early, x[:, stride - 1 :]], dim=1)
             counted_B = None if num_frames_B is None else num_frames_B * stride
-            x, kept = layer.forward_streaming(x, next(before), counted_B)
+            x, kept = layer.forward_streaming(x, next(before), counted_B, stride - 1, is_first_B)
             states.append(kept)
             stride //= layer.stride_frames
         return x, tuple(states)

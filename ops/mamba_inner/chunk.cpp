@@ -129,14 +129,27 @@ void scan(const Chunk& chunk, const Parameters& parameters, const Room& room, co
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = b * W, n = chunk.dim - first;
     vf outputs[W] = {};
-    for (int64_t i = 0; i < smaller(W, n); ++i) {
-      const int64_t e = first + i, at = e * chunk.state;
-      for (int64_t v = 0; v < parts; ++v) {
-        const int64_t left = chunk.state - v * W;
-        const vf decay = exponential(parameters.A[e * parts + v] * dt[e]);
-        const vf h = load_some(h_before + at + v * W, left) * decay + room.B[v] * (dt[e] * u[e]);
-        store_some(h_after + at + v * W, h, left);
-        outputs[i] += h * room.C[v];
+    if (chunk.state == W && n >= W) {
+      // The usual size, in registers alone.
+      const vf B = room.B[0], C = room.C[0], input = room.dt[b] * room.u[b];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        const int64_t at = (first + i) * W;
+        const vf decay = exponential(parameters.A[first + i] * dt[first + i]);
+        const vf h = load(h_before + at) * decay + B * input[i];
+        store(h_after + at, h);
+        outputs[i] = h * C;
+      }
+    } else {
+      for (int64_t i = 0; i < smaller(W, n); ++i) {
+        const int64_t e = first + i, at = e * chunk.state;
+        for (int64_t v = 0; v < parts; ++v) {
+          const int64_t left = chunk.state - v * W;
+          const vf decay = exponential(parameters.A[e * parts + v] * dt[e]);
+          const vf h = load_some(h_before + at + v * W, left) * decay + room.B[v] * (dt[e] * u[e]);
+          store_some(h_after + at + v * W, h, left);
+          outputs[i] += h * room.C[v];
+        }
       }
     }
     const vf gate = load_some(z + first, n);
