@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from modules.plain_layers import is_plain
 from modules.stream_state import last_frames
 
 PADDINGS = ("same", "causal")
+# What more of them have between two convolutions has left the caches by the second one.
+_STREAMS_AT_ONCE = 8
 
 
 class Conv2d(SpeechBrainConv2d):
@@ -299,6 +301,13 @@ class ConvolutionFrontEnd(SpeechBrainFrontEnd):
         Returns:
             the frames (batch, time, frequency, channel), and the next state.
         """
+        if len(feats_BTM) > _STREAMS_AT_ONCE:
+            parts = [
+                self.forward_streaming(feats_BTM[rows], [s[rows] for s in state], *others)
+                for rows, *others in _parts(is_first_B, num_frames_B)
+            ]
+            states_of_parts = zip(*(kept for _, kept in parts), strict=True)
+            return torch.cat([out for out, _ in parts]), tuple(map(torch.cat, states_of_parts))
         x, stride = feats_BTM, self.stride_frames
         before, states = iter(state), []
         for layer in self._layers():
@@ -313,6 +322,13 @@ class ConvolutionFrontEnd(SpeechBrainFrontEnd):
 
     def _layers(self) -> list[nn.Module]:
         return [layer for block in self.values() for layer in block.convs.values()]
+
+
+def _parts(is_first_B: Tensor, num_frames_B: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Rows to be convolved together, and what is theirs of the arguments."""
+    for start in range(0, len(is_first_B), _STREAMS_AT_ONCE):
+        rows = slice(start, start + _STREAMS_AT_ONCE)
+        yield rows, is_first_B[rows], None if num_frames_B is None else num_frames_B[rows]
 
 
 class _ReflectFrequency(torch.autograd.Function):

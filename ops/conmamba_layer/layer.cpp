@@ -51,7 +51,7 @@ namespace {
 
 // Error function to 1.5e-7: Abramowitz and Stegun, 7.1.26.
 INLINE vf erf(vf x) {
-  const vf size = maximum(x, -x), t = 1.f / (1.f + 0.3275911f * size);
+  const vf size = maximum(x, -x), t = reciprocal(1.f + 0.3275911f * size);
   vf p = splat(1.061405429f);
   p = p * t - 1.453152027f;
   p = p * t + 1.421413741f;

@@ -55,24 +55,29 @@ struct Parameters {
       for (int64_t v = 0; v < parts; ++v)
         A[e * parts + v] =
             -exponential(load_some(way.A_log + e * chunk.state + v * W, chunk.state - v * W));
-    x_proj = way.x_proj;
+    const int64_t rows = chunk.rank + 2 * chunk.state;
+    x_proj.resize(ceil_divide(rows, W) * chunk.dim);
+    for (int64_t first = 0; first < rows; first += W)
+      for (int64_t e = 0; e < chunk.dim; ++e)
+        x_proj[first / W * chunk.dim + e] =
+            load_some(way.x_proj + first * chunk.dim + e, rows - first, chunk.dim);
   }
 
-  std::vector<vf> taps, dt_proj, conv_bias, dt_bias, D, A;
-  const float* x_proj;
+  // x_proj in vectors of its outputs.
+  std::vector<vf> taps, dt_proj, conv_bias, dt_bias, D, A, x_proj;
 };
 
-// What a unit computes in.
+// What a unit computes in; u and projected for all frames.
 struct Room {
   Room(const Chunk& chunk, Scratch& scratch) {
     const int64_t blocks = ceil_divide(chunk.dim, W), parts = ceil_divide(chunk.state, W);
     scratch.release();
-    u = scratch.take(blocks);
+    u = scratch.take(chunk.frames * blocks);
+    projected = scratch.take(chunk.frames * ceil_divide(chunk.rank + 2 * chunk.state, W));
     dt = scratch.take(blocks);
-    projected = scratch.take(ceil_divide(chunk.rank + 2 * chunk.state, W));
     B = scratch.take(parts);
     C = scratch.take(parts);
-    before = reinterpret_cast<float*>(scratch.take_zeros((chunk.taps - 1) * blocks));
+    before = reinterpret_cast<float*>(scratch.take((chunk.taps - 1) * blocks));
     h = reinterpret_cast<float*>(scratch.take(ceil_divide(chunk.dim * chunk.state, W)));
     // Inputs of the convolution by age: those of frames, behind those before the first.
     inputs = reinterpret_cast<const float**>(
@@ -95,25 +100,28 @@ void convolve(const Chunk& chunk, const Parameters& parameters, const float* con
   }
 }
 
-// projected[r] = x_proj[r] . u for the step sizes, B and C; zeros up to a multiple of W.
-void project(const Chunk& chunk, const Parameters& parameters, const vf* u, vf* projected) {
-  const int64_t rows = chunk.rank + 2 * chunk.state;
-  for (int64_t first = 0; first < rows; first += W) {
-    vf sums[W] = {};
-    for (int64_t i = 0; i < smaller(W, rows - first); ++i) {
-      const float* row = parameters.x_proj + (first + i) * chunk.dim;
-      for (int64_t e = 0; e < chunk.dim; e += W)
-        sums[i] += load_some(row + e, chunk.dim - e) * u[e / W];
-    }
-    projected[first / W] = sum_each(sums);
+// Step sizes, B and C of F frames from ``frame`` on; zeros up to a multiple of W.
+template <int F>
+void project(const Chunk& chunk, const Parameters& parameters, const Room& room, int64_t frame) {
+  const int64_t blocks = ceil_divide(chunk.dim, W);
+  const int64_t outputs = ceil_divide(chunk.rank + 2 * chunk.state, W);
+  const float* u = reinterpret_cast<const float*>(room.u + frame * blocks);
+  for (int64_t o = 0; o < outputs; ++o) {
+    vf sums[F] = {};
+    const vf* weights = parameters.x_proj.data() + o * chunk.dim;
+    for (int64_t e = 0; e < chunk.dim; ++e)
+      for (int f = 0; f < F; ++f) sums[f] += weights[e] * u[f * blocks * W + e];
+    for (int f = 0; f < F; ++f) room.projected[(frame + f) * outputs + o] = sums[f];
   }
 }
 
 // A frame of the scan, whose state goes from h to next: y = (y + output, gated) * share.
-void scan(const Chunk& chunk, const Parameters& parameters, const Room& room, const float* h_before,
-          float* h_after, const float* z, float* y, bool adds, float share) {
+void scan(const Chunk& chunk, const Parameters& parameters, const Room& room, int64_t frame,
+          const float* h_before, float* h_after, const float* z, float* y, bool adds, float share) {
   const int64_t blocks = ceil_divide(chunk.dim, W), parts = ceil_divide(chunk.state, W);
-  const float* projected = reinterpret_cast<const float*>(room.projected);
+  const int64_t outputs = ceil_divide(chunk.rank + 2 * chunk.state, W);
+  const vf* u_vectors = room.u + frame * blocks;
+  const float* projected = reinterpret_cast<const float*>(room.projected + frame * outputs);
   for (int64_t b = 0; b < blocks; ++b) {
     vf dt = parameters.dt_bias[b];
     for (int64_t r = 0; r < chunk.rank; ++r)
@@ -125,20 +133,20 @@ void scan(const Chunk& chunk, const Parameters& parameters, const Room& room, co
     room.C[v] = load_some(projected + chunk.rank + chunk.state + v * W, chunk.state - v * W);
   }
   const float* dt = reinterpret_cast<const float*>(room.dt);
-  const float* u = reinterpret_cast<const float*>(room.u);
+  const float* u = reinterpret_cast<const float*>(u_vectors);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = b * W, n = chunk.dim - first;
-    vf outputs[W] = {};
+    vf products[W] = {};
     if (chunk.state == W && n >= W) {
       // The usual size, in registers alone.
-      const vf B = room.B[0], C = room.C[0], input = room.dt[b] * room.u[b];
+      const vf B = room.B[0], C = room.C[0], input = room.dt[b] * u_vectors[b];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
         const int64_t at = (first + i) * W;
         const vf decay = exponential(parameters.A[first + i] * dt[first + i]);
         const vf h = load(h_before + at) * decay + B * input[i];
         store(h_after + at, h);
-        outputs[i] = h * C;
+        products[i] = h * C;
       }
     } else {
       for (int64_t i = 0; i < smaller(W, n); ++i) {
@@ -148,57 +156,52 @@ void scan(const Chunk& chunk, const Parameters& parameters, const Room& room, co
           const vf decay = exponential(parameters.A[e * parts + v] * dt[e]);
           const vf h = load_some(h_before + at + v * W, left) * decay + room.B[v] * (dt[e] * u[e]);
           store_some(h_after + at + v * W, h, left);
-          outputs[i] += h * room.C[v];
+          products[i] += h * room.C[v];
         }
       }
     }
     const vf gate = load_some(z + first, n);
-    const vf out = (sum_each(outputs) + parameters.D[b] * room.u[b]) * gate * sigmoid(gate) * share;
+    const vf out = (sum_each(products) + parameters.D[b] * u_vectors[b]) * gate * sigmoid(gate) * share;
     store_some(y + first, adds ? out + load_some(y + first, n) : out, n);
   }
 }
 
-void forward(const Chunk& chunk, const Parameters& parameters, const Room& room, int64_t item) {
-  const int64_t dim = chunk.dim, before = chunk.taps - 1, row = round_up(dim, W);
-  const float* xz = chunk.xz + item * chunk.frames * 2 * dim;
+// One direction over all frames of an item; the second one, which adds, starts from nothing.
+void run(const Chunk& chunk, const Parameters& parameters, const Room& room, int64_t item,
+         bool second) {
+  const int64_t dim = chunk.dim, frames = chunk.frames, before = chunk.taps - 1;
+  const int64_t row = round_up(dim, W), blocks = row / W;
+  const float* xz = chunk.xz + item * frames * 2 * dim;
   const float* state = chunk.conv_state + item * dim * before;
+  const auto place = [&](int64_t t) { return second ? frames - 1 - t : t; };
   for (int64_t j = 0; j < before; ++j) {
-    for (int64_t e = 0; e < dim; ++e) room.before[j * row + e] = state[e * before + j];
+    for (int64_t e = 0; e < dim; ++e)
+      room.before[j * row + e] = second ? 0.0f : state[e * before + j];
     room.inputs[j] = room.before + j * row;
   }
-  for (int64_t t = 0; t < chunk.frames; ++t) room.inputs[before + t] = xz + t * 2 * dim;
+  for (int64_t t = 0; t < frames; ++t) room.inputs[before + t] = xz + place(t) * 2 * dim;
+  for (int64_t t = 0; t < frames; ++t)
+    convolve(chunk, parameters, room.inputs + t, room.u + t * blocks);
+  int64_t t = 0;
+  for (; t + 8 <= frames; t += 8) project<8>(chunk, parameters, room, t);
+  for (; t + 4 <= frames; t += 4) project<4>(chunk, parameters, room, t);
+  for (; t < frames; ++t) project<1>(chunk, parameters, room, t);
   const float* h = chunk.ssm_state + item * dim * chunk.state;
   float* next = chunk.next_ssm_state + item * dim * chunk.state;
-  for (int64_t t = 0; t < chunk.frames; ++t) {
-    convolve(chunk, parameters, room.inputs + t, room.u);
-    project(chunk, parameters, room.u, room.projected);
-    float* y = chunk.y + (item * chunk.frames + t) * dim;
-    scan(chunk, parameters, room, h, next, xz + t * 2 * dim + dim, y, false,
-         1.0f / chunk.directions);
+  if (second) {
+    for (int64_t i = 0; i < dim * chunk.state; ++i) room.h[i] = 0.0f;
+    h = next = room.h;
+  }
+  for (t = 0; t < frames; ++t) {
+    const float* z = xz + place(t) * 2 * dim + dim;
+    float* y = chunk.y + (item * frames + place(t)) * dim;
+    scan(chunk, parameters, room, t, h, next, z, y, second, 1.0f / chunk.directions);
     h = next;
   }
+  if (second) return;
   float* next_conv = chunk.next_conv_state + item * dim * before;
-  for (int64_t j = 0; j < before; ++j) {
-    const float* input = room.inputs[chunk.frames + j];
-    for (int64_t e = 0; e < dim; ++e) next_conv[e * before + j] = input[e];
-  }
-}
-
-void backward(const Chunk& chunk, const Parameters& parameters, const Room& room, int64_t item) {
-  const int64_t dim = chunk.dim, before = chunk.taps - 1, row = round_up(dim, W);
-  const float* xz = chunk.xz + item * chunk.frames * 2 * dim;
-  for (int64_t i = 0; i < before * row; ++i) room.before[i] = 0.0f;
-  for (int64_t i = 0; i < dim * chunk.state; ++i) room.h[i] = 0.0f;
-  for (int64_t j = 0; j < before; ++j) room.inputs[j] = room.before + j * row;
-  for (int64_t t = 0; t < chunk.frames; ++t)
-    room.inputs[before + t] = xz + (chunk.frames - 1 - t) * 2 * dim;
-  for (int64_t t = 0; t < chunk.frames; ++t) {
-    const int64_t frame = chunk.frames - 1 - t;
-    convolve(chunk, parameters, room.inputs + t, room.u);
-    project(chunk, parameters, room.u, room.projected);
-    float* y = chunk.y + (item * chunk.frames + frame) * dim;
-    scan(chunk, parameters, room, room.h, room.h, xz + frame * 2 * dim + dim, y, true, 0.5f);
-  }
+  for (int64_t j = 0; j < before; ++j)
+    for (int64_t e = 0; e < dim; ++e) next_conv[e * before + j] = room.inputs[frames + j][e];
 }
 
 }  // namespace
@@ -208,7 +211,7 @@ EXPORT void mamba_inner_chunk(const Chunk* chunk) {
   for (int64_t i = 0; i < chunk->directions; ++i) parameters.emplace_back(*chunk, chunk->ways[i]);
   for_each_unit(chunk->parallel_for, chunk->threads, chunk->batch, [&](int64_t item) {
     const Room room(*chunk, thread_scratch());
-    forward(*chunk, parameters[0], room, item);
-    if (chunk->directions == 2) backward(*chunk, parameters[1], room, item);
+    for (int64_t i = 0; i < chunk->directions; ++i)
+      run(*chunk, parameters[i], room, item, i == 1);
   });
 }

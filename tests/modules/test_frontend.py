@@ -90,6 +90,22 @@ def test_a_causal_one_streams_in_any_cutting_of_its_output(kernel, strides, piec
     torch.testing.assert_close(torch.cat(outputs, 1), net(feats_BTM), atol=1e-5, rtol=1e-4)
 
 
+def test_many_streams_give_what_each_gives():
+    net = front_end(padding="causal")
+    feats_BTM, state = torch.randn(19, 12, BINS), net.initial_state(19, BINS)
+    is_first_B, counts_B = torch.arange(19) % 2 == 0, torch.arange(19) % 4
+    state = [torch.randn_like(kept) for kept in state]
+    out, after = net.forward_streaming(feats_BTM, state, is_first_B, counts_B)
+    for i in range(19):
+        row = slice(i, i + 1)
+        wanted, kept_alone = net.forward_streaming(
+            feats_BTM[row], [kept[row] for kept in state], is_first_B[row], counts_B[row]
+        )
+        torch.testing.assert_close(out[row], wanted, atol=1e-6, rtol=1e-5)
+        for kept, alone in zip(after, kept_alone, strict=True):
+            torch.testing.assert_close(kept[row], alone, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("padding", ["same", "causal"])
 @settings(max_examples=20, deadline=None)
 @given(frames=st.integers(1, 60), piece_frames=st.integers(1, 30))
