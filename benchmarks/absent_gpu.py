@@ -22,6 +22,7 @@ from ops.backends import OVERRIDE
 from ops.causal_conv1d import triton_kernels
 from ops.mamba_inner import fused_triton
 from ops.selective_scan import triton_launch
+from ops.triton_launcher import constants_of
 
 ABSENT_GPU = 0
 # Multiprocessors of an H100 or H200.
@@ -87,7 +88,13 @@ class Unlaunched:
 
     def __getitem__(self, grid):
         self.launches += 1
-        return lambda *arguments, **options: self.kernel.warmup(*arguments, grid=grid, **options)
+
+        def specialise(*arguments, **options):
+            # What a launch of a compiled kernel would be given.
+            constants_of(self.kernel, arguments, options)
+            return self.kernel.warmup(*arguments, grid=grid, **options)
+
+        return specialise
 
     def _keep(self, source, target, options, **_):
         self.variants.append((source, target, options))

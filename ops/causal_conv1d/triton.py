@@ -50,6 +50,7 @@ def conv_forward_of_ways(ways: Sequence[ConvArguments]) -> list[tuple[Tensor, Te
     Only the first may have an initial state; taps, activation and lengths are alike.
     """
     from ops.causal_conv1d.triton_kernels import causal_conv1d_forward_kernel
+    from ops.triton_launcher import launcher
     from ops.triton_sequences import Sequence as Strided
 
     first, second = ways[0], ways[-1]
@@ -59,7 +60,7 @@ def conv_forward_of_ways(ways: Sequence[ConvArguments]) -> list[tuple[Tensor, Te
     ]
     (y, state), (second_y, second_state) = outputs[0], outputs[-1]
     with torch.cuda.device_of(x):
-        causal_conv1d_forward_kernel[_grid(x)](
+        launcher(causal_conv1d_forward_kernel, _grid(x))(
             Strided(x, *x.stride()), float32(weight), float32(bias), float32(first.initial_state),
             Strided(y, *y.stride()), state, float32(second.weight), float32(second.bias), second_y,
             second_state, first.lengths, *_sizes(first, second), **_constants(ways),
@@ -103,6 +104,7 @@ def conv_backward_of_ways(
         and the gradient of the initial state, None if there is none.
     """
     from ops.causal_conv1d.triton_kernels import causal_conv1d_backward_kernel
+    from ops.triton_launcher import launcher
     from ops.triton_sequences import Sequence as Strided
 
     first, second = ways[0], ways[-1]
@@ -114,7 +116,7 @@ def conv_backward_of_ways(
     if initial_state is not None:
         grad_initial = x.new_empty(initial_state.shape, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        causal_conv1d_backward_kernel[_grid(x)](
+        launcher(causal_conv1d_backward_kernel, _grid(x))(
             Strided(grads_y[0], *grads_y[0].stride()), float32(grad_state),
             Strided(x, *x.stride()), float32(first.weight), float32(first.bias),
             float32(initial_state), Strided(grad_x, *grad_x.stride()), parts[0], grad_initial,

@@ -25,6 +25,7 @@ from ops.native import ceil_div, next_power_of_2
 from ops.selective_scan import triton as scan
 from ops.selective_scan.arguments import ScanArguments, Way
 from ops.selective_scan.triton_launch import launch_backward_in_parts
+from ops.triton_launcher import launcher
 
 _PARAMETERS = len(Direction._fields)
 _BLOCK = 1024
@@ -73,7 +74,7 @@ class _Prepared:
         else:
             x_proj, dt_proj = first.x_proj[None], first.dt_proj[None]
         grid = (ceil_div(max(num_states, columns) * inner, _BLOCK), count, 3 if cast else 1)
-        prepare_parameters_kernel[grid](
+        launcher(prepare_parameters_kernel, grid)(
             first.A_log, second.A_log, first.x_proj, second.x_proj, first.dt_proj, second.dt_proj,
             A, x_proj, dt_proj, inner, rank, NUM_STATE=num_states, BOTH=count == 2, CAST=cast,
             BLOCK=_BLOCK,
@@ -185,7 +186,7 @@ def _backward(
     memory = parts[0].memory
     assert memory.projections is not None
     grad_projected = projected.new_empty(count, rows, columns)
-    collect_projections_kernel[(ceil_div(time, _FRAMES), 2 * count, batch)](
+    launcher(collect_projections_kernel, (ceil_div(time, _FRAMES), 2 * count, batch))(
         memory.projections, grad_projected, time, memory.projections.shape[3], columns, rank,
         NUM_STATE=num_states, STATES=next_power_of_2(num_states), FRAMES=_FRAMES,
     )  # fmt: skip
@@ -212,7 +213,8 @@ def _backward(
         new(count, inner, num_states), new(count, inner), new(count, inner)
     )  # fmt: skip
     grad_conv_weight, grad_conv_bias = new(count, inner, width), new(count, inner)
-    collect_parameters_kernel[(ceil_div(inner, _CHANNELS), count, num_states + 3 + width)](
+    grid = ceil_div(inner, _CHANNELS), count, num_states + 3 + width
+    launcher(collect_parameters_kernel, grid)(
         memory.parts, conv_parts, prepared.A, grad_A_log, grad_D, grad_bias, grad_conv_weight,
         grad_conv_bias, inner, memory.parts.shape[1] * memory.parts.shape[2],
         conv_parts.shape[1] * conv_parts.shape[2], NUM_STATE=num_states, WIDTH=width,

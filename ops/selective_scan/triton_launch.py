@@ -17,6 +17,7 @@ from ops.selective_scan.triton_backward import (
 from ops.selective_scan.triton_forward import selective_scan_forward_kernel
 from ops.selective_scan.triton_pieces import selective_scan_ends_kernel
 from ops.selective_scan.triton_rows import TILE, WARP, WayPointers, pack_projections_kernel
+from ops.triton_launcher import launcher
 from ops.triton_sequences import Sequence
 
 # States that a thread of the forward keeps in registers.
@@ -60,7 +61,7 @@ def launch_forward(
         first, second = launch.pointers(last_states, states)
         with torch.cuda.device_of(y):
             first, second = launch.find_ends(first, second, None, None, softplus)
-            selective_scan_forward_kernel[call.grid(call.channels)](
+            launcher(selective_scan_forward_kernel, call.grid(call.channels))(
                 first, second, _sequence(z), _sequence(y), lengths, *launch.sizes(),
                 CHANNELS=call.channels, VARIABLE_B=launch.variable[0],
                 VARIABLE_C=launch.variable[1], **launch.ways_constants(),
@@ -108,7 +109,7 @@ def launch_backward_in_parts(
             )  # fmt: skip
             first_grads = first_grads._replace(ends=first_ends.ends)
             second_grads = second_grads._replace(ends=second_ends.ends)
-            selective_scan_backward_kernel[call.grid(WARP.value)](
+            launcher(selective_scan_backward_kernel, call.grid(WARP.value))(
                 first, second, first_grads, second_grads, _sequence(z), _sequence(grad_y),
                 _sequence(grad_z), lengths, *launch.sizes(), VARIABLE_B=launch.variable[0],
                 VARIABLE_C=launch.variable[1], **launch.ways_constants(),
@@ -160,7 +161,7 @@ class _Launch(NamedTuple):
         channel_blocks, num_pieces, batch = call.grid(call.channels)
         turns = int(grad_y is not None)
         of_each = [call.ways[0], call.ways[-1]]
-        selective_scan_ends_kernel[(channel_blocks, num_pieces * count, batch)](
+        launcher(selective_scan_ends_kernel, (channel_blocks, num_pieces * count, batch))(
             first, second, _sequence(z), _sequence(grad_y), call.lengths, call.time, call.dim,
             call.groups, *(int(way.reverse) ^ turns for way in of_each),
             *(call.block_frames(way) for way in of_each), call.piece_frames, self.scale,
@@ -331,7 +332,7 @@ class _Call:
         packed = self.new(len(sources), self.batch, self.groups, frames, self.num_states)
         grid = (ceil_div(frames, _PACKED_FRAMES), self.groups * len(sources), self.batch)
         with torch.cuda.device_of(packed):
-            pack_projections_kernel[grid](
+            launcher(pack_projections_kernel, grid)(
                 *(sources * 4)[:4], packed, self.lengths, self.time,
                 sum(int(turned) << i for i, turned in enumerate(reverse)), self.groups,
                 *sources[0].stride(), NUM_STATE=self.num_states, STATES=self.states,

@@ -7,17 +7,19 @@ with Triton's own intermediate language: the rest takes a minute.
 Usage: compiled_triton.py CAPABILITY (80 for Ampere, 90 for Hopper)
 """
 
+import contextlib
 import itertools
 import sys
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from triton.runtime import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import ops.causal_conv1d.triton as convolution
-from benchmarks.absent_gpu import KERNELS, Unlaunched, absent_gpu
+from benchmarks.absent_gpu import ABSENT_GPU, KERNELS, Unlaunched, absent_gpu
 from ops.causal_conv1d.arguments import ConvArguments
 from ops.selective_scan import triton as scan
 from ops.selective_scan.arguments import ScanArguments, Way
@@ -129,9 +131,54 @@ def check(kernels: dict[str, Unlaunched]) -> None:
         compile_wholly(kernel)
 
 
+def check_second_launches(kernels: dict[str, Unlaunched]) -> None:
+    """A kernel that is found again is launched with what Triton itself would launch it with."""
+    launched = []
+
+    class Compiled:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append((self.name, grid, plain(arguments), "again"))
+
+    def run(kernel, *arguments, grid, warmup, **options):
+        binder = kernel.device_caches[ABSENT_GPU][4]
+        bound, _, _ = binder(*arguments, debug=False, instrumentation_mode="", **options)
+        launched.append((kernel.__name__, grid, plain(tuple(bound.values())), "first"))
+        return Compiled(kernel.__name__)
+
+    def plain(arguments):
+        return [
+            (x.shape, x.stride(), x.dtype)
+            if isinstance(x, torch.Tensor)
+            else plain(x)
+            if isinstance(x, tuple)
+            else x
+            for x in arguments
+        ]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(JITFunction, "run", run))
+        stack.enter_context(patch.object(torch.cuda, "current_device", lambda: ABSENT_GPU))
+        for module, names in KERNELS.items():
+            for name in names:
+                stack.enter_context(patch.object(module, name, kernels[name].kernel))
+        call_scan(400, True, torch.bfloat16)
+        call_convolution(400, torch.bfloat16)
+        first = list(launched)
+        launched.clear()
+        call_scan(400, True, torch.bfloat16)
+        call_convolution(400, torch.bfloat16)
+    assert {kind for *_, kind in launched} == {"again"}
+    assert [x[:3] for x in launched] == [x[:3] for x in first]
+    print("second launches", len(launched))
+
+
 def main(capability: int) -> None:
     assert sum(map(len, KERNELS.values())) == 9
     with absent_gpu(capability) as kernels:
+        check_second_launches(kernels)
         check(kernels)
 
 
