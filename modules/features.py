@@ -3,12 +3,28 @@
 import torch
 import torch.nn.functional as F
 from speechbrain.lobes.features import Fbank as SpeechBrainFbank
-from speechbrain.processing.features import STFT, spectral_magnitude
+from speechbrain.processing.features import STFT, Filterbank, spectral_magnitude
 from speechbrain.utils.autocast import fwd_default_precision
 from torch import Tensor
 
 from modules.lengths import IntOrTensor, padding_mask
 from modules.stream_state import last_frames
+
+
+class FixedFilterbank(Filterbank):
+    """SpeechBrain's filterbank, whose filters stay as they are: made once, and moved with it.
+
+    SpeechBrain makes them anew for every batch, and a GPU waits for them.
+    """
+
+    def __init__(self, **options):
+        super().__init__(freeze=True, **options)
+        points = self.all_freqs_mat.shape[1]
+        of_each = (x.repeat(points, 1).transpose(0, 1) for x in (self.f_central, self.band))
+        self.register_buffer("filters", super()._create_fbank_matrix(*of_each), persistent=False)
+
+    def _create_fbank_matrix(self, f_central_mat: Tensor, band_mat: Tensor) -> Tensor:
+        return self.filters
 
 
 class Fbank(SpeechBrainFbank):
@@ -49,6 +65,9 @@ class Fbank(SpeechBrainFbank):
             win_length=win_length_ms,
             hop_length=hop_length_ms,
             n_mels=n_mels,
+        )
+        self.compute_fbanks = FixedFilterbank(
+            sample_rate=sample_rate, n_fft=n_fft, n_mels=n_mels, f_max=sample_rate // 2
         )
         # A stream brings the zeros of its two ends itself.
         self.stream_STFT = STFT(
