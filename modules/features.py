@@ -53,6 +53,9 @@ class Fbank(SpeechBrainFbank):
         n_mels: int = 80,
         top_db: float | None = 80.0,
     ):
+        if n_fft % 2:
+            # A frame would be centred between two samples, and the last one fall away.
+            raise ValueError(f"n_fft is {n_fft}; wanted an even number")
         window_samples = round(sample_rate * win_length_ms / 1000)
         if window_samples > n_fft:
             raise ValueError(

@@ -122,7 +122,12 @@ def test_values_that_fit_together_are_taken(values):
         ("encoder_module", "conformr", "known are .*conformer"),
         ("activation", 3, "no key 'activation'.* part of Transformer"),
         ("CNN", 5, "--CNN is 5; it must be parts of it"),
-        ("spectrogram_augmentations", 5, "must be a list"),
+        ("spectrogram_augmentations", 5, r"must be \[\], or what the file has"),
+        ("spectrogram_augmentations", [5], r"must be \[\], or what the file has"),
+        ("noam_scheduler", None, "a run needs it"),
+        ("n_fft", 511, "n_fft is 511; wanted an even number"),
+        ("lr_adam", float("inf"), "must be a number"),
+        ("weight_decay", float("nan"), "must be a number"),
         ("CNN", {"kernel_sizes": 3}, "ConvolutionFrontEnd cannot be made with these values"),
     ],
 )

@@ -22,7 +22,14 @@ from common.errors import EXIT_USER_ERROR, WRITER_FAILED, Interrupted, UserError
 from training.launch.key_help import keys_as_text
 from training.launch.lasting_output import lasting_output
 from training.launch.run_options import IN_USE, option_actions
-from training.launch.settings import DEFAULTS, SETTINGS, VERBATIM, check_setting, check_together
+from training.launch.settings import (
+    DEFAULTS,
+    NEEDED_OBJECTS,
+    SETTINGS,
+    VERBATIM,
+    check_setting,
+    check_together,
+)
 from training.launch.suggestions import describe_unknown, misspelt, similar_argument
 from training.launch.yaml_file import RECIPE_FILE, is_open, read_yaml, resolved_text, tag_of
 
@@ -316,8 +323,12 @@ def _check_kind(key: str, written: object, given: object) -> None:
     What is null or computed takes all, and null takes the place of all.
     """
     if given is None:
+        if key in NEEDED_OBJECTS:
+            raise UserError(f"--{key} is null; a run needs it.")
         return
-    if isinstance(written, Mapping):
+    if isinstance(written, list) and any(tag_of(item) for item in written):
+        fits, wanted = given == [], "[], or what the file has: its parts are objects of the file"
+    elif isinstance(written, Mapping):
         fits, wanted = isinstance(given, Mapping), "parts of it, such as '{name: value}'"
     elif isinstance(written, list):
         fits, wanted = isinstance(given, list), "a list, such as '[a, b]'"

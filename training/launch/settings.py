@@ -1,5 +1,6 @@
 """Keys of the YAML files whose values are checked before anything is built, read or written."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,8 @@ class Setting:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def _is_name(value: object) -> bool:
@@ -167,7 +169,7 @@ SETTINGS: dict[str, Setting] = {
     "d_model": _COUNT,
     "nhead": _COUNT,
     "num_encoder_layers": _COUNT,
-    "num_decoder_layers": Setting("integer", low=0),
+    "num_decoder_layers": _COUNT,
     "d_ffn": _COUNT,
     "transformer_dropout": Setting("number", low=0, below=1),
     "mamba_config": Setting("mapping", optional=True),
@@ -234,6 +236,20 @@ DEFAULTS = {
 }
 """Keys that a file may lack, and what holds then."""
 
+
+NEEDED_OBJECTS = {
+    *(
+        "compute_features",
+        "normalize",
+        "CNN",
+        "Transformer",
+        "speech_encoder",
+        "ctc_lin",
+        "seq_lin",
+    ),
+    *("model", "modules", "opt_class", "noam_scheduler", "counter", "checkpointer", "train_logger"),
+}
+"""Parts of a file that no recipe runs without."""
 
 PATHS = {key for key, setting in SETTINGS.items() if setting.kind in ("path", "paths")}
 """Keys of files and folders."""
