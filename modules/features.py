@@ -189,7 +189,7 @@ class Fbank(SpeechBrainFbank):
         return self._floored(torch.cat(pieces, dim=1))
 
     def _decibels(self, wav_BS: Tensor) -> Tensor:
-        return self.compute_fbanks(spectral_magnitude(self.compute_STFT(wav_BS)))
+        return self.compute_fbanks(spectral_magnitude(_moved(self.compute_STFT, wav_BS)(wav_BS)))
 
     def _floored(self, feats_BTM: Tensor, padding_BT1: Tensor | None = None) -> Tensor:
         if self.top_db is None:
@@ -199,3 +199,10 @@ class Fbank(SpeechBrainFbank):
             valid_BTM = feats_BTM.masked_fill(padding_BT1, -float("inf"))
         floor_B11 = valid_BTM.amax(dim=(-2, -1), keepdim=True) - self.top_db
         return torch.maximum(feats_BTM, floor_B11)
+
+
+def _moved(stft: STFT, wav_BS: Tensor) -> STFT:
+    """``stft`` with its window, which is no buffer, where the waveforms are, from now on."""
+    if stft.window.device != wav_BS.device:
+        stft.window = stft.window.to(wav_BS.device)
+    return stft
