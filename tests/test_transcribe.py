@@ -60,8 +60,8 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
     model, audio = str(tmp_path / "model"), str(tmp_path / "a.wav")
     cases = [
         (["--help"], 0, ""),
-        ([], 2, "required: MODEL, AUDIO"),
-        ([model], 2, "required: AUDIO"),
+        ([], 2, "required: MODEL"),
+        ([model], 2, "There is nothing to transcribe"),
         ([model, audio, "--format", "txt,doc"], 2, "'doc' is none of the formats txt, json"),
         ([model, audio, "--beam_size", "0"], 2, "0 is not above zero"),
         ([model, audio, "--batch_seconds", "inf"], 2, "inf is not above zero"),
