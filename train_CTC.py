@@ -33,9 +33,9 @@ __all__ = ["ASR", "dataio_prepare", "main"]
 
 @dataclass
 class CTCOutputs:
-    """Log probabilities (B, T, V), float32, and what they were computed from."""
+    """What ``ASRBrain.ctc_log_probs`` gave, and what it was computed from."""
 
-    ctc_log_probs_BTV: Tensor
+    ctc_log_probs: list[Tensor]
     front_end: FrontEndOutput
 
 
@@ -49,13 +49,21 @@ class ASR(ASRBrain):
         """Waveforms to log probabilities."""
         batch = batch.to(self.device, non_blocking=True)
         front_end = self.front_end(batch, stage)
-        return CTCOutputs(self._log_probs(front_end, self.draw_chunks(stage)), front_end)
+        return CTCOutputs(self._log_probs(front_end, stage, self.draw_chunks(stage)), front_end)
 
-    def _log_probs(self, front_end: FrontEndOutput, chunks: DynChunkTrainConfig | None) -> Tensor:
-        encoder_BTD, _ = self.modules.Transformer(
-            front_end.frames_BTFC, None, front_end.num_frames_B, dynchunktrain_config=chunks
+    def _log_probs(
+        self, front_end: FrontEndOutput, stage: sb.Stage, chunks: DynChunkTrainConfig | None
+    ) -> list[Tensor]:
+        inner_layers = self.inner_layers(stage)
+        encoded, _ = self.modules.Transformer(
+            front_end.frames_BTFC,
+            None,
+            front_end.num_frames_B,
+            dynchunktrain_config=chunks,
+            intermediate_layers=inner_layers,
         )
-        return self.modules.ctc_lin(encoder_BTD).float().log_softmax(-1)
+        encoder_BTD, inner = encoded if inner_layers else (encoded, [])
+        return self.ctc_log_probs(encoder_BTD, inner)
 
     def draw_chunks(self, stage: sb.Stage) -> DynChunkTrainConfig | None:
         """What a training batch is cut into; None shows every frame the whole utterance."""
@@ -79,8 +87,8 @@ class ASR(ASRBrain):
         if sampler is None or stage != sb.Stage.VALID or sampler.valid_config is None:
             return
         front_end = outputs.front_end
-        log_probs_BTV = self._log_probs(front_end, sampler.valid_config)
-        hypotheses = self.decode(CTCOutputs(log_probs_BTV, front_end), batch, stage)
+        log_probs = self._log_probs(front_end, stage, sampler.valid_config)
+        hypotheses = self.decode(CTCOutputs(log_probs, front_end), batch, stage)
         self.chunked_wer_stats.append(
             list(batch.id),
             [text.split() for text in hypotheses],
@@ -102,15 +110,13 @@ class ASR(ASRBrain):
         self, predictions: CTCOutputs, batch: PaddedBatch, stage: sb.Stage
     ) -> Tensor:
         """CTC loss per utterance, plus the consistency of the two copies."""
-        return self.ctc_objective(
-            predictions.ctc_log_probs_BTV, predictions.front_end, batch, stage
-        )
+        return self.ctc_objective(predictions.ctc_log_probs, predictions.front_end, batch, stage)
 
     def decode(self, outputs: CTCOutputs, batch: PaddedBatch, stage: sb.Stage) -> list[str]:
         """Greedy in validation, beam search in test."""
         # A character tokenizer may have fewer tokens than the output layer has places for.
         size = self.tokenizer.get_piece_size()
-        log_probs_BTV = outputs.ctc_log_probs_BTV[..., :size].cpu().numpy()
+        log_probs_BTV = outputs.ctc_log_probs[0][..., :size].cpu().numpy()
         num_frames_B = outputs.front_end.num_frames_B.cpu().numpy()
         if stage == sb.Stage.VALID:
             blank = self.hparams.blank_index

@@ -33,10 +33,13 @@ __all__ = ["ASR", "dataio_prepare", "main"]
 
 @dataclass
 class S2SOutputs:
-    """Encoder output (B, T, D), log probabilities of both branches, and their input."""
+    """Encoder output (B, T, D), log probabilities of both branches, and their input.
+
+    Those of the CTC branch are what ``ASRBrain.ctc_log_probs`` gave.
+    """
 
     encoder_BTD: Tensor
-    ctc_log_probs_BTV: Tensor
+    ctc_log_probs: list[Tensor]
     seq_log_probs_BUV: Tensor
     front_end: FrontEndOutput
 
@@ -60,15 +63,18 @@ class ASR(ASRBrain):
                 num_special=self.hparams.eos_index + 1,
                 vocabulary=self.hparams.output_neurons,
             )
-        encoder_BTD, decoder_BUD = self.modules.Transformer(
+        inner_layers = self.inner_layers(stage)
+        encoded, decoder_BUD = self.modules.Transformer(
             front_end.frames_BTFC,
             tokens_BU,
             front_end.num_frames_B,
             pad_idx=self.hparams.pad_index,
+            intermediate_layers=inner_layers,
         )
+        encoder_BTD, inner = encoded if inner_layers else (encoded, [])
         return S2SOutputs(
             encoder_BTD,
-            self.modules.ctc_lin(encoder_BTD).float().log_softmax(-1),
+            self.ctc_log_probs(encoder_BTD, inner),
             self.modules.seq_lin(decoder_BUD).float().log_softmax(-1),
             front_end,
         )
@@ -79,7 +85,7 @@ class ASR(ASRBrain):
         """``ctc_weight`` times the CTC loss plus the rest of one times the attention loss."""
         front_end, hparams = predictions.front_end, self.hparams
         copies = front_end.copies
-        ctc = self.ctc_objective(predictions.ctc_log_probs_BTV, front_end, batch, stage)
+        ctc = self.ctc_objective(predictions.ctc_log_probs, front_end, batch, stage)
         seq = kldiv_loss(
             predictions.seq_log_probs_BUV,
             batch.tokens_eos.data.repeat(copies, 1),

@@ -145,7 +145,8 @@ train_rate() {  # NAME LIMIT ARGUMENTS...
 
 an4() {
   local size=(--warmup 25 --steps 60 --num_workers 4) small=()
-  [ -n "$DRY" ] && size=(--warmup 1 --steps 2 --num_workers 0) small=("${TINY[@]}" --max_batch_length_train 8)
+  [ -n "$DRY" ] && size=(--warmup 1 --steps 2 --num_workers 0) small=("${TINY[@]}" --max_batch_length_train 8
+    --inter_ctc_layers '[]' --self_conditioning False)
   # As in the later epochs: two augmented copies of every utterance.
   size+=(--augment_from_epoch 1 --flat_start_epochs 0)
   train_rate an4 70 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" "${small[@]}"

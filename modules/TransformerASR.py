@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from modules.initialisation import initialise
 from modules.layer_stack import Surroundings
 from modules.lengths import absolute_lengths, padding_mask
 from modules.mamba_decoder import MambaDecoderState
+from modules.positions import SignedRelPosEncXL
 from modules.stream_state import StreamState, stream_state
 from modules.Transformer import DECODERS, ENCODERS, build, build_encoder, lookup
 from modules.transformer_decoder import TransformerDecoderState
@@ -126,6 +127,12 @@ class TransformerASR(SpeechBrainTransformerASR):
             memory, more time.
         init: how weights are drawn, a name in ``modules.initialisation.INITS``: "xavier" for the
             published models, "near_identity" leaves CTC's plateau of blanks sooner.
+        inter_ctc_layers: encoder layers, counted from 1, that a recipe trains with CTC, too. Here
+            they only say where ``self_conditioning`` is.
+        self_conditioning: the layers above are told the output probabilities of these, see
+            ``modules.self_conditioning``.
+        signed_positions: relative positions tell before from after, see ``modules.positions``; of
+            attention with RelPosMHAXL. Published models do without.
 
     Raises:
         ValueError: an unknown name, options that contradict each other, or one that the encoder
@@ -167,6 +174,9 @@ class TransformerASR(SpeechBrainTransformerASR):
         layerdrop_prob: float = 0.0,
         gradient_checkpointing: bool = False,
         init: str = "xavier",
+        inter_ctc_layers: Sequence[int] = (),
+        self_conditioning: bool = False,
+        signed_positions: bool = False,
     ):
         lookup(ENCODERS, encoder_module, "encoder_module")
         decoder_class = lookup(DECODERS, decoder_module, "decoder_module")
@@ -193,6 +203,20 @@ class TransformerASR(SpeechBrainTransformerASR):
                 "hypermixing mixes all frames and cannot be causal; set causal: False."
             )
 
+        beyond = [i for i in inter_ctc_layers if not 1 <= i < num_encoder_layers]
+        if beyond:
+            raise ValueError(
+                f"inter_ctc_layers holds {beyond}; of {num_encoder_layers} layers, those between 1 "
+                f"and {num_encoder_layers - 1} are inner ones."
+            )
+        if self_conditioning and not inter_ctc_layers:
+            raise ValueError("self_conditioning needs inter_ctc_layers, such as [3, 6].")
+        if signed_positions and attention_type != "RelPosMHAXL":
+            raise ValueError(
+                f"signed_positions are relative ones; attention_type is {attention_type!r}, set "
+                "RelPosMHAXL."
+            )
+
         # SpeechBrain's constructor ends with _init_params.
         self.init = init
         self.input_size = input_size
@@ -217,6 +241,8 @@ class TransformerASR(SpeechBrainTransformerASR):
             output_hidden_states=output_hidden_states,
             layerdrop_prob=layerdrop_prob,
         )
+        if signed_positions:
+            self.positional_encoding = SignedRelPosEncXL(d_model)
         self.d_model = d_model
         self.nhead = nhead
         self.max_length = max_length
@@ -234,6 +260,8 @@ class TransformerASR(SpeechBrainTransformerASR):
             "causal": causal,
             "layerdrop_prob": layerdrop_prob,
             "gradient_checkpointing": gradient_checkpointing,
+            "conditioned_layers": inter_ctc_layers if self_conditioning else (),
+            "num_tokens": tgt_vocab,
         }
         particular = {
             "kernel_size": kernel_size,
@@ -261,7 +289,8 @@ class TransformerASR(SpeechBrainTransformerASR):
         wav_len: Tensor | None = None,
         pad_idx: int = 0,
         dynchunktrain_config: DynChunkTrainConfig | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        intermediate_layers: Collection[int] = (),
+    ) -> tuple[Any, Tensor | None]:
         """Encodes ``src`` and decodes ``tgt`` with it.
 
         Args:
@@ -270,20 +299,26 @@ class TransformerASR(SpeechBrainTransformerASR):
             wav_len: frames of each item, integers or a fraction of those of the batch; None: all.
             pad_idx: token that fills up ``tgt``.
             dynchunktrain_config: cuts time into chunks, see ``encode``.
+            intermediate_layers: encoder layers, counted from 1, whose outputs are wanted too.
 
         Returns:
-            encoder output (batch, time, d_model), decoder output (batch, tokens, d_model) or None.
+            encoder output (batch, time, d_model), decoder output (batch, tokens, d_model) or None;
+            with ``intermediate_layers`` a pair in the place of the encoder's, as from ``encode``.
 
         Raises:
             ValueError: there is a target and no decoder; or as in ``encode``.
         """
-        encoder_out, _ = self.encode(
-            src, wav_len, dynchunktrain_config=dynchunktrain_config, intermediate_layers=()
+        encoder_out, inner = self.encode(
+            src,
+            wav_len,
+            dynchunktrain_config=dynchunktrain_config,
+            intermediate_layers=intermediate_layers,
         )
+        encoded = (encoder_out, inner) if intermediate_layers else encoder_out
         if tgt is None:
-            return encoder_out, None
+            return encoded, None
         lengths_B = self._lengths(wav_len, encoder_out)
-        return encoder_out, self._decoded(tgt, encoder_out, lengths_B, tgt.eq(pad_idx))[0]
+        return encoded, self._decoded(tgt, encoder_out, lengths_B, tgt.eq(pad_idx))[0]
 
     def encode(
         self,

@@ -10,6 +10,7 @@ from speechbrain.nnet.attention import RelPosMHAXL, RoPEMHA
 from torch import nn
 
 from modules.mamba import Mamba
+from modules.self_conditioning import SelfConditioning
 
 ATTENTION = (nn.MultiheadAttention, RelPosMHAXL, RoPEMHA)
 ATTENTION_SCALE = 0.1
@@ -56,3 +57,5 @@ def initialise(network: nn.Module, name: str) -> None:
     for module in network.modules():
         if isinstance(module, Mamba):
             module.reset_dynamics()
+        elif isinstance(module, SelfConditioning):
+            module.reset_feedback()

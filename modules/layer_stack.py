@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.lengths import valid_lengths
+from modules.self_conditioning import SelfConditioning
 from modules.stream_state import StreamState
 
 
@@ -60,6 +61,9 @@ class LayerStack(nn.Module):
         layerdrop_prob: probability with which training leaves a layer out.
         gradient_checkpointing: keep each layer's input alone for the backward and recompute the
             rest. Same gradients, about one more forward of time.
+        conditioned_layers: layers, counted from 1, whose output probabilities are told to those
+            above them, see ``SelfConditioning``.
+        num_tokens: how many outputs those have.
         **layer_options: of ``layer_class``, beside d_model and causal.
     """
 
@@ -73,6 +77,8 @@ class LayerStack(nn.Module):
         causal: bool = False,
         layerdrop_prob: float = 0.0,
         gradient_checkpointing: bool = False,
+        conditioned_layers: Collection[int] = (),
+        num_tokens: int = 0,
         **layer_options: Any,
     ):
         super().__init__()
@@ -87,6 +93,9 @@ class LayerStack(nn.Module):
             for _ in range(num_layers)
         )
         self.norm = LayerNorm(d_model, eps=1e-6)
+        self.conditioned_layers = frozenset(conditioned_layers)
+        if self.conditioned_layers:
+            self.conditioning = SelfConditioning(d_model, num_tokens)
 
     def forward(
         self,
@@ -109,7 +118,7 @@ class LayerStack(nn.Module):
 
         Returns:
             the output, and the wanted inner outputs in the order of depth, each through the closing
-            norm as the output is.
+            norm as the output is, and before conditioning.
 
         Raises:
             ValueError: a wanted layer does not exist, or there are chunks at which the layers would
@@ -142,6 +151,7 @@ class LayerStack(nn.Module):
                     x_BTD = layer(x_BTD, surroundings)
             if depth in intermediate_layers:
                 inner.append(self.norm(x_BTD))
+            x_BTD = self._conditioned(x_BTD, depth)
         return self.norm(x_BTD), inner
 
     def forward_streaming(
@@ -149,9 +159,10 @@ class LayerStack(nn.Module):
     ) -> tuple[Tensor, tuple[StreamState, ...]]:
         """Encodes the next frames of streams; ``layers`` are states, from ``initial_states``."""
         states = []
-        for layer, state in zip(self.layers, layers, strict=True):
+        for depth, (layer, state) in enumerate(zip(self.layers, layers, strict=True), start=1):
             x_BTD, next_state = layer.forward_streaming(x_BTD, surroundings, state)
             states.append(next_state)
+            x_BTD = self._conditioned(x_BTD, depth)
         return self.norm(x_BTD), tuple(states)
 
     def initial_states(
@@ -159,6 +170,12 @@ class LayerStack(nn.Module):
     ) -> tuple[StreamState, ...]:
         """A state for each layer, of streams before their first frame."""
         return tuple(layer.initial_state(batch_size, chunks) for layer in self.layers)
+
+    def _conditioned(self, x_BTD: Tensor, depth: int) -> Tensor:
+        """What layer ``depth`` gave, with what it takes for said."""
+        if depth not in self.conditioned_layers:
+            return x_BTD
+        return x_BTD + self.conditioning(self.norm(x_BTD))
 
     def _dropped(self) -> bool:
         if not self.training or self.layerdrop_prob == 0.0:

@@ -28,8 +28,11 @@ class MambaLayerStack(LayerStack):
             piece_frames: frames of a piece.
             progress: is told each share of the work that is done.
         """
-        for layer in self.layers:
+        for depth, layer in enumerate(self.layers, start=1):
             x_BTD = layer.forward_in_pieces(x_BTD, piece_frames)
+            if depth in self.conditioned_layers:
+                for piece_BTD in pieces_of(x_BTD, piece_frames):
+                    piece_BTD.copy_(self._conditioned(piece_BTD, depth))
             progress(1 / len(self.layers))
         for piece_BTD in pieces_of(x_BTD, piece_frames):
             piece_BTD.copy_(self.norm(piece_BTD))

@@ -107,10 +107,21 @@ def test_the_large_models_have_the_published_number_of_parameters(name, paramete
     assert parameters_of(name, tmp_path) == parameters
 
 
-def test_the_an4_twins_are_of_equal_size(tmp_path):
-    sizes = [parameters_of(name, tmp_path) for name in ("an4", "an4_conformer")]
-    assert max(sizes) <= 6_000_000
+@pytest.mark.parametrize(("name", "most"), [("an4", 6e6), ("mini_librispeech", 12e6)])
+def test_twins_are_of_equal_size(name, most, tmp_path):
+    sizes = [parameters_of(each, tmp_path) for each in (name, f"{name}_conformer")]
+    assert max(sizes) <= most
     assert max(sizes) / min(sizes) < 1.02
+
+
+def test_consistency_changes_nothing_of_the_published_network(tmp_path):
+    assert differences("conmamba_small", "conmamba_small_crctc") == {
+        *("output_folder", "grad_accumulation_factor", "max_batch_length_train"),
+        *("consistency_weight", "time_drops_low", "time_drops_high", "time_drop"),
+    }
+    besides = differences("conmamba_small_crctc", "conmamba_medium_crctc")
+    assert besides == {"output_folder", "d_model", "num_encoder_layers"}
+    assert 21e6 < parameters_of("conmamba_medium_crctc", tmp_path) < 23e6
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -156,6 +167,7 @@ def differences(first: str, second: str) -> set[str]:
     return network | others
 
 
+SIGNED = {"signed_positions", "Transformer.signed_positions"}
 ENCODER = {"output_folder", "encoder_module", "mamba_config", "Transformer.mamba_config"}
 
 
@@ -166,7 +178,8 @@ ENCODER = {"output_folder", "encoder_module", "mamba_config", "Transformer.mamba
         ("conmamba_large", "conformer_large", set()),
         ("conmamba_small", "mamba_small", set()),
         ("conmamba_small", "transformer_small", {"attention_type"}),
-        ("an4", "an4_conformer", {"d_ffn"}),
+        ("an4", "an4_conformer", {"d_ffn", *SIGNED}),
+        ("mini_librispeech", "mini_librispeech_conformer", {"d_ffn", *SIGNED}),
     ],
 )
 def test_files_that_are_compared_differ_in_the_encoder_alone(first, second, besides):

@@ -599,6 +599,7 @@ def test_a_bad_checksum_is_one_message(mirror, tmp_path, monkeypatch, capsys):
 SHARED = REPOSITORY / ".." / "shared" / "speech"
 SHARED_COUNTS = {
     "an4": {"train-clean-100": 846, "dev-clean": 102},
+    "mini_librispeech": {"train-clean-5": 1456, "dev-clean-5": 172, "test-clean-5": 129},
     "librispeech": {"train-clean-100": 262, "dev-clean": 21, "test-clean": 23, "test-other": 31},
     "digits": {"train-clean-100": 78, "dev-clean": 38},
     "malayalam": {"train-clean-100": 80, "dev-clean": 16},
@@ -610,7 +611,8 @@ def test_real_corpora_are_prepared_and_verified(name, save):
     if not (SHARED / name).is_dir():
         pytest.skip(f"the {name} recordings are not at ../shared/speech/{name}")
     counts = SHARED_COUNTS[name]
-    prepare_librispeech(SHARED / name, save, list(counts), verify=True, noprogressbar=True)
+    verify = name != "mini_librispeech"  # six hours, of which decoding takes a minute
+    prepare_librispeech(SHARED / name, save, list(counts), verify=verify, noprogressbar=True)
     for split, count in counts.items():
         assert len(read_manifest(save / f"{split}.csv")) == count
     record = json.loads((save / librispeech_prepare.RECORD_NAME).read_text())

@@ -27,6 +27,7 @@ LIFE = {
     "grad_accumulation_factor": 2,
     "ckpt_interval_steps": 2,
     "avg_checkpoints": 2,
+    "ema_decay": 0.9,
     "spliced_share": 0.5,
     "splice_from_epoch": 2,
     "splice_min_log_prob": -100,

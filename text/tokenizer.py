@@ -160,6 +160,31 @@ def check_unknown_characters(unknown: Counter[str], policy: str, where: str) -> 
     logger.warning("%s; %s are left out.", message, left_out)
 
 
+def check_letter_case(
+    tokenizer: spm.SentencePieceProcessor, sentences: Iterable[str], where: str
+) -> None:
+    """Refuses text that is not written as the tokens are: nearly all of it would be unknown.
+
+    Raises:
+        UserError: of most letters the tokenizer knows the other case alone.
+    """
+    letters: Counter[str] = Counter()
+    for sentence in sentences:
+        letters.update(sentence)
+    cased = Counter(
+        {c: n for c, n in letters.items() if c.swapcase() != c and len(c.swapcase()) == 1}
+    )
+    unknown = count_unknown_characters(tokenizer, [*cased, *map(str.swapcase, cased)])
+    wrong = {c: n for c, n in cased.items() if c in unknown and c.swapcase() not in unknown}
+    if 2 * sum(wrong.values()) > cased.total():
+        example = max(wrong, key=wrong.__getitem__)
+        command = "'[:lower:]' '[:upper:]'" if example.islower() else "'[:upper:]' '[:lower:]'"
+        raise UserError(
+            f"{where} is in another letter case than the tokens: {example!r} is unknown to the "
+            f"tokenizer, {example.swapcase()!r} is not. Convert it, for instance with tr {command}."
+        )
+
+
 def vocabulary(tokenizer: spm.SentencePieceProcessor) -> list[str]:
     """All pieces in the order of their ids; the blank is the first."""
     return [tokenizer.id_to_piece(i) for i in range(tokenizer.get_piece_size())]

@@ -20,18 +20,22 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TextIO
 
-from common.errors import EXIT_USER_ERROR
+from common.errors import EXIT_USER_ERROR, UserError
 from common.files import atomic_write
-from text.tokenizer import UNK_ID
+from text.tokenizer import UNK_ID, check_letter_case
 from text.tokenizer import load_tokenizer as load_sentencepiece
 from training.lm.text_batches import read_sentences
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 """For counts 1, 2 and more, where the text is too small to estimate them (as lmplz has it)."""
+
+_CHECKED_SENTENCES = 10_000
+"""First sentences, whose letters are held against the tokenizer's."""
 
 NGram = tuple[str, ...]
 
@@ -179,7 +183,10 @@ def _split(sentences: Iterable[str], tokenizer_file: str | None) -> Iterator[lis
         yield from (sentence.split() for sentence in sentences)
         return
     tokenizer = load_sentencepiece(tokenizer_file, sys.maxsize)
-    for sentence in sentences:
+    sentences = iter(sentences)
+    first = list(islice(sentences, _CHECKED_SENTENCES))
+    check_letter_case(tokenizer, first, "The text")
+    for sentence in chain(first, sentences):
         tokens = (token for token in tokenizer.encode(sentence) if token != UNK_ID)
         yield [tokenizer.id_to_piece(token) for token in tokens]
 
@@ -197,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sentences = _split(read_sentences(arguments.text), arguments.tokenizer)
         model = estimate(sentences, arguments.order)
-    except (ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     try:

@@ -2,15 +2,19 @@
 
 Prints one Markdown table of word error rates with bootstrap intervals, and what each run gains
 over the first one on the same utterances. A run is an output folder with ``results.json`` and
-``hyp_<split>.tsv``; its further evaluations (``--test_only``) have rows of their own.
+``hyp_<split>.tsv``; its further evaluations (``--test_only``) have rows of their own. A folder of
+runs, such as ``results/CTC/an4`` with one for each seed, is a recipe: its error rates are means
+over the seeds, with their standard deviation.
 
 Bootstrap over utterances, paired differences and probability of improvement: see
-``inference/scoring/bootstrap.py``.
+``inference/scoring/bootstrap.py``. Of a recipe, seeds are drawn with replacement, too.
 """
 
 import argparse
 import os
+import statistics
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +50,42 @@ class EvaluatedRun:
 
     Attributes:
         parameters: None where the run did not record it.
+        seed: None where the run did not record it.
         is_named: not the run's own one: it may be of splits and utterances that no other has.
     """
 
     name: str
     parameters: int | None
+    seed: int | None
     splits: dict[str, EvaluatedSplit]
     is_named: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Runs that differ in their seed alone; a run by itself is a recipe of one."""
+
+    name: str
+    runs: tuple[EvaluatedRun, ...]
+
+    @property
+    def splits(self) -> list[str]:
+        """Those that all runs have been scored on."""
+        first, *others = self.runs
+        return [split for split in first.splits if all(split in run.splits for run in others)]
+
+    @property
+    def is_named(self) -> bool:
+        """Not the runs' own evaluations."""
+        return self.runs[0].is_named
+
+    def mean(self, split: str, rate: str) -> float:
+        """Mean of an error rate, ``wer`` or ``cer``."""
+        return statistics.mean(self.rates(split, rate))
+
+    def rates(self, split: str, rate: str) -> list[float]:
+        """The error rate of each run."""
+        return [getattr(run.splits[split].score, rate) for run in self.runs]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,7 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m training.compare",
         description="Compare word error rates of finished runs, with bootstrap intervals.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a finished run")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="output folder of a finished run, or a folder of such runs, one for each seed",
+    )
     parser.add_argument("--markdown", metavar="FILE", help="also write the tables to this file")
     parser.add_argument(
         "--samples", type=int, default=1000, help="bootstrap samples (default 1000)"
@@ -104,30 +142,89 @@ def compare(
     """
     if samples < 1:
         raise ValueError(f"the number of bootstrap samples must be at least 1, not {samples}")
-    runs = [
-        evaluated
+    recipes = [
+        recipe
         for folder, name in zip(folders, _run_names(folders), strict=True)
-        for evaluated in read_evaluations(folder, name)
+        for recipe in read_recipes(folder, name)
     ]
-    for run in runs[1:]:
-        if not run.is_named:
-            _check_comparable(runs[0], run)
+    for recipe in recipes[1:]:
+        if not recipe.is_named:
+            _check_comparable(recipes[0].runs[0], recipe.runs[0])
     rates = {
-        (run.name, split): resampled_rates(evaluated.errors, evaluated.words, samples, seed)
-        for run in runs
-        for split, evaluated in run.splits.items()
+        (recipe.name, split): _resampled(recipe, split, samples, seed)
+        for recipe in recipes
+        for split in recipe.splits
     }
     if plot is not None:
-        _plot(runs, rates, plot)
-    return "\n\n".join([_table(runs, rates), *_left_out(runs)]) + "\n"
+        _plot(recipes, rates, plot)
+    return "\n\n".join([_table(recipes, rates), *_left_out(recipes)]) + "\n"
 
 
-def _plot(runs: Sequence[EvaluatedRun], rates: dict, path: str | os.PathLike) -> None:
+def read_recipes(folder: str | os.PathLike, name: str) -> list[Recipe]:
+    """The evaluations of a run, or of all runs in a folder that is none, together.
+
+    Raises:
+        FileNotFoundError: neither.
+        ValueError: the runs are not seeds of one recipe; or as in ``read_evaluations``.
+    """
+    folder = Path(folder)
+    inner = []
+    if folder.is_dir() and not (folder / "results.json").is_file():
+        inner = sorted(path.parent for path in folder.glob("*/results.json"))
+    if not inner:
+        return [Recipe(found.name, (found,)) for found in read_evaluations(folder, name)]
+    runs = [read_evaluations(path, f"{name}/{path.name}") for path in inner]
+    seeds = [run[0].seed for run in runs if run[0].seed is not None]
+    if twice := {seed for seed in seeds if seeds.count(seed) > 1}:
+        raise ValueError(
+            f"{folder} holds several runs with seed {twice.pop()}: they are not seeds of one "
+            "recipe. Name the runs one by one."
+        )
+    # By what was evaluated; what not every seed was evaluated on is no recipe's.
+    by_label = [{found.name.removeprefix(run[0].name): found for found in run} for run in runs]
+    recipes = []
+    for label in by_label[0]:
+        if not all(label in of_run for of_run in by_label):
+            continue
+        found = tuple(of_run[label] for of_run in by_label)
+        for other in found[1:]:
+            _check_seeds(folder, found[0], other)
+        recipes.append(Recipe(name + label, found))
+    if not recipes:
+        raise ValueError(f"{folder}: its runs have no evaluation in common")
+    return recipes
+
+
+def _check_seeds(folder: Path, first: EvaluatedRun, other: EvaluatedRun) -> None:
+    if first.parameters != other.parameters:
+        raise ValueError(
+            f"{folder} holds runs of different models: {first.name} has {first.parameters} "
+            f"parameters, {other.name} {other.parameters}. Name the runs one by one."
+        )
+    _check_comparable(first, other)
+
+
+def _resampled(recipe: Recipe, split: str, samples: int, seed: int) -> np.ndarray:
+    """Mean WER of every bootstrap sample: of utterances, and of seeds where there are several."""
+    rates_RN = np.stack(
+        [
+            resampled_rates(run.splits[split].errors, run.splits[split].words, samples, seed)
+            for run in recipe.runs
+        ]
+    )
+    # Utterances are those of the other recipes, seeds are not: their draws follow from the errors.
+    generator = np.random.default_rng([seed, zlib.crc32(rates_RN.tobytes())])
+    drawn_RN = generator.integers(len(rates_RN), size=rates_RN.shape)
+    return np.take_along_axis(rates_RN, drawn_RN, axis=0).mean(axis=0)
+
+
+def _plot(recipes: Sequence[Recipe], rates: dict, path: str | os.PathLike) -> None:
     points = []
-    for run in runs:
-        for split, evaluated in run.splits.items():
-            wer = central_interval(evaluated.score.wer, rates[run.name, split])
-            points.append((run.name, split, run.parameters, wer.value, wer.low, wer.high))
+    for recipe in recipes:
+        parameters = recipe.runs[0].parameters
+        for split in recipe.splits:
+            wer = central_interval(recipe.mean(split, "wer"), rates[recipe.name, split])
+            points.append((recipe.name, split, parameters, wer.value, wer.low, wer.high))
     sized = [point for point in points if point[2] is not None]
     if not sized:
         raise ValueError("no run records its number of parameters: there is nothing to plot")
@@ -150,6 +247,7 @@ def read_evaluations(folder: str | os.PathLike, name: str) -> list[EvaluatedRun]
         )
     results = read_results(folder)
     parameters = (results.get("model") or {}).get("parameters")
+    seed = (results.get("run") or {}).get("seed")
     own = (name, folder, results["splits"], False)
     named = (
         (f"{name}:{evaluation}", folder / EVAL_FOLDER / evaluation, entry["splits"], True)
@@ -162,6 +260,7 @@ def read_evaluations(folder: str | os.PathLike, name: str) -> list[EvaluatedRun]
         EvaluatedRun(
             label,
             parameters,
+            seed,
             {
                 split: _read_split(reports, split, SplitScore.from_json(entry))
                 for split, entry in splits.items()
@@ -249,44 +348,45 @@ def _examples(ids) -> str:
     return f"{len(ids)} ({shown}{', ...' if len(ids) > _EXAMPLES_SHOWN else ''})"
 
 
-def _table(runs: Sequence[EvaluatedRun], rates: dict) -> str:
-    """A row for each run and split; with several runs each beside the first one."""
-    first = runs[0]
+def _table(recipes: Sequence[Recipe], rates: dict) -> str:
+    """A row for each recipe and split; with several recipes each beside the first one."""
+    first = recipes[0]
     header = ["run", "split", "utterances", "WER %", "95 % interval", "CER %", "parameters", "RTF"]
-    if len(runs) > 1:
+    if len(recipes) > 1:
         header += [f"against {first.name}", "its 95 % interval", "probability of being better"]
     rows = []
-    for run in runs:
-        for split, evaluated in run.splits.items():
-            score = evaluated.score
-            wer = central_interval(score.wer, rates[run.name, split])
+    for recipe in recipes:
+        run, seeds = recipe.runs[0], len(recipe.runs)
+        for split in recipe.splits:
+            wer = central_interval(recipe.mean(split, "wer"), rates[recipe.name, split])
+            deviation = ""
+            if seeds > 1:
+                deviation = f" ± {statistics.stdev(recipe.rates(split, 'wer')):.2f}"
             row = [
-                run.name,
+                recipe.name if seeds == 1 else f"{recipe.name}, {seeds} seeds",
                 split,
-                str(score.utterances),
-                f"{wer.value:.2f}",
+                str(run.splits[split].score.utterances),
+                f"{wer.value:.2f}{deviation}",
                 f"{wer.low:.2f} to {wer.high:.2f}",
-                f"{score.cer:.2f}",
+                f"{recipe.mean(split, 'cer'):.2f}",
                 "-" if run.parameters is None else f"{run.parameters:,}",
-                format_number(score.real_time_factor, 3),
+                format_number(run.splits[split].score.real_time_factor, 3),
             ]
-            if len(runs) > 1:
-                row += _difference(first, run, split, rates)
+            if len(recipes) > 1:
+                row += _difference(first, recipe, split, rates)
             rows.append(row)
     return markdown_table(header, rows, text_columns=2)
 
 
-def _difference(first: EvaluatedRun, run: EvaluatedRun, split: str, rates: dict) -> list[str]:
-    """How a run's WER differs from the first one's on the same utterances."""
-    if run is first or split not in first.splits:
+def _difference(first: Recipe, recipe: Recipe, split: str, rates: dict) -> list[str]:
+    """How a recipe's WER differs from the first one's on the same utterances."""
+    if recipe is first or split not in first.splits:
         return ["-", "-", "-"]
-    ours, theirs = first.splits[split], run.splits[split]
+    ours, theirs = first.runs[0].splits[split], recipe.runs[0].splits[split]
     if (ours.ids, ours.references) != (theirs.ids, theirs.references):
         return ["-", "-", "-"]
-    differences = rates[run.name, split] - rates[first.name, split]
-    gain = central_interval(
-        run.splits[split].score.wer - first.splits[split].score.wer, differences
-    )
+    differences = rates[recipe.name, split] - rates[first.name, split]
+    gain = central_interval(recipe.mean(split, "wer") - first.mean(split, "wer"), differences)
     return [
         f"{gain.value:+.2f}",
         f"{gain.low:+.2f} to {gain.high:+.2f}",
@@ -294,13 +394,17 @@ def _difference(first: EvaluatedRun, run: EvaluatedRun, split: str, rates: dict)
     ]
 
 
-def _left_out(runs: Sequence[EvaluatedRun]) -> list[str]:
-    first, *others = runs
+def _left_out(recipes: Sequence[Recipe]) -> list[str]:
+    first, *others = recipes
     lines = []
-    for run in (run for run in others if not run.is_named):
-        unmatched = sorted(set(first.splits) ^ set(run.splits))
+    for recipe in recipes:
+        scored = {split for run in recipe.runs for split in run.splits}
+        if unmatched := sorted(scored - set(recipe.splits)):
+            lines.append(f"Not in every run of {recipe.name}: {', '.join(unmatched)}.")
+    for recipe in (recipe for recipe in others if not recipe.is_named):
+        unmatched = sorted(set(first.splits) ^ set(recipe.splits))
         if unmatched:
-            lines.append(f"Not in both {first.name} and {run.name}: {', '.join(unmatched)}.")
+            lines.append(f"Not in both {first.name} and {recipe.name}: {', '.join(unmatched)}.")
     return lines
 
 

@@ -6,13 +6,11 @@ import pickle
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import if_main_process, is_distributed_initialized
 
 from common.errors import UserError
@@ -29,6 +27,7 @@ from inference.scoring.reports import (
 from modules.weights import load_model_weights
 from training.brains.asr_brain import ASRBrain
 from training.brains.optimization import count_parameters
+from training.checkpoints.checkpointer import mean_weights
 from training.data.recordings import evaluation_batches
 from training.launch.processes import on_main
 from training.named_evaluation import Evaluation
@@ -96,7 +95,7 @@ def best_weights(brain: ASRBrain, num_best: int) -> BestWeights | None:
                 # A clear message before averaging meets tensors of different shapes.
                 load_model_weights(brain.hparams.model, checkpoint.paramfiles["model"])
             weights = BestWeights(
-                average_checkpoints(best, "model", partial(torch.load, map_location="cpu")),
+                mean_weights(best),
                 mean_statistics([_loaded(c.paramfiles["normalizer"]) for c in best]),
                 [
                     {

@@ -22,6 +22,7 @@ from modules.weights import load_model_weights
 from text.tokenizer import (
     MOST_CHARACTERS,
     TOKENIZER_SETTINGS,
+    check_letter_case,
     check_unknown_characters,
     count_unknown_characters,
     load_tokenizer,
@@ -192,6 +193,7 @@ def dataio_prepare(
 
     rows = read_rows(manifests / train_manifest(hparams), data_root)
     policy = hparams["unknown_characters"]
+    check_letter_case(tokenizer, (row["wrd"] for row in rows.values()), "The training transcripts")
     unknown = count_unknown_characters(tokenizer, (row["wrd"] for row in rows.values()))
     check_unknown_characters(unknown, policy, "Training transcripts")
     skipped = unalignable(rows, tokenizer, sample_rate, hparams["speech_encoder"].num_frames)

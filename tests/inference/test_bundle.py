@@ -64,7 +64,9 @@ def test_the_text_is_that_of_the_runs_evaluation(run, recognizers, tone_corpus):
 
 
 def test_all_statistics_of_the_normaliser_are_kept(tmp_path):
-    run = make_run(tmp_path / "run", "CTC/an4", d_ffn=16)
+    run = make_run(
+        tmp_path / "run", "CTC/an4", d_ffn=16, inter_ctc_layers=[], self_conditioning=False
+    )
     saved = torch.load(run / "save" / "averaged" / "normalizer.ckpt")
     for model in (read_run(run), read_bundle(write_bundle(run, tmp_path / "b", "int8"))):
         normalize = model.encoder.normalize

@@ -10,6 +10,7 @@ from text.tokenizer import (
     BOS_ID,
     EOS_ID,
     UNK_ID,
+    check_letter_case,
     check_unknown_characters,
     count_unknown_characters,
     load_tokenizer,
@@ -63,6 +64,16 @@ def test_unknown_characters_are_counted(tokenizer):
     counted = count_unknown_characters(tokenizer, [*SENTENCES, "ÜBER ONE", "Ü 7 TWO"])
     assert counted == {"Ü": 2, "B": 1, "7": 1}
     assert count_unknown_characters(tokenizer, SENTENCES) == {}
+
+
+def test_text_in_another_letter_case_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"Text is in another letter case .*'e' is unknown.*'E'"):
+        check_letter_case(tokenizer, ["one two three", "three"], "Text")
+    with pytest.raises(UserError, match="tr '\\[:lower:\\]' '\\[:upper:\\]'"):
+        check_letter_case(tokenizer, ["One Two Three"], "Text")
+    # Most of it is right, or has no case, or is unknown in both cases.
+    for sentences in (["ONE TWO e"], ["എന്ന് 12"], ["q q q"], []):
+        check_letter_case(tokenizer, sentences, "Text")
 
 
 def test_vocabulary_is_in_the_order_of_the_ids(tokenizer):

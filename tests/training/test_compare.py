@@ -16,7 +16,9 @@ UTTERANCES = 300
 WORDS = "ONE TWO THREE FOUR"
 
 
-def make_run(folder, wrong_words, splits=("test-clean",), reference=WORDS, ids=None, **model):
+def make_run(
+    folder, wrong_words, splits=("test-clean",), reference=WORDS, ids=None, seed=None, **model
+):
     """A run whose i-th utterance of four words has ``wrong_words[i]`` wrong ones."""
     ids = ids or [f"1-1-{i:04d}" for i in range(len(wrong_words))]
     words = reference.split()
@@ -27,7 +29,7 @@ def make_run(folder, wrong_words, splits=("test-clean",), reference=WORDS, ids=N
         )
         for split in splits
     }
-    update_results(folder, scores, {"parameters": 1234567} | model, {})
+    update_results(folder, scores, {"parameters": 1234567} | model, {"seed": seed})
     return folder
 
 
@@ -249,3 +251,61 @@ def test_runs_are_drawn_by_their_parameters(tmp_path, wrong_words, monkeypatch, 
     with pytest.raises(SystemExit):
         main([str(runs[2]), "--plot", str(tmp_path / "sizes.png")])
     assert "nothing to plot" in capsys.readouterr().err
+
+
+def make_recipe(folder, wrong_words, rng, seeds=(1, 2, 3), spread=0.1):
+    """Runs with ``wrong_words`` and some more errors, by chance, and their mean WER in percent."""
+    total = []
+    for seed in seeds:
+        more = rng.random(len(wrong_words)) < rng.uniform(0, 2 * spread)
+        make_run(folder / str(seed), wrong_words + more, seed=seed)
+        total.append(100 * (wrong_words + more).sum() / (4 * len(wrong_words)))
+    return folder, total
+
+
+def test_seeds_of_a_recipe_are_a_mean_with_their_deviation(tmp_path, wrong_words):
+    rng = np.random.default_rng(5)
+    folder, wers = make_recipe(tmp_path / "a", wrong_words, rng)
+    (row,) = cells(compare([folder], samples=4000), ("a, 3 seeds", "test-clean"))
+    assert row[3] == f"{np.mean(wers):.2f} ± {np.std(wers, ddof=1):.2f}"
+    # Utterances and seeds: the variance of the mean over seeds is that of one, less correlated.
+    low, high = interval(row[4])
+    (one,) = cells(compare([folder / "1"], samples=4000), ("1", "test-clean"))
+    seeds_error = np.std(wers) / math.sqrt(3)
+    utterances_error = 100 * wrong_words.std() / 4 / math.sqrt(UTTERANCES)
+    assert high - low > 3.5 * math.hypot(seeds_error, utterances_error)
+    assert one[3] == f"{wers[0]:.2f}"
+
+
+def test_recipes_are_paired_on_their_utterances(tmp_path, wrong_words):
+    rng = np.random.default_rng(6)
+    first, ours = make_recipe(tmp_path / "a", wrong_words, rng, spread=0.02)
+    second, theirs = make_recipe(tmp_path / "b", wrong_words + 1, rng, spread=0.02)
+    (difference,) = (row[8:] for row in cells(compare([first, second]), ("b, 3 seeds",)))
+    gained = np.mean(theirs) - np.mean(ours)
+    assert float(difference[0]) == pytest.approx(gained, abs=0.006)
+    low, high = interval(difference[1])
+    # The same words are wrong in both: the difference is far surer than either.
+    assert low < gained < high < low + 4
+    assert difference[2] == "0.0 %"
+    mixed = compare([first, second / "1"])
+    assert len(cells(mixed, ("b/1", "test-clean"))) == 1
+
+
+def test_runs_that_are_no_seeds_of_one_recipe_are_named(tmp_path, wrong_words):
+    for name, model in (("x", {"seed": 1}), ("y", {"seed": 2, "parameters": 7})):
+        make_run(tmp_path / "a" / name, wrong_words, **model)
+    with pytest.raises(ValueError, match="different models: a/x has 1234567 parameters, a/y 7"):
+        compare([tmp_path / "a"])
+    make_run(tmp_path / "b" / "x", wrong_words, seed=4)
+    make_run(tmp_path / "b" / "y", wrong_words, seed=4)
+    with pytest.raises(ValueError, match="several runs with seed 4"):
+        compare([tmp_path / "b"])
+
+
+def test_splits_that_not_every_seed_has_are_told(tmp_path, wrong_words):
+    make_run(tmp_path / "a" / "1", wrong_words, splits=("dev", "test"), seed=1)
+    make_run(tmp_path / "a" / "2", wrong_words, splits=("dev",), seed=2)
+    report = compare([tmp_path / "a"])
+    assert "Not in every run of a: test." in report
+    assert cells(report, ("a, 2 seeds", "dev"))

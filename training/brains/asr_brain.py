@@ -1,6 +1,8 @@
 """The Brain of a recogniser: what the CTC and the S2S script share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import speechbrain as sb
@@ -12,7 +14,7 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 from torch import Tensor
 from tqdm import tqdm
 
-from common.errors import Interrupted
+from common.errors import Interrupted, UserError
 from modules.normalization import CountedStatistics
 from modules.speech_encoder import SpeechEncoder
 from training.brains.graphs import (
@@ -50,7 +52,7 @@ class FrontEndOutput:
 class ASRBrain(RunBrain):
     """Training loop of a recogniser: features, augmentation, decoding and error rates.
 
-    Subclasses give ``compute_forward``, whose outputs have ``ctc_log_probs_BTV`` and ``front_end``,
+    Subclasses give ``compute_forward``, whose outputs have ``ctc_log_probs`` and ``front_end``,
     ``compute_objectives`` and ``decode``, and set ``best_metric`` (key of ``validation_stats``) and
     ``best_is`` ("min" or "max").
     """
@@ -80,6 +82,12 @@ class ASRBrain(RunBrain):
         self.speech_encoder.compute_features.to(self.device)
         if hparams.cuda_graphs and not self.test_only:
             check_graphs(hparams, self)
+        num_layers = len(hparams.Transformer.encoder.layers)
+        if hparams.inter_ctc_layers and max(hparams.inter_ctc_layers) >= num_layers:
+            raise UserError(
+                f"inter_ctc_layers is {hparams.inter_ctc_layers}; of {num_layers} layers, those "
+                f"between 1 and {num_layers - 1} are inner ones."
+            )
 
     def describe(self, batch: PaddedBatch) -> str:
         """The ids of the utterances."""
@@ -133,28 +141,55 @@ class ASRBrain(RunBrain):
         lengths = encoder.num_frames(batch.num_samples).tolist() * copies
         return FrontEndOutput(frames_BTFC, num_frames_B, lengths, copies)
 
+    def inner_layers(self, stage: sb.Stage) -> list[int]:
+        """Encoder layers whose outputs this stage trains with CTC, too."""
+        return self.hparams.inter_ctc_layers if stage == sb.Stage.TRAIN else []
+
+    def ctc_log_probs(self, encoder_BTD: Tensor, inner: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Log probabilities (B, T, V), float32, of the encoder's output, then of inner layers.
+
+        Inner layers share the output layer, or have that of their self-conditioning.
+        """
+        conditioning = getattr(self.hparams.Transformer.encoder, "conditioning", None)
+        of_output = [encoder_BTD] if conditioning is not None else [encoder_BTD, *inner]
+        logits = list(self.modules.ctc_lin(torch.cat(of_output)).chunk(len(of_output)))
+        if conditioning is not None and inner:
+            logits += conditioning.ctc_lin(torch.cat(list(inner))).chunk(len(inner))
+        return [logits_BTV.float().log_softmax(-1) for logits_BTV in logits]
+
     def ctc_objective(
-        self, log_probs_BTV: Tensor, front_end: FrontEndOutput, batch: PaddedBatch, stage: sb.Stage
+        self,
+        all_log_probs: Sequence[Tensor],
+        front_end: FrontEndOutput,
+        batch: PaddedBatch,
+        stage: sb.Stage,
     ) -> Tensor:
         """CTC loss, mean over utterances; in training with the consistency of the two copies.
+
+        Args:
+            all_log_probs: what ``ctc_log_probs`` gave. Inner layers weigh ``inter_ctc_weight``
+                together (arXiv:2102.03216) and have no part in the consistency.
 
         The first ``flat_start_epochs`` train with ``flat_start_loss``, whose priors fade out in the
         second half of them: set free at once, alignments can fall back to blanks.
         """
         hparams, training = self.hparams, stage == sb.Stage.TRAIN
         arguments = (
-            log_probs_BTV,
             batch.tokens.data.repeat(front_end.copies, 1),
             front_end.num_frames_B,
             to_device(batch.num_tokens, self.device).repeat(front_end.copies),
             hparams.blank_index,
         )
+        criterion = ctc_loss
         if training and self.epoch <= hparams.flat_start_epochs:
             remaining = 1 - (self.epoch - 1) / hparams.flat_start_epochs
-            loss_B, feasible_B = flat_start_loss(*arguments, prior_scale=min(1.0, 2 * remaining))
-        else:
-            loss_B, feasible_B = ctc_loss(*arguments)
+            criterion = partial(flat_start_loss, prior_scale=min(1.0, 2 * remaining))
+        log_probs_BTV, *inner = all_log_probs
+        loss_B, feasible_B = criterion(log_probs_BTV, *arguments)
         loss = mean_over_feasible(loss_B, feasible_B)
+        if inner:
+            losses = [mean_over_feasible(*criterion(one_BTV, *arguments)) for one_BTV in inner]
+            loss = torch.lerp(loss, torch.stack(losses).mean(), hparams.inter_ctc_weight)
         if training:
             self.note_infeasible(front_end, batch)
             if front_end.copies > 1:
@@ -239,7 +274,7 @@ class ASRBrain(RunBrain):
             self._end_if_asked_to()
             with torch.no_grad(), self.evaluation_ctx:
                 outputs = self.compute_forward(batch, sb.Stage.VALID)
-            yield batch, outputs.ctc_log_probs_BTV, outputs.front_end.num_frames_B
+            yield batch, outputs.ctc_log_probs[0], outputs.front_end.num_frames_B
 
     def _end_if_asked_to(self) -> None:
         _, stop = self.agree(True, self.stop_request.signal_number)
@@ -260,7 +295,7 @@ class ASRBrain(RunBrain):
         if self.hparams.cuda_graphs:
             options = self.hparams.cuda_graphs, CudaRecorder(), self.training_dtype
             stack, front_end = self.hparams.Transformer.encoder, self.hparams.CNN
-            inner_layers = getattr(self.hparams, "inter_ctc_layers", ())
+            inner_layers = self.hparams.inter_ctc_layers
             stack.forward = GraphedEncoder(stack, *options, inner_layers)
             front_end.forward = GraphedFrontEnd(front_end, *options)
 

@@ -36,7 +36,8 @@ from training.brains.optimization import (
     parameter_groups,
     scale_gradients,
 )
-from training.checkpoints.checkpointer import load_model_hook
+from training.brains.weight_average import WeightAverage
+from training.checkpoints.checkpointer import EMA, load_model_hook
 from training.data.epoch_batches import EpochBatches
 from training.launch.devices import (
     explained_memory,
@@ -97,6 +98,7 @@ class RunBrain(sb.Brain):
             own = ReadableTrainLogger(own.save_file, own.precision)
         self.loggers: list[TrainLogger] = [own]
         self.resume_from: str | None = None
+        self.weight_average: WeightAverage | None = None
         self._void_window = False
         self._window_batches = 0
         self._train_loader: DataLoader | None = None
@@ -279,6 +281,8 @@ class RunBrain(sb.Brain):
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer_step += 1
+        if self.weight_average is not None:
+            self.weight_average.update(self.optimizer_step)
         self.hparams.noam_scheduler(self.optimizer)
 
     def _count_nonfinite(self, what: str, items: str) -> None:
@@ -329,6 +333,7 @@ class RunBrain(sb.Brain):
             _, stop = self.agree(True, self.stop_request.signal_number)
             if stop:
                 # The checkpoint says "epoch trained, not validated": resuming goes on from there.
+                self._evaluates_average(False)
                 self.step, self.avg_train_loss = self._train_steps, self._train_stats["loss"]
                 self._save_intra_epoch_ckpt()
                 raise Interrupted(stop)
@@ -378,6 +383,13 @@ class RunBrain(sb.Brain):
             self._void_window, self._window_batches = False, 0
             # Creating a loader's iterator draws from the main generator.
             seed_everything(self.hparams.seed, epoch, "loader", self.rank)
+        elif stage == sb.Stage.VALID:
+            self._evaluates_average(True)
+
+    def _evaluates_average(self, now: bool) -> None:
+        """Let a validation see the averaged weights; whatever is saved is saved after it."""
+        if self.weight_average is not None:
+            (self.weight_average.put_in if now else self.weight_average.take_out)()
 
     def validation_stats(self, loss: float) -> dict[str, float]:
         """Figures of a validation."""
@@ -402,6 +414,7 @@ class RunBrain(sb.Brain):
             return
         if stage != sb.Stage.VALID:
             return
+        self._evaluates_average(False)
         stats = self.validation_stats(stage_loss)
         measured = {"search_s": round(self._search_s, 4)}
         meta = {
@@ -465,14 +478,21 @@ class RunBrain(sb.Brain):
         if self.casts_weights():
             self.cast_weights = CastWeights(self.modules.values(), self.training_dtype)
         self.init_optimizers()
+        if self.hparams.ema_decay:
+            self.weight_average = WeightAverage(self.hparams.model, self.hparams.ema_decay)
         if self.checkpointer is None:
             return
+        if self.weight_average is not None:
+            # A run that goes on may have begun without.
+            self.checkpointer.add_recoverable(EMA, self.weight_average, optional_load=True)
         self.checkpointer.remove_unfinished()
         if self.resume_from is not None:
             checkpoint = self.checkpointer.go_back_to(self.resume_from)
         else:
             checkpoint = self.checkpointer.recover_if_possible()
         if checkpoint is not None:
+            if self.weight_average is not None and EMA not in checkpoint.paramfiles:
+                self.weight_average.reset()
             logger.info(
                 "Going on from %s (optimiser step %d)", checkpoint.path, self.optimizer_step
             )

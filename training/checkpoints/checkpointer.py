@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from speechbrain.utils.checkpoints import (
     METAFNAME,
     Checkpoint,
     Checkpointer,
+    average_checkpoints,
     ckpt_recency,
     register_checkpoint_hooks,
 )
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 # SpeechBrain marks the hooks of this class and forgets to register them. Those of its parent would
 # save the epoch alone: a resumed run would forget its best score and that it had stopped.
 register_checkpoint_hooks(EpochCounterWithStopper)
+
+EMA = "ema"
+"""Recoverable of the averaged weights, where a run has them: it is they that it evaluates."""
 
 CHECKSUMS = "checksums.json"
 UNFINISHED_PREFIX = "unfinished+"
@@ -298,6 +303,15 @@ def _checkpoints_in(place: str) -> list[Path]:
     if path.name.startswith(CKPT_PREFIX) and path.is_dir():
         return [path]
     return [p for f in (path, path / "save") for p in f.glob(f"{CKPT_PREFIX}+*") if p.is_dir()]
+
+
+def mean_weights(evaluated: Sequence[Checkpoint]) -> dict[str, torch.Tensor]:
+    """The mean of the weights with which these checkpoints were validated."""
+    models = [
+        Checkpoint(c.path, c.meta, {"model": c.paramfiles.get(EMA, c.paramfiles["model"])})
+        for c in evaluated
+    ]
+    return average_checkpoints(models, "model")
 
 
 def load_model_hook(module: torch.nn.Module, path: Path, end_of_epoch: bool) -> None:

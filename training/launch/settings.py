@@ -14,9 +14,9 @@ class Setting:
     """What a key may hold.
 
     Attributes:
-        kind: integer, number, switch, name, names (one or a list of them), speakers, path, paths
-            (one or a list of them) or mapping. Names and paths are taken as they are written: a
-            folder may be called 2024-06-01 or 1e3.
+        kind: integer, number, switch, name, names (one or a list of them), speakers, layers, path,
+            paths (one or a list of them) or mapping. Names and paths are taken as they are written:
+            a folder may be called 2024-06-01 or 1e3.
         low, high: limits of a number, themselves allowed.
         above, below: limits of a number, themselves not allowed.
         choices: the only values there are.
@@ -89,6 +89,10 @@ _KINDS = {
         isinstance(value, list) and all(isinstance(v, int) or _is_name(v) for v in value)
     ),
     "path": _is_name,
+    "layers": lambda value: (
+        isinstance(value, list)
+        and all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value)
+    ),
     "mapping": lambda value: isinstance(value, Mapping),
 }
 _KINDS["paths"] = _KINDS["names"]
@@ -101,6 +105,7 @@ _IN_WORDS = {
     "speakers": "a list of speakers such as '[103, 1034]'",
     "path": "a path",
     "paths": "a path or a list of paths",
+    "layers": "a list of layers, counted from 1, such as '[3, 6]'",
     "mapping": "a mapping such as '{d_state: 16}'",
 }
 
@@ -172,6 +177,9 @@ SETTINGS: dict[str, Setting] = {
     "num_decoder_layers": _COUNT,
     "d_ffn": _COUNT,
     "transformer_dropout": Setting("number", low=0, below=1),
+    "layerdrop_prob": Setting("number", low=0, below=1),
+    "self_conditioning": _SWITCH,
+    "signed_positions": _SWITCH,
     "mamba_config": Setting("mapping", optional=True),
     "valid_search_interval": _COUNT,
     "valid_beam_size": _COUNT,
@@ -223,6 +231,9 @@ SETTINGS: dict[str, Setting] = {
     "cuda_graphs": Setting("integer", low=0, default=0),
     "held_out_speakers": Setting("speakers", default=[]),
     "consistency_weight": Setting("number", low=0, default=0.0),
+    "inter_ctc_layers": Setting("layers", default=[]),
+    "inter_ctc_weight": Setting("number", low=0, below=1, default=0.3),
+    "ema_decay": Setting("number", low=0, below=1, default=0.0),
     "flat_start_epochs": Setting("integer", low=0, default=0),
     "augment_from_epoch": Setting("integer", low=0, default=1),
     "spliced_share": Setting("number", low=0, high=1, default=0.0),

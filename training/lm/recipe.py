@@ -11,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from speechbrain.utils.checkpoints import average_checkpoints
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.run_opts import RunOptions
 
@@ -23,12 +22,14 @@ from modules.weights import load_model_weights
 from text.tokenizer import (
     MOST_CHARACTERS,
     TOKENIZER_SETTINGS,
+    check_letter_case,
     check_unknown_characters,
     count_unknown_characters,
     load_tokenizer,
     train_tokenizer,
 )
 from training.brains.optimization import count_parameters
+from training.checkpoints.checkpointer import mean_weights
 from training.checkpoints.fingerprint import (
     VALIDATION_DATA,
     Described,
@@ -295,7 +296,8 @@ def warn_of_unknown_characters(text: TextBatches, policy: str) -> None:
     Raises:
         UserError: there are some, and ``policy`` is "error".
     """
-    sample = islice(read_sentences(text.paths), SAMPLE_SENTENCES)
+    sample = list(islice(read_sentences(text.paths), SAMPLE_SENTENCES))
+    check_letter_case(text.tokenizer, sample, "train_text")
     unknown = count_unknown_characters(text.tokenizer, sample)
     check_unknown_characters(unknown, policy, "Training text")
 
@@ -325,7 +327,7 @@ def _mean(
         for checkpoint in best:
             # A clear message before averaging meets tensors of different shapes.
             load_model_weights(brain.hparams.model, checkpoint.paramfiles["model"])
-        mean = average_checkpoints(best, "model", partial(torch.load, map_location="cpu"))
+        mean = mean_weights(best)
         if keep:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(model_file, "wb") as stream:
