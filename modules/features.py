@@ -120,14 +120,14 @@ class Fbank(SpeechBrainFbank):
             ValueError: the lengths are not one integer per item.
         """
         if num_samples_B is None:
-            return self._floored(self._decibels(wav_BS))
+            return self._floored(self._decibels(wav_BS, self.compute_STFT))
         if num_samples_B.is_floating_point() or num_samples_B.shape != wav_BS.shape[:1]:
             raise ValueError(
                 f"num_samples_B is {num_samples_B.dtype} of shape {tuple(num_samples_B.shape)}; "
                 f"wanted integers of shape ({wav_BS.shape[0]},), the samples of each item."
             )
         wav_BS = wav_BS.masked_fill(padding_mask(num_samples_B, wav_BS.shape[1]), 0.0)
-        feats_BTM = self._decibels(wav_BS)
+        feats_BTM = self._decibels(wav_BS, self.compute_STFT)
         frames_B = self.num_frames(num_samples_B)
         padding_BT1 = padding_mask(frames_B, feats_BTM.shape[1]).unsqueeze(-1)
         return self._floored(feats_BTM, padding_BT1).masked_fill(padding_BT1, 0.0)
@@ -164,7 +164,7 @@ class Fbank(SpeechBrainFbank):
             ``feats_BTM``, and the samples that the next call reads.
         """
         seen_BS = torch.cat([before_BS, wav_BS], dim=1)
-        feats_BTM = self.compute_fbanks(spectral_magnitude(self.stream_STFT(seen_BS)))
+        feats_BTM = self._decibels(seen_BS, self.stream_STFT)
         return feats_BTM, last_frames(seen_BS, before_BS.shape[1], num_samples_B)
 
     @fwd_default_precision(cast_inputs=torch.float32)
@@ -183,13 +183,14 @@ class Fbank(SpeechBrainFbank):
         for first in range(0, num_frames, step):
             last = min(first + step, num_frames) - 1
             read = slice(first * self.hop_samples, last * self.hop_samples + n_fft)
-            pieces.append(
-                self.compute_fbanks(spectral_magnitude(self.stream_STFT(wav_BS[:, read])))
-            )
+            pieces.append(self._decibels(wav_BS[:, read], self.stream_STFT))
         return self._floored(torch.cat(pieces, dim=1))
 
-    def _decibels(self, wav_BS: Tensor) -> Tensor:
-        return self.compute_fbanks(spectral_magnitude(_moved(self.compute_STFT, wav_BS)(wav_BS)))
+    def _decibels(self, wav_BS: Tensor, stft: STFT) -> Tensor:
+        if stft.window.device != wav_BS.device:
+            # No buffer: SpeechBrain moves it anew for every batch, and a GPU waits for it.
+            stft.window = stft.window.to(wav_BS.device)
+        return self.compute_fbanks(spectral_magnitude(stft(wav_BS)))
 
     def _floored(self, feats_BTM: Tensor, padding_BT1: Tensor | None = None) -> Tensor:
         if self.top_db is None:
@@ -199,10 +200,3 @@ class Fbank(SpeechBrainFbank):
             valid_BTM = feats_BTM.masked_fill(padding_BT1, -float("inf"))
         floor_B11 = valid_BTM.amax(dim=(-2, -1), keepdim=True) - self.top_db
         return torch.maximum(feats_BTM, floor_B11)
-
-
-def _moved(stft: STFT, wav_BS: Tensor) -> STFT:
-    """``stft`` with its window, which is no buffer, where the waveforms are, from now on."""
-    if stft.window.device != wav_BS.device:
-        stft.window = stft.window.to(wav_BS.device)
-    return stft
