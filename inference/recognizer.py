@@ -411,6 +411,10 @@ class _How:
             raise UserError(
                 f"max_segment_s is {self.max_segment_s:g}; it must be at least {MIN_SEGMENT_S:g}."
             )
+        if self.whole and self.chunk_ms is not None:
+            raise UserError(
+                "whole shows every frame the whole recording, chunk_ms does not: give one."
+            )
 
 
 _WINDOW_BATCHES = 4

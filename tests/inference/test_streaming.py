@@ -335,6 +335,8 @@ def test_models_and_options_that_cannot_stream_say_what_can(runs, ctc_run):
     for chunk_ms in (0, -640, 650, float("nan"), float("inf")):
         with pytest.raises(UserError, match="multiple of 40 ms"):
             StreamingRecognizer.from_run(runs["conmamba"], device="cpu", chunk_ms=chunk_ms)
+    with pytest.raises(UserError, match="give one"):
+        Recognizer.from_run(ctc_run, device="cpu").transcribe(noise(1), whole=True, chunk_ms=640)
     with pytest.raises(UserError, match="max_batch"):
         StreamingRecognizer.from_run(runs["conmamba"], device="cpu", max_batch=0)
     with pytest.raises(UserError, match="left_context_chunks"):
