@@ -50,13 +50,23 @@ def test_a_command_of_the_pages_parses(document, line, monkeypatch):
             check_keys(parsed.param_file, parsed.overrides, script)
         return
     module = importlib.import_module(name)
-    original = argparse.ArgumentParser.parse_args
+    parse = argparse.ArgumentParser.parse_known_args
 
-    def parse_only(parser, args=None, namespace=None):
-        original(parser, args, namespace)
+    def parse_args(parser, args=None, namespace=None):
+        _, rest = parse_known_args(parser, args, namespace, ends=False)
+        assert not rest
         raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    def parse_known_args(parser, args=None, namespace=None, ends=True):
+        with monkeypatch.context() as subcommands:
+            subcommands.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+            found = parse(parser, args, namespace)
+        if ends:
+            raise Parsed
+        return found
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit if "--help" in arguments else Parsed) as ended:
         module.main()
