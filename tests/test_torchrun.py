@@ -351,5 +351,4 @@ def test_two_processes_that_read_their_losses_late_leave_out_the_same_step(tmp_p
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert all(weight.isfinite().all() for weight in first["model"].values())
     assert first["steps"] == 4
-    assert "The loss is not finite" in stdout
-    assert "The gradient is not finite" in stdout
+    assert stdout.count("The loss is not finite; step skipped. Batch: that of another process") == 1

@@ -110,6 +110,17 @@ def test_a_front_end_in_graphs_is_the_front_end(one_thread):
     assert list(front_end.forward.calls.steps) == [(2, 36, 20)]
 
 
+def test_graphs_leave_what_autograd_keeps_of_the_weights_alone(one_thread):
+    network = small_network("conmamba").train()
+    network.encoder.forward = GraphedEncoder(network.encoder, 1, rerun)
+    weight, touched = network.encoder.layers[0].mamba.in_proj.weight, []
+    weight.register_hook(touched.append)
+    for _ in range(3):
+        step(network, [16, 5])
+    # By the first step alone, which no graph has taken over yet.
+    assert len(touched) == 1
+
+
 def test_gradients_of_several_batches_add_up_whichever_way_they_went(one_thread):
     lengths = ([16, 5], [16, 5], [18], [16, 5], [17, 3])
     gathered = []

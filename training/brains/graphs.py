@@ -7,8 +7,8 @@ A graph is launched once. It is bound to a shape: batches are padded, in both ax
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -187,11 +187,36 @@ class GraphedFrontEnd:
 
 
 class SharedGradients:
-    """The gradients of a network, in memory that stays where it is: every graph adds to it."""
+    """The gradients of a network, in memory that stays where it is: every graph adds to it.
+
+    Graphs differentiate by aliases of the weights. What autograd keeps of a weight itself belongs
+    to the stream of the step that used it before, which a graph must not wait for.
+    """
 
     def __init__(self, network: nn.Module):
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.slots = [
+            (module, name)
+            for module in network.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
+        unique = {id(module._parameters[name]): (module, name) for module, name in self.slots}
+        self.parameters = [module._parameters[name] for module, name in unique.values()]
+        self.aliases = [parameter.detach().requires_grad_() for parameter in self.parameters]
+        self.alias_of = dict(zip(unique, self.aliases, strict=True))
         self.memory: list[Tensor] = []
+
+    @contextmanager
+    def aliased(self) -> Iterator[None]:
+        """Inside, the network has the aliases of its weights."""
+        own = [module._parameters[name] for module, name in self.slots]
+        for (module, name), parameter in zip(self.slots, own, strict=True):
+            module._parameters[name] = self.alias_of[id(parameter)]
+        try:
+            yield
+        finally:
+            for (module, name), parameter in zip(self.slots, own, strict=True):
+                module._parameters[name] = parameter
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Add to the memory; a parameter without a gradient keeps what it has."""
@@ -229,7 +254,8 @@ class CapturedStep:
         # Autograd goes on to what is behind the call, even where nothing before it has a gradient.
         self.anchor = torch.zeros((), device=x.device, requires_grad=True)
         half = self.dtype != torch.float32
-        self.weights = CastWeights([calls.module], self.dtype) if half else None
+        with self.gradients.aliased():
+            self.weights = CastWeights([calls.module], self.dtype) if half else None
         self.gradients.allocate()
         self.live: tuple[Tensor, ...] | None = None
         self.grad_outs = self._warm_up()
@@ -257,7 +283,7 @@ class CapturedStep:
             self.x.device.type, self.dtype, self.weights is not None, cache_enabled=False
         )
         cast = nullcontext() if self.weights is None else self.weights.in_place()
-        with torch.enable_grad(), autocast, cast:
+        with torch.enable_grad(), autocast, self.gradients.aliased(), cast:
             self.live = self.call(self.x, self.about)
         return tuple(out.detach() for out in self.live)
 
@@ -272,7 +298,7 @@ class CapturedStep:
         """Gradients of the input, if it has one, and of the weights."""
         assert self.live is not None
         x = (self.x,) if self.x.requires_grad else ()
-        inputs = (*x, *self.gradients.parameters)
+        inputs = (*x, *self.gradients.aliases)
         found = torch.autograd.grad(self.live, inputs, grad_outs, allow_unused=True)
         self.live = None
         return found[: len(x)], found[len(x) :]

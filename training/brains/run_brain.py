@@ -54,6 +54,8 @@ from training.seeding import derive_seed, seed_everything
 
 logger = logging.getLogger(__name__)
 
+_ANOTHER_PROCESS = "that of another process"
+
 
 @dataclass
 class UnreadBatch:
@@ -163,7 +165,7 @@ class RunBrain(sb.Brain):
             if finite:
                 self.scaler.scale(loss / self.grad_accumulation_factor).backward()
             else:
-                ids = "that of another process" if finite_here else self.describe(batch)
+                ids = _ANOTHER_PROCESS if finite_here else self.describe(batch)
                 self._count_nonfinite("loss", ids)
                 self._void_window = True
         self.clock.end_of("backward")
@@ -209,16 +211,22 @@ class RunBrain(sb.Brain):
         if not self._unread:
             return
         nothing = self._unread[0].loss.new_zeros(())
-        pairs = [
+        rows = [
             torch.stack([one.loss.double(), (nothing if one.norm is None else one.norm).double()])
             for one in self._unread
         ]
-        for one, (loss, norm) in zip(self._unread, torch.stack(pairs).tolist(), strict=True):
+        values = torch.stack(rows)
+        finite = values[:, :1].isfinite().double()
+        if self.reads_late and is_distributed_initialized():
+            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        read = torch.cat([values, finite], dim=1).tolist()
+        for one, (loss, norm, finite_everywhere) in zip(self._unread, read, strict=True):
             if math.isfinite(loss):
                 self.avg_train_loss -= self.avg_train_loss / one.step
                 self.avg_train_loss += loss / one.step
-            if self.reads_late and not math.isfinite(loss):
-                self._count_nonfinite("loss", one.items)
+            if self.reads_late and not finite_everywhere:
+                another = math.isfinite(loss)
+                self._count_nonfinite("loss", _ANOTHER_PROCESS if another else one.items)
             elif self.reads_late and not math.isfinite(norm) and not self.scaler.is_enabled():
                 self._count_nonfinite("gradient", one.items)
             self._last_loss = loss
