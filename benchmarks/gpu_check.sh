@@ -92,10 +92,10 @@ tests() {
   local options=(-m "${DRY:+not }gpu and not slow" -p no:cacheprovider -v --tb=short --durations=8)
   # Ends itself before its limit does, so that what failed is told.
   "$PYTHON" -m pytest --help 2>/dev/null | grep -q -- --session-timeout &&
-    options+=(--timeout 60 --session-timeout 100)
+    options+=(--timeout 120 --session-timeout 150)
   has xdist && [ -z "$DRY" ] && options+=(-n 12)
   local files=(steps synchronisation training networks decoding kernels)
-  ROWS='FAILED|ERROR|^E  |passed|failed|s (call|setup) ' within 120 tests \
+  ROWS='FAILED|ERROR|^E  |passed|failed|s (call|setup) ' within 170 tests \
     "$PYTHON" -m pytest "${options[@]}" $(printf "tests/gpu/test_%s.py " "${files[@]}")
 }
 
