@@ -25,7 +25,7 @@ _PAUSE_S = 0.3
 _LONG_PAUSE_S = 0.4
 _SHORTEST_S = 1.0
 # What a piece keeps of the quiet at its ends, whose level is at most so much above its lowest.
-_MARGIN_S = 0.2
+_MARGIN_S = 0.1
 _QUIET_DB = 9.0
 # Where there is no pause both pieces go so far beyond the cut.
 _OVERLAP_S = 3.0
@@ -59,7 +59,7 @@ def cut_at_pauses(wav_S: np.ndarray, sample_rate: int, max_s: float = 30.0) -> l
     A piece that is a second long ends in the next pause of four tenths of a second. If there is
     none in reach, it ends in the quietest third of a second of its second half; and if that is no
     pause either, the next piece begins before the cut and this one ends behind it. Of a pause at
-    its ends a piece keeps two tenths of a second: networks were trained on recordings cut like
+    its ends a piece keeps a tenth of a second: networks were trained on recordings cut like
     that, and some normalise by the mean of all they are given.
 
     Speech is where silero-vad hears it, if it is installed and takes the rate, else what is louder

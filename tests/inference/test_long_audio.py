@@ -70,8 +70,8 @@ def test_of_a_long_pause_pieces_keep_a_little():
     pieces = cut_at_pauses(recording([8.0] * 6, [10.0] * 6), RATE)
     assert len(pieces) == 6
     for n, piece in enumerate(pieces):
-        assert piece.start / RATE == pytest.approx(max(18 * n - 0.2, 0), abs=0.06)
-        assert piece.stop / RATE == pytest.approx(18 * n + 8.2, abs=0.06)
+        assert piece.start / RATE == pytest.approx(max(18 * n - 0.1, 0), abs=0.06)
+        assert piece.stop / RATE == pytest.approx(18 * n + 8.1, abs=0.06)
 
 
 def test_speech_without_a_pause_is_kept_beside_speech_with_one():
