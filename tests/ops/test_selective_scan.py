@@ -297,6 +297,7 @@ def hundred_thousand_frames_in_double():
     return run("torch", random_inputs(100_000, batch=1, dim=4, state=4), dtype=torch.float64)
 
 
+@pytest.mark.slow
 @every_backend
 def test_a_hundred_thousand_frames(backend):
     inputs = random_inputs(100_000, batch=1, dim=4, state=4)

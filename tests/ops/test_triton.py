@@ -37,9 +37,17 @@ def run_in_process(arguments, **environment):
 
 
 @needs_triton
-@pytest.mark.parametrize("operation", ["scan", "convolution"])
-def test_interpreted_kernels(operation):
-    arguments = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-k", operation]
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "scan and pieces",
+        "convolution and options",
+        pytest.param("scan", marks=pytest.mark.slow),
+        pytest.param("convolution", marks=pytest.mark.slow),
+    ],
+)
+def test_interpreted_kernels(chosen):
+    arguments = ["-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-k", chosen]
     file = str(HERE / "interpreted_triton.py")
     output = run_in_process([*arguments, file], TRITON_INTERPRET="1")
     assert " passed" in output

@@ -76,6 +76,7 @@ def weights(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_with_its_average_and_may_begin_or_end_it(tone_corpus, tmp_path):
     options = {"number_of_epochs": 1, "test_splits": "[]", "avg_checkpoints": 1}
 
