@@ -33,7 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = table.add_argument
     add("tables", nargs="+", metavar="FILE", help=f"a table: {', '.join(TABLE_SUFFIXES)}")
-    add("--save_folder", required=True, metavar="FOLDER", help="gets the manifests")
+    add(
+        "--save_folder",
+        metavar="FOLDER",
+        help="gets the manifests (default: results/ and the name of the first table)",
+    )
     add(
         "--split",
         metavar="NAME",
@@ -59,25 +63,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options.pop("kind")
     tables, split = [Path(table) for table in options.pop("tables")], options.pop("split")
-    save_folder = options.pop("save_folder")
+    save_folder = options.pop("save_folder") or f"results/{tables[0].stem}"
+    audio_folder = options.pop("audio_folder")
     try:
         if split and len(tables) > 1:
             raise ValueError("--split names one table: prepare one after the other.")
-        if options["audio_folder"]:
-            options["audio_folder"] = Path(options["audio_folder"]).absolute()
         counts: dict[str, int] = {}
         for table in tables:
-            named = {split or "": table}
-            for name, count in prepare_tables(named, save_folder, **options).items():
+            # A run has one data folder, that of the first table: the others' paths are absolute.
+            elsewhere = table.parent.absolute() != tables[0].parent.absolute()
+            audio = audio_folder or (table.parent if elsewhere else None)
+            made = prepare_tables(
+                {split or "": table},
+                save_folder,
+                audio_folder=Path(audio).absolute() if audio else None,
+                **options,
+            )
+            for name, count in made.items():
                 if name in counts:
                     raise ValueError(f"{table}: another table has the split {name}, too.")
                 counts[name] = count
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    rates = " --resample True" if options["resample"] else ""
+    if options["sample_rate"] != SAMPLE_RATE:
+        rates += f" --sample_rate {options['sample_rate']}"
     print(
         "\nTo train on them:\n  python train_CTC.py hparams/CTC/conmamba_small.yaml "
-        f"--skip_prep True --data_folder {shlex.quote(str(tables[0].parent))} "
+        f"--skip_prep True{rates} --data_folder {shlex.quote(str(tables[0].parent))} "
         f"--output_folder {shlex.quote(save_folder)} \\\n    --train_splits '[...]' "
         f"--dev_splits '[...]' --test_splits '[...]'   # of {', '.join(counts)}"
     )

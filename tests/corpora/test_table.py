@@ -203,6 +203,22 @@ def test_the_command_line_prepares_and_says_how_to_train(folder, capsys, monkeyp
     assert "--split names one table" in capsys.readouterr().err
 
 
+def test_tables_of_several_folders_are_one_corpus_without_a_save_folder(
+    folder, capsys, monkeypatch
+):
+    write(folder / "train.csv", ROWS[:2])
+    (folder / "held").mkdir()
+    write(folder / "held" / "dev.csv", [{**ROWS[2], "path": "../more/ö.ogg"}])
+    monkeypatch.chdir(folder)
+    tables = ["train.csv", "held/dev.csv"]
+    assert main(["table", *tables, "--resample", "--noprogressbar"]) == 0
+    hint = capsys.readouterr().out
+    assert "--resample True --data_folder . --output_folder results/train " in hint
+    for name in ("train", "dev"):
+        for row in read_manifest(folder / "results" / "train" / f"{name}.csv"):
+            assert os.path.isfile(row.wav.replace("$data_root", str(folder)))
+
+
 def test_every_kind_answers_help_without_torch():
     for arguments in (["--help"], ["table", "--help"]):
         code = (
