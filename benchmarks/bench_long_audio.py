@@ -119,12 +119,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder of a bundle or of a run")
     add("corpus", metavar="CORPUS", help="folder in LibriSpeech's layout")
-    add("--split", default="dev-clean")
-    add("--minutes", type=float, default=60.0)
-    add("--seed", type=int, default=0)
-    add("--search", choices=("beam", "greedy"), default="beam")
-    add("--max_segment_s", type=float, nargs="+", default=[30.0])
-    add("--threads", type=int, default=1)
+    add("--split", default="dev-clean", help="whose utterances are joined")
+    add("--minutes", type=float, default=60.0, help="length of what is joined")
+    add("--seed", type=int, default=0, help="of the order and the pauses")
+    add("--search", choices=("beam", "greedy"), default="beam", help="how words are found")
+    add(
+        "--max_segment_s",
+        type=float,
+        nargs="+",
+        default=[30.0],
+        help="longest segments, in seconds",
+    )
+    add("--threads", type=int, default=1, help="of the recogniser")
     add("--check", action="store_true", help="exit with 1 where a target is missed")
     add("--report", action="store_true", help="write reports/long_audio.md")
     arguments = parser.parse_args(argv)

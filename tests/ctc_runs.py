@@ -116,9 +116,10 @@ def start(arguments: Sequence[str], before: str = "") -> subprocess.Popen:
 
 
 def large_ones_slow(names: Sequence[str]) -> list:
-    """Names of YAML files as parameters: a large model takes as long as the others together."""
+    """Names of YAML files as parameters: large models, and files much like another, are slow."""
+    slow = ("_large", "_crctc", "_streaming", "mini_librispeech_conformer")
     return [
-        pytest.param(name, marks=[pytest.mark.slow] if name.endswith("_large") else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name.endswith(slow) else [])
         for name in names
     ]
 

@@ -617,25 +617,3 @@ def test_real_corpora_are_prepared_and_verified(name, save):
         assert len(read_manifest(save / f"{split}.csv")) == count
     record = json.loads((save / librispeech_prepare.RECORD_NAME).read_text())
     assert set(record["files"]) == {f"{split}.csv" for split in counts}
-
-
-def test_the_example_for_a_corpus_of_ones_own_works(tmp_path, save, monkeypatch):
-    page = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
-    blocks = [text.partition("```")[0] for text in page.split("```python\n")[1:]]
-    (example,) = (block for block in blocks if "recordings.csv" in block)
-    monkeypatch.chdir(tmp_path)
-    soundfile.write("stereo.wav", np.random.default_rng(0).uniform(-0.1, 0.1, (8000, 2)), 8000)
-    (tmp_path / "recordings.csv").write_text(
-        "split,speaker,path,text\ntrain,anna,stereo.wav,open it\ntrain,bo,stereo.wav,close\n"
-        "dev,carla-maria,stereo.wav,തുറക്കുക\n",
-        encoding="utf-8",
-    )
-    exec(compile(example, "docs/data.md", "exec"), {})
-    prepare_librispeech("my_corpus", save, ["train"], ["dev"], verify=True, noprogressbar=True)
-    rows = read_manifest(save / "train.csv") + read_manifest(save / "dev.csv")
-    assert [(row.spk_id, row.wrd) for row in rows] == [
-        ("anna", "OPEN IT"),
-        ("bo", "CLOSE"),
-        ("carla-maria", "തുറക്കുക"),
-    ]
-    assert [row.duration for row in rows] == [1.0, 1.0, 1.0]
