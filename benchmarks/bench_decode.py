@@ -25,7 +25,7 @@ from speechbrain.decoders import scorer as speechbrain_scorers
 from speechbrain.nnet.linear import Linear
 from torch import nn
 
-from benchmarks.report import machine_slug, origin, write_report
+from benchmarks.report import check_device, machine_slug, origin, write_report
 from common.tables import markdown_table
 from decoding.beam_search import CachedBeamSearcher
 from decoding.ctc_prefix_scorer import CTCScorer
@@ -344,6 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     arguments = parser.parse_args(argv)
+    check_device(parser, arguments.device)
     torch.set_num_threads(arguments.threads)
     torch.set_default_device(arguments.device)
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")

@@ -36,7 +36,7 @@ from speechbrain.nnet.linear import Linear
 from speechbrain.processing.features import InputNormalization
 from torch import Tensor, nn
 
-from benchmarks.report import machine_slug, origin, write_report
+from benchmarks.report import check_device, machine_slug, origin, write_report
 from common.tables import markdown_table
 from modules.features import Fbank
 from modules.frontend import ConvolutionFrontEnd
@@ -454,6 +454,7 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="list what a step launches instead")
     add("--profile_seconds", type=int, default=16, help=f"with --profile; {default}")
     args = parser.parse_args()
+    check_device(parser, args.device)
     torch.set_num_threads(args.threads)
     if args.device == "cpu":
         # A GPU's driver reserves more than that.

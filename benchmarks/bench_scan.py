@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.report import machine_slug, origin, write_report
+from benchmarks.report import check_device, machine_slug, origin, write_report
 from benchmarks.scan_gpu import bench_cuda
 from benchmarks.scans import (
     STATE,
@@ -319,6 +319,7 @@ def main() -> int:
     parser.add_argument("--memory_of", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--hour", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    check_device(parser, arguments.device)
     torch.set_num_threads(arguments.threads)
     if arguments.hour:
         print_hour(arguments.rounds)

@@ -1,5 +1,6 @@
 """Where a figure comes from: machine, versions, commit and command, beside the figures."""
 
+import argparse
 import os
 import platform
 import re
@@ -64,3 +65,9 @@ def processor() -> str:
         return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends the command with a message where it asks for a GPU and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here; --device cpu measures without one.")

@@ -1,6 +1,7 @@
 """Every command answers --help, and every flag has a text."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,17 @@ def test_make_says_what_each_target_does():
     ).stdout
     for name in ("scan --report", "encoder", "decode --report", "ctc_search --report", "prepare"):
         assert name in bench
+
+
+@pytest.mark.parametrize("name", ["scan", "decode", "encoder"])
+def test_a_benchmark_of_a_gpu_that_is_not_there_is_one_message(name):
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cuda"],
+        cwd=REPOSITORY,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "--device cuda: there is no GPU here" in done.stderr
+    assert "Traceback" not in done.stderr

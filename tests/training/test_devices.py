@@ -143,3 +143,8 @@ def test_a_backend_that_is_forced_and_not_there_is_named_at_the_start(monkeypatc
         check_forced_backend()
     monkeypatch.setenv("MAMBA_ASR_SCAN", "torch")
     check_forced_backend()
+    with pytest.raises(
+        UserError, match=message.replace("MAMBA_ASR_SCAN=", "mamba_config: backend: ")
+    ):
+        check_forced_backend({"d_state": 4, "backend": forced})
+    check_forced_backend({"d_state": 4, "backend": "torch"})

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,21 +67,24 @@ def check_device(device: str) -> None:
         raise UserError(f"--device {device}: there is none here. Usable: {usable}.")
 
 
-def check_forced_backend() -> None:
-    """Whether the scan backend that the environment names can compute on this machine.
+def check_forced_backend(mamba_config: Mapping | None = None) -> None:
+    """Whether the scan backend that environment or settings name can compute on this machine.
 
     Raises:
         UserError: it cannot, or there is none of that name.
     """
-    wanted = os.environ.get(OVERRIDE) or "auto"
-    if wanted not in OVERRIDE_VALUES:
-        raise UserError(f"{OVERRIDE}={wanted}: it must be one of {', '.join(OVERRIDE_VALUES)}.")
-    reason = None if wanted == "auto" else obstacle(BACKENDS.module(wanted))
-    if reason is not None:
-        raise UserError(
-            f"{OVERRIDE}={wanted} cannot be used here: {reason}. Unset it, or choose among those "
-            "that python -m ops.doctor lists."
-        )
+    for name, wanted in (
+        (f"{OVERRIDE}=", os.environ.get(OVERRIDE) or "auto"),
+        ("mamba_config: backend: ", (mamba_config or {}).get("backend", "auto")),
+    ):
+        if wanted not in OVERRIDE_VALUES:
+            raise UserError(f"{name}{wanted}: it must be one of {', '.join(OVERRIDE_VALUES)}.")
+        reason = None if wanted == "auto" else obstacle(BACKENDS.module(wanted))
+        if reason is not None:
+            raise UserError(
+                f"{name}{wanted} cannot be used here: {reason}. Leave it out, or choose among "
+                "those that python -m ops.doctor lists."
+            )
 
 
 def check_precision(device: str, precision: str) -> None:

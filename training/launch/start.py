@@ -57,7 +57,7 @@ def start_run(
     options = run_options(line, hparams)
     hparams["noprogressbar"] = options.noprogressbar
     check_device(options.device)
-    check_forced_backend()
+    check_forced_backend(hparams.get("mamba_config"))
     check_precision(options.device, options.precision)
     check_precision(options.device, options.eval_precision)
     if options.device == "cpu":
