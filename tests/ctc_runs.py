@@ -117,7 +117,7 @@ def start(arguments: Sequence[str], before: str = "") -> subprocess.Popen:
 
 def large_ones_slow(names: Sequence[str]) -> list:
     """Names of YAML files as parameters: large models, and files much like another, are slow."""
-    slow = ("_large", "_crctc", "_streaming", "mini_librispeech_conformer")
+    slow = ("_large", "_crctc", "_streaming", "_conformer", "conformer_small", "mini_librispeech")
     return [
         pytest.param(name, marks=[pytest.mark.slow] if name.endswith(slow) else [])
         for name in names

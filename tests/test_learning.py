@@ -21,7 +21,9 @@ def corpus(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("recipe", [CTC, S2S], ids=["CTC", "S2S"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(CTC, id="CTC"), pytest.param(S2S, id="S2S", marks=pytest.mark.slow)]
+)
 def test_a_recogniser_learns_a_dozen_utterances(recipe, corpus, tmp_path, monkeypatch):
     # Curves are tested elsewhere and take longer than an epoch of this.
     monkeypatch.setattr("training.brains.run_brain.plot_curves", lambda *args, **kwargs: None)

@@ -67,7 +67,17 @@ def test_every_readme_command_is_known_here():
     assert [line for line in README_COMMANDS if not known.match(line)] == []
 
 
-@pytest.mark.parametrize("line", TRAINING, ids=lambda line: line.split("hparams/")[1].split()[0])
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(
+            line,
+            marks=[] if "/conmamba_small.yaml" in line else [pytest.mark.slow],
+            id=line.split("hparams/")[1].split()[0],
+        )
+        for line in TRAINING
+    ],
+)
 def test_training_commands_of_the_readme_train_and_evaluate(line, tone_corpus, tmp_path):
     words = shlex.split(line)
     words[words.index("--data_folder") + 1] = str(tone_corpus)

@@ -130,8 +130,12 @@ def test_a_killed_run_goes_on_amid_the_epoch_and_ends_with_the_same_weights(
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, SIGNAL_IN_TRAINING), (signal.SIGTERM, SIGNAL_IN_VALIDATION)],
-    ids=["SIGINT in training", "SIGTERM in validation"],
+    [
+        pytest.param(signal.SIGINT, SIGNAL_IN_TRAINING, id="SIGINT in training"),
+        pytest.param(
+            signal.SIGTERM, SIGNAL_IN_VALIDATION, id="SIGTERM in validation", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_signal_to_the_process_group_saves_a_checkpoint_and_resuming_ends_the_same(
     corpus, uninterrupted, tmp_path, number, code

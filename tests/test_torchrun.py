@@ -238,6 +238,7 @@ def assert_trained_together(folder, items_per_epoch):
         assert len(items) == len(set(items)) == items_per_epoch
 
 
+@pytest.mark.slow
 def test_a_joint_recogniser_with_dynamic_batches_in_two_processes(tmp_path):
     # They make six batches of one to three; of an odd number, one would be trained on twice.
     splits = {"train-clean-100": UTTERANCES, "dev-clean": 2, "test-clean": 3}
@@ -265,6 +266,7 @@ def test_a_joint_recogniser_with_dynamic_batches_in_two_processes(tmp_path):
     assert results["splits"]["test-clean"]["utterances"] == 3
 
 
+@pytest.mark.slow
 def test_a_language_model_in_two_processes(tmp_path):
     digits = "ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE ZERO".split()  # noqa: SIM905
     sentences = [f"{first} {second}" for first in digits for second in digits]
