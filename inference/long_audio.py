@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -109,11 +110,25 @@ def cut_at_pauses(wav_S: np.ndarray, sample_rate: int, max_s: float = 30.0) -> l
         start = cut - reach
     pieces.append(Piece(start, len(wav_S), len(wav_S)))
     margin = round(_MARGIN_S * sample_rate)
-    return [_without_quiet_ends(piece, level_T, step, margin) for piece in pieces]
+    overlaps = [False, *(piece.stop > piece.cut for piece in pieces)]
+    return [
+        _without_quiet_ends(piece, level_T, step, margin, *ends)
+        for piece, ends in zip(pieces, pairwise(overlaps), strict=True)
+    ]
 
 
-def _without_quiet_ends(piece: Piece, level_T: np.ndarray, step: int, margin: int) -> Piece:
-    """A piece that begins and ends with its sounds, and so many samples of quiet."""
+def _without_quiet_ends(
+    piece: Piece,
+    level_T: np.ndarray,
+    step: int,
+    margin: int,
+    overlaps_before: bool,
+    overlaps_after: bool,
+) -> Piece:
+    """A piece that begins and ends with its sounds, and so many samples of quiet.
+
+    An end where it overlaps its neighbour stays: both need the place of the cut.
+    """
     first_frame = piece.start // step
     part_T = level_T[first_frame : -(-piece.stop // step)]
     loud = first_frame + np.flatnonzero(part_T > part_T.min(initial=np.inf) + _QUIET_DB)
@@ -122,7 +137,11 @@ def _without_quiet_ends(piece: Piece, level_T: np.ndarray, step: int, margin: in
         return piece
     start = max(piece.start, int(loud[0]) * step - margin)
     stop = min(piece.stop, int(loud[-1] + 1) * step + margin)
-    return replace(piece, start=start, stop=stop)
+    return replace(
+        piece,
+        start=piece.start if overlaps_before else start,
+        stop=piece.stop if overlaps_after else stop,
+    )
 
 
 def _middle_of_first_run(is_true: np.ndarray) -> int:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from inference.long_audio import Piece, cut_at_pauses, join
@@ -82,6 +82,7 @@ def test_speech_without_a_pause_is_kept_beside_speech_with_one():
 
 
 @settings(max_examples=30, deadline=None)
+@example(speech_s=[1.0, 5.90625], pause_s=5.875, max_s=12.0)
 @given(
     speech_s=st.lists(st.floats(0.1, 70), min_size=1, max_size=8),
     pause_s=st.one_of(st.just(0.0), st.floats(0.2, 40.0)),
