@@ -8,6 +8,7 @@ from training.launch.devices import (
     check_device,
     check_forced_backend,
     check_precision,
+    computes_bf16,
     distributed_backend_for,
     explained_memory,
     gpu_use_percent,
@@ -148,3 +149,19 @@ def test_a_backend_that_is_forced_and_not_there_is_named_at_the_start(monkeypatc
     ):
         check_forced_backend({"d_state": 4, "backend": forced})
     check_forced_backend({"d_state": 4, "backend": "torch"})
+
+
+@pytest.mark.parametrize(
+    ("device", "machine", "can", "expected"),
+    [
+        ("cpu", "x86_64", {"avx512_f": True, "avx512_bf16": False}, False),
+        ("cpu", "x86_64", {"avx512_bf16": True}, True),
+        ("cpu", "AMD64", {"avx512_bf16": False, "amx_bf16": True}, True),
+        ("cpu", "arm64", {}, True),
+        ("cuda:0", "x86_64", {}, True),
+    ],
+)
+def test_a_cpu_without_bf16_instructions_is_known(monkeypatch, device, machine, can, expected):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    assert computes_bf16(device) is expected

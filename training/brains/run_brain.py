@@ -40,6 +40,7 @@ from training.brains.weight_average import WeightAverage
 from training.checkpoints.checkpointer import EMA, load_model_hook
 from training.data.epoch_batches import EpochBatches
 from training.launch.devices import (
+    computes_bf16,
     explained_memory,
     gpu_use_percent,
     memory_gib,
@@ -479,6 +480,8 @@ class RunBrain(sb.Brain):
                 "The first steps compile kernels for this GPU, once for a machine and a network: "
                 "some twenty seconds."
             )
+        if self.training_dtype == torch.bfloat16 and not computes_bf16(self.device):
+            logger.info("This CPU has no bf16 instructions: --precision fp32 trains faster here.")
         self._compile()
         # A layer that is left out has no gradients, which the processes would wait for.
         self.find_unused_parameters |= bool(self._dropping_layers())

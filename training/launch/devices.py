@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,6 +98,15 @@ def check_precision(device: str, precision: str) -> None:
         raise UserError(
             f"--precision fp16 needs a CUDA device, not {device!r}. Use --precision bf16 or fp32."
         )
+
+
+def computes_bf16(device: torch.device | str) -> bool:
+    """False for an x86 CPU without bf16 instructions: it converts to fp32 and back."""
+    if torch.device(device).type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    # Before torch 2.12 there is no list of what a CPU can.
+    can = getattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})()
+    return any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_1", "avx10_2"))
 
 
 def peak_memory_gib(device: torch.device | str) -> float:
