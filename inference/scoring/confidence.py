@@ -1,11 +1,23 @@
-"""Whether confidences mean something: whether right words have higher ones than wrong words."""
+"""Whether confidences mean something: whether right words have higher ones than wrong words.
 
+    python -m inference.scoring.confidence results/CTC/an4/*/evaluations/an4 --split dev-clean
+
+Pools what ``evaluate.py`` left in the folders, of several seeds for instance.
+"""
+
+import argparse
+import json
+import os
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import rankdata
 from speechbrain.utils.edit_distance import alignment, op_table
 
+from common.errors import EXIT_USER_ERROR, UserError
+from inference.scoring.reports import read_hypotheses
 from inference.transcript import Word
 
 
@@ -43,3 +55,55 @@ def confidence_area(
     ranks = rankdata(confidences)
     wins = ranks[right].sum() - num_right * (num_right + 1) / 2
     return float(wins / (num_right * num_wrong))
+
+
+def read_pairs(folder: str | os.PathLike, split: str) -> list[tuple[str, list[Word]]]:
+    """What was said and what was found, from the files of ``evaluate.py``.
+
+    Raises:
+        UserError: a file is missing, or is not one that ``evaluate.py`` wrote.
+    """
+    said, found = Path(folder) / f"hyp_{split}.tsv", Path(folder) / f"hyp_{split}.jsonl"
+    try:
+        references = read_hypotheses(said)
+        transcripts = [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()]
+        return [
+            (" ".join(references[row["file"]][0]), [Word(**word) for word in row["words"]])
+            for row in transcripts
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: evaluate.py left no scores of {split} here that can be read: {error}"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m inference.scoring.confidence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="an output of evaluate.py")
+    parser.add_argument("--split", required=True, metavar="NAME", help="which of its splits")
+    parser.add_argument("--ignore_case", action="store_true", help="as of evaluate.py")
+    arguments = parser.parse_args(argv)
+    try:
+        pairs = [
+            pair for folder in arguments.folders for pair in read_pairs(folder, arguments.split)
+        ]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    area = confidence_area(pairs, arguments.ignore_case)
+    words = sum(len(found) for _, found in pairs)
+    print(f"{arguments.split}: {words} words of {len(arguments.folders)} evaluations")
+    if area is None:
+        print("All words are right, or all are wrong: confidences cannot tell them apart.")
+    else:
+        print(f"A right word is more confident than a wrong one in {area:.1%} of pairs.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
