@@ -379,6 +379,28 @@ class TestText:
             found += self.sentences(batches, tokenizer)
         assert sorted(found) == sorted(SENTENCES)
 
+    @pytest.mark.parametrize("num_parts", [2, 7, 120])
+    def test_a_text_of_less_than_a_chunk_has_parts_too(self, num_parts, files, tokenizer):
+        batches = self.batches(files, tokenizer, num_parts=num_parts, chunk_sentences=1000)
+        batches.fit_parts(num_ranks=1)
+        found = []
+        for epoch in range(1, num_parts + 1):
+            batches.set_position(epoch, first_batch=0)
+            found.append(self.sentences(batches, tokenizer))
+        assert min(map(len, found)) >= len(SENTENCES) // num_parts
+        assert sorted(sum(found, [])) == sorted(SENTENCES)
+
+    def test_parts_without_text_for_every_process_are_refused(self, files, tokenizer):
+        with pytest.raises(UserError, match=r"text_parts is 121, but .*train.txt.gz has 120 sent"):
+            self.batches(files, tokenizer, num_parts=121).fit_parts(num_ranks=1)
+        with pytest.raises(UserError, match=r"epoch 1 has fewer batches than processes \(3\)"):
+            self.batches(files, tokenizer, num_parts=60).fit_parts(num_ranks=3)
+
+    def test_parts_of_a_long_text_stay_chunks(self, files, tokenizer):
+        batches = self.batches(files, tokenizer, num_parts=3, chunk_sentences=20)
+        batches.fit_parts(num_ranks=1)
+        assert batches.chunk_sentences == 20
+
     def test_without_a_seed_the_order_is_the_same_in_every_epoch(self, files, tokenizer):
         batches = self.batches(files, tokenizer, seed=None)
         first = self.sentences(batches, tokenizer)
@@ -399,6 +421,8 @@ class TestText:
         empty.write_text("\n", encoding="utf-8")
         with pytest.raises(UserError, match="fewer batches"):
             list(TextBatches([empty], tokenizer, max_batch_tokens=100))
+        with pytest.raises(UserError, match="no sentence"):
+            TextBatches([empty], tokenizer, max_batch_tokens=100).fit_parts(num_ranks=1)
 
     def test_a_damaged_file_is_an_error(self, files, tmp_path):
         broken = tmp_path / "broken.txt.gz"

@@ -94,14 +94,14 @@ class LMBrain(RunBrain):
     def go_on_from(self, position: Any) -> bool:
         """Enter an epoch amid its batches, if they are those of the checkpoint."""
         text = self.text_loader.dataset
-        text.set_position(1, self.step, self.rank, _num_ranks())
+        text.set_position(1, self.step, self.rank, num_ranks())
         return position == {"order": text.order()}
 
     def on_stage_start(self, stage, epoch=None):
         """Seed the stage; go to its first batch of text, or start counting."""
         super().on_stage_start(stage, epoch)
         if stage == sb.Stage.TRAIN:
-            self.text_loader.dataset.set_position(epoch, self.step, self.rank, _num_ranks())
+            self.text_loader.dataset.set_position(epoch, self.step, self.rank, num_ranks())
         else:
             self.perplexity = Perplexity()
 
@@ -118,5 +118,6 @@ class LMBrain(RunBrain):
         return self.perplexity
 
 
-def _num_ranks() -> int:
+def num_ranks() -> int:
+    """Processes that train together."""
     return torch.distributed.get_world_size() if is_distributed_initialized() else 1

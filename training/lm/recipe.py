@@ -52,7 +52,7 @@ from training.launch.start import (
     write_hyperparams,
 )
 from training.launch.yaml_file import read_yaml, resolved_text
-from training.lm.brain import LMBrain, Perplexity
+from training.lm.brain import LMBrain, Perplexity, num_ranks
 from training.lm.text_batches import TextBatches, TextLoader, read_sentences
 from training.reporting.loggers import make_loggers
 
@@ -146,6 +146,7 @@ def _run(
             skip_unknown=hparams["unknown_characters"] == "skip",
         )
         warn_of_unknown_characters(text, hparams["unknown_characters"])
+        text.fit_parts(num_ranks())
         brain.text_loader = TextLoader(text, hparams["num_workers"])
         brain.fit(hparams["counter"], brain.text_loader, held_out["valid"])
     brain.unwrap_modules()

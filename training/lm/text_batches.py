@@ -131,6 +131,31 @@ class TextBatches(IterableDataset):
         self.rank = rank
         self.num_ranks = num_ranks
 
+    def fit_parts(self, num_ranks: int) -> None:
+        """Makes chunks smaller where there are fewer of them than parts.
+
+        Raises:
+            UserError: there are fewer sentences than parts, or a part of a small text has fewer
+                batches than there are processes.
+        """
+        wanted = self.num_parts * self.chunk_sentences
+        found = sum(1 for _ in islice(read_sentences(self.paths), wanted))
+        if found == wanted:
+            return
+        if not found:
+            raise UserError(f"{', '.join(map(str, self.paths))}: there is no sentence in it.")
+        if found < self.num_parts:
+            raise UserError(
+                f"text_parts is {self.num_parts}, but {', '.join(map(str, self.paths))} has "
+                f"{found} sentences, and an epoch reads one of the parts. Give fewer --text_parts."
+            )
+        if self.num_parts > 1:
+            self.chunk_sentences = found // self.num_parts
+        for part in range(1, self.num_parts + 1):
+            self.set_position(part, 0, num_ranks=num_ranks)
+            if len(list(islice(self._batches(), num_ranks))) < num_ranks:
+                raise self._too_few()
+
     def order(self) -> list:
         """What the batches of an epoch follow from, as a JSON value."""
         return [
@@ -156,11 +181,14 @@ class TextBatches(IterableDataset):
             if own >= self.first_batch and (own - self.first_batch) % workers == index:
                 yield _collated(group[self.rank])
         if own < 0:
-            raise UserError(
-                f"{', '.join(map(str, self.paths))}: epoch {self.epoch} has fewer batches than "
-                f"processes ({self.num_ranks}). Give more text, lower max_batch_tokens or "
-                "text_parts, or check that the tokenizer knows the characters of the text."
-            )
+            raise self._too_few()
+
+    def _too_few(self) -> UserError:
+        return UserError(
+            f"{', '.join(map(str, self.paths))}: epoch {self.epoch} has fewer batches than "
+            f"processes ({self.num_ranks}). Give more text, lower max_batch_tokens or "
+            "text_parts, or check that the tokenizer knows the characters of the text."
+        )
 
     def _batches(self) -> Iterator[list[list[int]]]:
         sentences = read_sentences(self.paths)
