@@ -1,7 +1,7 @@
 """Language models for decoding, from a folder or the hub, checked against the recogniser."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import sentencepiece as spm
@@ -10,9 +10,11 @@ from speechbrain.utils.fetching import fetch
 from torch import nn
 
 from common.errors import UserError
+from decoding.ctc_beam_search.ngram import first_words
+from decoding.ctc_beam_search.ngram_kind import NEXT_TO_NONE
 from decoding.lm_scorers import KenLMScorer, LMScorer
 from modules.weights import load_model_weights
-from text.tokenizer import vocabulary
+from text.tokenizer import EOS_ID, WORD_MARK, vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -131,25 +133,41 @@ class TokenNgram:
             raise UserError("--token_ngram_path needs kenlm: pip install -e '.[ngram]'") from None
         except OSError as error:
             raise UserError(f"token_ngram_path {path}: {error}") from None
-        # unk and bos are never predicted.
-        unknown = [token for token in tokens[2:] if token not in scorer.lm]
-        if 2 * len(unknown) > len(tokens[2:]):
-            raise UserError(
-                f"token_ngram_path {path} does not know {len(unknown)} of the {len(tokens)} tokens "
-                f"of the recogniser, {', '.join(map(repr, unknown[:3]))} among them: it is an "
-                "n-gram of words or of other tokens. python -m tools.make_ngram --tokenizer makes "
-                "one of these."
-            )
-        logger.info(
-            "token_ngram_path %s knows %d of the %d tokens",
-            *(path, len(tokens[2:]) - len(unknown), len(tokens[2:])),
-        )
-        if unknown:
-            logger.warning(
-                "token_ngram_path %s does not know %d tokens, such as %r",
-                *(path, len(unknown), unknown[0]),
-            )
+        _check_tokens(path, scorer.lm, tokens)
         return scorer
+
+
+def _check_tokens(path: str | Path, ngram: Collection[str], tokens: Sequence[str]) -> None:
+    """Says how many tokens an n-gram knows, and warns where it is less than half.
+
+    Raises:
+        UserError: it is of words, or of other tokens.
+    """
+    # unk, bos and eos are in every n-gram.
+    pieces = tokens[EOS_ID + 1 :]
+    known = {piece for piece in pieces if piece in ngram}
+    begin_words = {piece for piece in pieces if piece.startswith(WORD_MARK)}
+    try:
+        words = first_words(path)
+    except ValueError:
+        # A binary of kenlm's does not list its words.
+        words = []
+    others = sorted(set(words).difference(tokens))
+    message = f"token_ngram_path {path} knows {len(known)} of the {len(pieces)} tokens"
+    if (
+        len(known) < NEXT_TO_NONE * len(pieces)
+        or (begin_words and not begin_words & known)
+        or 2 * len(others) > len(words)
+    ):
+        example = f" ({others[0]!r} is none of them)" if others else ""
+        raise UserError(
+            f"{message}{example}: it is an n-gram of words or of other tokens. "
+            "python -m tools.make_ngram --tokenizer makes one of these."
+        )
+    if 2 * len(known) < len(pieces):
+        logger.warning("%s: it may make recognition worse. Is it of enough text?", message)
+    else:
+        logger.info("%s.", message)
 
 
 def check_same_tokenizer(model_file: Path, tokenizer: spm.SentencePieceProcessor) -> None:

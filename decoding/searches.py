@@ -11,7 +11,8 @@ import torch
 from speechbrain.decoders.ctc import CTCBaseSearcher
 
 from common.errors import UserError
-from text.tokenizer import UNK_ID, vocabulary
+from decoding.ctc_beam_search.ngram_kind import NEXT_TO_NONE, WANTED, refuse_tokens
+from text.tokenizer import UNK_ID, WORD_MARK, vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -62,29 +63,47 @@ class SpeechBrainCTCSearch:
         return self.searcher(log_probs, wav_lens)
 
 
-def report_known_words(search: Any, words: Collection[str], ngram_name: str) -> None:
+def check_known_words(search: Any, words: Collection[str], ngram_name: str) -> None:
     """Says how many of the words a search's n-gram knows, and warns where it is less than half.
 
     Args:
         search: as ``make_ctc_search`` makes it; one without an n-gram is left alone.
         words: different words that are to be recognised.
         ngram_name: what the user knows the n-gram by.
+
+    Raises:
+        UserError: it knows next to none of them, because it is one of words in the other letter
+            case, of tokens or of characters.
     """
     ngram: Any = getattr(search, "ngram", None)
     if isinstance(search, SpeechBrainCTCSearch) and search.searcher.lm is not None:
         ngram = search.searcher.lm._kenlm_model
+        pieces = [*search.searcher.vocab_list, *(WORD_MARK + word for word in words)]
+        try:
+            refuse_tokens(ngram, pieces, ngram_name)
+        except ValueError as error:
+            raise UserError(f"{error}") from None
     if not words or not hasattr(ngram, "__contains__"):
         return
     known = sum(word in ngram for word in words)
     message = f"{ngram_name} knows {known} of the {len(words)} words of the test splits"
+    longer = [word for word in words if len(word) > 1]
+    if sum(word in ngram for word in longer) < NEXT_TO_NONE * len(longer):
+        letters = set("".join(longer))
+        if 2 * sum(letter in ngram for letter in letters) > len(letters):
+            raise UserError(f"{message}, and most of their letters: it is of characters. {WANTED}")
+        for case, spelled in (("lower", str.lower), ("upper", str.upper)):
+            if 2 * sum(spelled(word) in ngram for word in longer) > len(longer):
+                raise UserError(
+                    f"{message}: it is written in {case} case. Make it from text in the case of "
+                    "the transcripts."
+                )
     if 2 * known >= len(words):
         logger.info("%s.", message)
-        return
-    hint = "Is it of this language and vocabulary?"
-    for case, spelled in (("lower", str.lower), ("upper", str.upper)):
-        if 2 * sum(spelled(word) in ngram for word in words) >= len(words):
-            hint = f"It is written in {case} case: make one in the case of the transcripts."
-    logger.warning("%s: it makes recognition worse. %s", message, hint)
+    else:
+        logger.warning(
+            "%s: it may make recognition worse. Is it of this language and vocabulary?", message
+        )
 
 
 def make_ctc_search(

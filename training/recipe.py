@@ -16,7 +16,7 @@ from speechbrain.utils.run_opts import RunOptions
 
 from common.errors import UserError
 from decoding.pretrained_lm import TOKENIZER_FILE, fetch_pretrained
-from decoding.searches import report_known_words
+from decoding.searches import check_known_words
 from inference.scoring.reports import results_table
 from modules.weights import load_model_weights
 from text.tokenizer import (
@@ -289,10 +289,12 @@ def _run(
     prepare_searches(hparams, loaders.tokenizer)
     rows = (row for dataset in loaders.tests.values() for row in dataset.data.values())
     words = {word for row in rows for word in row["wrd"].split()}
-    if if_main_process():
-        report_known_words(
-            hparams["test_search"], words, f"kenlm_model_path {hparams.get('kenlm_model_path')}"
-        )
+    on_main(
+        check_known_words,
+        hparams["test_search"],
+        words,
+        f"kenlm_model_path {hparams.get('kenlm_model_path')}",
+    )
     if line.init_from is not None and not test_only:
         load_model_weights(hparams["model"], Path(line.init_from), "file")
     brain = brain_class(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -93,7 +92,6 @@ def spelled(boosts: Mapping[str, float], vocabulary: Vocabulary) -> dict[str, fl
     Raises:
         ValueError: an empty phrase, a character that no token has, or a boost that is no number.
     """
-    known = set().union(*(s for s in vocabulary.spelling if not re.fullmatch("<.+>", s)))
     result: dict[str, float] = {}
     for phrase, boost in boosts.items():
         if not phrase.strip():
@@ -101,7 +99,7 @@ def spelled(boosts: Mapping[str, float], vocabulary: Vocabulary) -> dict[str, fl
         if not math.isfinite(boost):
             raise ValueError(f"The boost of the hotword {phrase!r} is {boost}; it must be finite.")
         ways = [" ".join(way.split()) for way in (phrase, phrase.upper(), phrase.lower())]
-        unknown = [set(way) - known - {" "} for way in ways]
+        unknown = [set(way) - vocabulary.letters - {" "} for way in ways]
         if all(unknown):
             listed = ", ".join(map(repr, sorted(unknown[0])))
             raise ValueError(

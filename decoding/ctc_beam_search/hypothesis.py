@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -76,6 +77,7 @@ class Vocabulary:
     Attributes:
         begins_word: of each token, whether it ends the word before it.
         spelling: of each token, the characters that it adds.
+        letters: the characters of all tokens but ``<unk>`` and its like.
 
     Raises:
         ValueError: no such blank, a piece twice, or a space inside a piece.
@@ -100,6 +102,8 @@ class Vocabulary:
             for piece, begins in zip(self.pieces, self.begins_word, strict=True)
         ]
         self.spelling[blank] = ""
+        spelled = (text for text in self.spelling if not re.fullmatch("<.+>", text))
+        self.letters = frozenset().union(*spelled)
         for token, spelling in enumerate(self.spelling):
             if " " in spelling or "\0" in spelling:
                 raise ValueError(

@@ -120,6 +120,7 @@ class NativeNgram(Ngram):
 
     def __init__(self, path: str | Path) -> None:
         library = _library()
+        self.path = Path(path)
         self.handle = library.ngram_new()
         if not self.handle:
             raise MemoryError

@@ -15,6 +15,10 @@ START, UNKNOWN = "<s>", "<unk>"
 UNKNOWN_LOG10_PROB = -100.0
 """Of words that the model does not know, where it has no <unk>; as in KenLM."""
 
+NUM_FIRST_WORDS = 10_000
+"""Of a file, that tell what kind of words it is of."""
+SENTENCE_MARKS = (START, "</s>", UNKNOWN)
+
 _BLOCK_BYTES = 1 << 22
 _KENLM_BINARY = b"mmap lm http://kheafield.com"
 
@@ -25,10 +29,12 @@ class Ngram(ABC):
     Attributes:
         order: words in the longest n-gram.
         num_words: that it knows, the marks of a sentence included.
+        path: of its file.
     """
 
     order: int
     num_words: int
+    path: Path
 
     @abstractmethod
     def __contains__(self, word: str) -> bool:
@@ -60,6 +66,7 @@ class ReferenceNgram(Ngram):
     def __init__(self, path: str | Path) -> None:
         self._log_probs: dict[State, float] = {}
         self._log_backoffs: dict[State, float] = {}
+        self.path = Path(path)
         try:
             self._read(_lines(arpa_blocks(path)))
         except _Damage as error:
@@ -167,6 +174,23 @@ def arpa_blocks(path: str | Path) -> Iterator[bytes]:
                 yield block
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} cannot be unpacked: {error}") from None
+
+
+def first_words(path: str | Path, limit: int = NUM_FIRST_WORDS) -> list[str]:
+    """The words that stand first in an ARPA file that has been read, without sentence marks.
+
+    Raises:
+        ValueError: see `arpa_blocks`.
+    """
+    words: list[str] = []
+    is_unigram = False
+    for line in map(bytes.strip, _lines(arpa_blocks(path))):
+        if (line.startswith(b"\\") and is_unigram) or len(words) == limit:
+            break
+        if is_unigram and line:
+            words += {line.split()[1].decode(errors="replace")}.difference(SENTENCE_MARKS)
+        is_unigram = is_unigram or line == b"\\1-grams:"
+    return words
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:

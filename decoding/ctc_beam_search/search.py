@@ -15,12 +15,12 @@ import numpy as np
 from decoding.ctc_beam_search import native
 from decoding.ctc_beam_search.hotwords import HotwordTree, spelled
 from decoding.ctc_beam_search.hypothesis import (
-    WORD_MARK,
     CTCHypothesis,
     CTCToken,
     Vocabulary,
 )
 from decoding.ctc_beam_search.ngram import Ngram, ReferenceNgram
+from decoding.ctc_beam_search.ngram_kind import check_words
 from decoding.ctc_beam_search.reference import ReferenceSearch
 from decoding.ctc_beam_search.settings import Job, Settings, Wanted
 
@@ -104,7 +104,8 @@ class CTCBeamSearch:
 
     Raises:
         ValueError: an option out of range, a vocabulary without the blank, a hotword that it cannot
-            spell, a file that is no n-gram, or a backend that does not work here.
+            spell, a file that is no n-gram of words in the vocabulary's letter case, or a backend
+            that does not work here.
         OSError: the file cannot be read.
     """
 
@@ -151,12 +152,8 @@ class CTCBeamSearch:
         self.ngram = ngram_class(ngram) if isinstance(ngram, str | Path) else ngram
         if self.ngram is not None and not isinstance(self.ngram, ngram_class):
             raise ValueError(f"The n-gram was read by another backend than {backend!r}.")
-        marked = [piece for piece in vocabulary if piece.startswith(WORD_MARK)]
-        if self.ngram is not None and (tokens := [p for p in marked if p in self.ngram]):
-            raise ValueError(
-                f"The n-gram is one of tokens, such as {tokens[0]!r}; this search takes one of "
-                "words (python -m tools.make_ngram without --tokenizer makes one)."
-            )
+        if self.ngram is not None:
+            check_words(self.ngram, self.vocabulary)
         self._backend = search_class(self.settings, self.vocabulary, self.ngram)
         # What a state's numbers mean.
         ngram_size = (self.ngram.order, self.ngram.num_words) if self.ngram is not None else None

@@ -9,7 +9,7 @@ from speechbrain.decoders.ctc import CTCBeamSearcher
 
 from common.errors import UserError
 from decoding.ctc_beam_search import CTCBeamSearch
-from decoding.searches import make_ctc_search, report_known_words
+from decoding.searches import check_known_words, make_ctc_search
 from text.tokenizer import train_tokenizer
 from tools.make_ngram import main as make_ngram
 
@@ -67,7 +67,7 @@ def ngram_of(folder, text, *options):
     ("text", "level", "message"),
     [
         ("ONE TWO NOON", "INFO", "words.arpa knows 2 of the 3 words"),
-        ("one two noon", "WARNING", "knows 0 of the 3 words .* written in lower case"),
+        ("ONE EINS", "WARNING", "knows 1 of the 3 words .* of this language"),
         ("EINS ZWEI", "WARNING", "knows 0 of the 3 words .* of this language"),
     ],
 )
@@ -79,15 +79,47 @@ def test_it_is_said_how_many_words_an_ngram_knows(
     search = make_ctc_search(searcher, {"beam_size": 4, key: ngram_of(tmp_path, text)}, tokenizer)
     caplog.clear()
     with caplog.at_level("INFO", logger="decoding.searches"):
-        report_known_words(search, {"ONE", "TWO", "THREE"}, "words.arpa")
+        check_known_words(search, {"ONE", "TWO", "THREE"}, "words.arpa")
     (record,) = caplog.records
     assert record.levelname == level
     assert re.search(message, record.getMessage())
 
 
-def test_an_ngram_of_tokens_is_no_ngram_of_words(tokenizer, tmp_path):
-    model_file = tmp_path / "tok.model"
-    model_file.write_bytes(tokenizer.serialized_model_proto())
-    path = ngram_of(tmp_path, "ONE TWO", "--tokenizer", str(model_file))
-    with pytest.raises(UserError, match=r"n-gram is one of tokens, such as '▁'.*one of words"):
-        make_ctc_search(CTCBeamSearch, {"ngram": path}, tokenizer)
+@pytest.mark.parametrize("searcher", [CTCBeamSearch, CTCBeamSearcher])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("▁ONE ▁T W O", "of tokens, such as '▁O?N?E?'"),
+        ("▁ O N E ▁ T W O", "of tokens, such as '▁'"),
+        ("O N E | T W O", "of characters"),
+        ("O N E T W", "of characters"),
+        ("one two noon", "written in lower case"),
+    ],
+)
+def test_an_ngram_of_another_kind_is_refused(searcher, text, message, tokenizer, tmp_path):
+    key = "ngram"
+    if searcher is CTCBeamSearcher:
+        pytest.importorskip("kenlm")
+        key = "kenlm_model_path"
+    path = ngram_of(tmp_path, text)
+    with pytest.raises(UserError, match=message):
+        check_known_words(
+            make_ctc_search(searcher, {"beam_size": 4, key: path}, tokenizer),
+            {"ONE", "TWO", "THREE"},
+            "words.arpa",
+        )
+
+
+@pytest.mark.parametrize(("text", "spelled"), [("one two", "upper"), ("ONE TWO", "lower")])
+def test_without_references_the_tokens_tell_the_letter_case(text, spelled, tmp_path):
+    pieces = ["<unk>", *"▁onetw"] if spelled == "lower" else ["<unk>", *"▁ONETW"]
+    with pytest.raises(ValueError, match=r"lm\.arpa is written in (upp|low)er case, as in '"):
+        CTCBeamSearch(pieces, ngram=ngram_of(tmp_path, text))
+    # Tokens of both cases spell both.
+    CTCBeamSearch(["<unk>", *"▁onetwONETW"], ngram=ngram_of(tmp_path, text))
+
+
+def test_spelled_letters_are_words(tokenizer, tmp_path, caplog):
+    search = CTCBeamSearch(["<unk>", *"▁ONETW"], ngram=ngram_of(tmp_path, "O N E T W"))
+    assert "single characters" in caplog.text
+    check_known_words(search, {"O", "N", "E"}, "letters.arpa")

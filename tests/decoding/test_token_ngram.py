@@ -49,9 +49,26 @@ def test_a_missing_file_is_named(files, tmp_path):
         scorer_of(str(tmp_path / "nowhere.arpa"), files[0])
 
 
-def test_an_ngram_of_words_is_refused(files, tmp_path):
-    (tmp_path / "text.txt").write_text("ABBA BA\nBAAB", encoding="utf-8")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ABBA BA\nBAAB", "knows 0 of the 3 tokens .'ABBA' is none of them.*of words or of other"),
+        # All letters are words, too.
+        ("A B\nABBA", "knows 2 of the 3 tokens"),
+        ("▁ a b b a", "knows 1 of the 3 tokens"),
+    ],
+)
+def test_an_ngram_of_words_or_other_tokens_is_refused(text, message, files, tmp_path):
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     words = tmp_path / "words.arpa"
     assert make_ngram([str(tmp_path / "text.txt"), "--output", str(words)]) == 0
-    with pytest.raises(UserError, match="n-gram of words or of other tokens"):
+    with pytest.raises(UserError, match=message):
         scorer_of(words, files[0])
+
+
+def test_an_ngram_of_little_text_is_warned_of(files, tmp_path, caplog):
+    (tmp_path / "text.txt").write_text("▁ ▁", encoding="utf-8")
+    few = tmp_path / "few.arpa"
+    assert make_ngram([str(tmp_path / "text.txt"), "--output", str(few)]) == 0
+    assert scorer_of(few, files[0]) is not None
+    assert "knows 1 of the 3 tokens: it may make" in caplog.text
