@@ -158,7 +158,8 @@ def mixed_down(block_SC: np.ndarray, name: str) -> tuple[np.ndarray, float]:
 class _Waveform:
     """Samples of any rate and channel count, block by block, as those that a model takes.
 
-    What is kept is the result: two hours of stereo would take gigabytes.
+    What is kept is the result: two hours of stereo would take gigabytes. It is in one piece from
+    the start, since a copy of all blocks would double it.
 
     Args:
         name: of the audio, for messages.
@@ -180,7 +181,8 @@ class _Waveform:
         self.name = name
         self.rate = rate
         self._channels = slice(None) if channel is None else slice(channel, channel + 1)
-        self._blocks: list[np.ndarray] = []
+        # Grows in place where the system can; numpy's arrays do not.
+        self._samples = bytearray()
         self._peak = 1.0
         self._resampler: Any = None
         if rate != sample_rate:
@@ -195,16 +197,15 @@ class _Waveform:
     def finish(self) -> np.ndarray:
         """All samples (S,), float32; full scale is 1."""
         self._append(np.zeros(0, np.float32), last=True)
-        wav_S = np.concatenate(self._blocks)
-        self._blocks = []
+        wav_S = np.frombuffer(self._samples, np.float32)
         # A float file may go beyond full scale: quieter is the same speech, clipped is not.
         wav_S *= np.float32(1 / HEADROOM / self._peak)
         return wav_S
 
     def _append(self, wav_S: np.ndarray, last: bool = False) -> None:
-        self._blocks.append(
-            wav_S if self._resampler is None else self._resampler.resample_chunk(wav_S, last)
-        )
+        if self._resampler is not None:
+            wav_S = self._resampler.resample_chunk(wav_S, last)
+        self._samples += wav_S.tobytes()
 
 
 class _InMemory(io.BytesIO):

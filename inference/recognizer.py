@@ -1,10 +1,12 @@
 """A trained model as an object: audio in, transcripts out, the same in any batch."""
 
+import contextlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from inference.search import Found, SearchOptions, TextSearch, options_of
 from inference.streaming_text import Endpoints, StreamSearch
 from inference.transcript import Segment, Transcript
 from inference.words import words_of
+from inference.workers import Map, side_by_side
 
 __all__ = ["PRECISIONS", "AudioSource", "Recognizer", "SearchOptions"]
 
@@ -29,6 +32,7 @@ BATCH_SECONDS = 120.0
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FileSource = str | os.PathLike | bytes | IO[bytes]
 AudioSource = FileSource | np.ndarray | Tensor
+_Loaded = tuple[FileSource, np.ndarray | AudioError]
 Progress = Callable[[float, float], None]
 """Told the recordings and the seconds of audio that are newly done: shares of a long recording."""
 
@@ -145,7 +149,9 @@ class Recognizer:
         """
         wav_S = self.load(audio, sample_rate, channel)
         how = _How(max_segment_s, whole, chunk_ms, batch_seconds, options_of(search), progress)
-        return self._transcribe_all({0: wav_S}, how)[0]
+        is_long = len(wav_S) > max_segment_s * self.sample_rate
+        with self._spread(how, self._cpu_workers if is_long else 0) as spread:
+            return self._begin({0: wav_S}, how, spread)()[0]
 
     def load(
         self, audio: AudioSource, sample_rate: int | None = None, channel: int | None = None
@@ -174,44 +180,75 @@ class Recognizer:
         Args:
             paths: audio files, their bytes, or open binary files.
             batch_seconds: seconds of audio, padding included, that are encoded at once. Files of
-                like lengths go together: some batches are read ahead.
+                like lengths go together: some batches are read ahead. A CPU has several batches
+                at work, one for each thread, and together no more audio than this.
             channel: as in ``transcribe``.
             max_segment_s, whole, chunk_ms: as in ``transcribe``.
             progress: is told how many recordings are newly done, and how many seconds of audio.
             **search: see ``SearchOptions``.
         """
         how = _How(max_segment_s, whole, chunk_ms, batch_seconds, options_of(search), progress)
-        window: list[tuple[FileSource, np.ndarray | AudioError]] = []
+        # A GPU computes while its only worker waits for it: files are read meanwhile.
+        workers = self._cpu_workers if self.device.type == "cpu" else 1
+        with self._spread(how, workers) as spread:
+            begun: deque[_Begun] = deque()
+            for window in self._windows(paths, channel, batch_seconds):
+                waveforms = {i: w for i, (_, w) in enumerate(window) if isinstance(w, np.ndarray)}
+                begun.append(_Begun(window, self._begin(waveforms, how, spread)))
+                # Workers go on with the next window while the results of one are awaited.
+                if spread is map or len(begun) > 1:
+                    yield from _finished(begun.popleft(), how.progress)
+            for last in begun:
+                yield from _finished(last, how.progress)
+
+    def _windows(
+        self, paths: Iterable[FileSource], channel: int | None, batch_seconds: float
+    ) -> Iterator[list[_Loaded]]:
+        """Recordings, some batches at a time."""
+        window: list[_Loaded] = []
         seconds = 0.0
         for path in paths:
             try:
-                loaded: np.ndarray | AudioError = load_audio(path, self.sample_rate, channel)
-                seconds += len(loaded) / self.sample_rate
+                wav_S = load_audio(path, self.sample_rate, channel)
+                seconds += len(wav_S) / self.sample_rate
+                window.append((path, wav_S))
             except AudioError as error:
-                loaded = error
-                progress(1.0, 0.0)
-            window.append((path, loaded))
+                window.append((path, error))
             if seconds >= _WINDOW_BATCHES * batch_seconds:
-                yield from self._transcribe_window(window, how)
+                yield window
                 window, seconds = [], 0.0
-        yield from self._transcribe_window(window, how)
+        yield window
 
-    def _transcribe_window(
-        self, window: Sequence[tuple[FileSource, np.ndarray | AudioError]], how: "_How"
-    ) -> Iterator[tuple[FileSource, Transcript | AudioError]]:
-        waveforms = {i: w for i, (_, w) in enumerate(window) if isinstance(w, np.ndarray)}
-        results = self._transcribe_all(waveforms, how)
-        for i, (path, loaded) in enumerate(window):
-            yield path, results[i] if isinstance(loaded, np.ndarray) else loaded
+    @property
+    def _cpu_workers(self) -> int:
+        """Batches that are worked on side by side on a CPU; 0 where that gains nothing.
 
-    def _transcribe_all(
-        self, waveforms: Mapping[int, np.ndarray], how: "_How"
-    ) -> dict[int, Transcript]:
-        """Transcripts of waveforms, those of like lengths encoded together."""
+        Operations on short recordings are too small to be shared by threads.
+        """
+        threads = torch.get_num_threads()
+        return min(threads, _MAX_WORKERS) if self.device.type == "cpu" and threads > 1 else 0
+
+    @contextlib.contextmanager
+    def _spread(self, how: "_How", workers: int) -> Iterator[Map]:
+        """The ``map`` that goes through batches."""
+        if not workers or how.whole or how.chunk_ms is not None:
+            yield map
+            return
+        with side_by_side(workers, max(1, torch.get_num_threads() // workers)) as spread:
+            yield spread
+
+    def _begin(
+        self, waveforms: Mapping[int, np.ndarray], how: "_How", spread: Map
+    ) -> Callable[[], dict[int, Transcript]]:
+        """Begins to transcribe; what it returns waits for the transcripts.
+
+        Waveforms of like lengths are encoded together.
+        """
         if how.chunk_ms is not None:
-            return self._transcribe_in_chunks(waveforms, how.chunk_ms, how)
+            chunk_ms = how.chunk_ms
+            return lambda: self._transcribe_in_chunks(waveforms, chunk_ms, how)
         if how.whole:
-            return {i: self._transcribe_whole(wav_S, how) for i, wav_S in waveforms.items()}
+            return lambda: {i: self._transcribe_whole(w, how) for i, w in waveforms.items()}
         rate = self.sample_rate
         pieces = {
             i: cut_at_pauses(wav_S, rate, how.max_segment_s) for i, wav_S in waveforms.items()
@@ -221,38 +258,43 @@ class Recognizer:
             for i, of_one in pieces.items()
             for n, piece in enumerate(of_one)
         }
-        part_samples = {i: sum(p.stop - p.start for p in of_one) for i, of_one in pieces.items()}
-        found: dict[tuple[int, int], Transcript] = {}
-        batch: list[tuple[int, int]] = []
+        batches = self._batches(parts, how.batch_seconds)
+        transcripts = spread(
+            lambda batch: self._transcribe_batch([parts[part] for part in batch], how.options),
+            batches,
+        )
 
-        def transcribe() -> None:
-            found.update(self._transcribe_parts(batch, parts, how))
-            for i, n in batch:
-                share = len(parts[i, n]) / part_samples[i] if part_samples[i] else 1.0
-                how.progress(share, share * len(waveforms[i]) / rate)
-            batch.clear()
+        def finish() -> dict[int, Transcript]:
+            samples = {i: sum(p.stop - p.start for p in of_one) for i, of_one in pieces.items()}
+            found: dict[tuple[int, int], Transcript] = {}
+            for batch, of_batch in zip(batches, transcripts, strict=True):
+                found.update(zip(batch, of_batch, strict=True))
+                for i, n in batch:
+                    share = len(parts[i, n]) / samples[i] if samples[i] else 1.0
+                    how.progress(share, share * len(waveforms[i]) / rate)
+            return {
+                i: join(of_one, [found[i, n] for n in range(len(of_one))], rate)
+                if len(of_one) > 1
+                else found[i, 0]
+                for i, of_one in pieces.items()
+            }
 
+        return finish
+
+    def _batches(
+        self, parts: Mapping[tuple[int, int], np.ndarray], batch_seconds: float
+    ) -> list[list[tuple[int, int]]]:
+        """Parts that are encoded at once, those of like lengths together, the longest first."""
+        if self.device.type == "cpu":
+            batch_seconds = min(batch_seconds / max(1, self._cpu_workers), _CPU_BATCH_S)
+        batches: list[list[tuple[int, int]]] = []
         for part in sorted(parts, key=lambda part: -len(parts[part])):
-            longest_s = len(parts[(batch or [part])[0]]) / rate
-            if batch and (len(batch) + 1) * longest_s > how.batch_seconds:
-                transcribe()
-            batch.append(part)
-        transcribe()
-        return {
-            i: join(of_one, [found[i, n] for n in range(len(of_one))], rate)
-            if len(of_one) > 1
-            else found[i, 0]
-            for i, of_one in pieces.items()
-        }
-
-    def _transcribe_parts(
-        self,
-        batch: list[tuple[int, int]],
-        parts: Mapping[tuple[int, int], np.ndarray],
-        how: "_How",
-    ) -> dict[tuple[int, int], Transcript]:
-        transcripts = self._transcribe_batch([parts[part] for part in batch], how.options)
-        return dict(zip(batch, transcripts, strict=True))
+            longest_s = len(parts[(batches[-1] if batches else [part])[0]]) / self.sample_rate
+            if batches and (len(batches[-1]) + 1) * longest_s <= batch_seconds:
+                batches[-1].append(part)
+            else:
+                batches.append([part])
+        return batches
 
     @torch.inference_mode()
     def _transcribe_whole(self, wav_S: np.ndarray, how: "_How") -> Transcript:
@@ -417,7 +459,28 @@ class _How:
             )
 
 
+class _Begun(NamedTuple):
+    """Recordings that are being transcribed, and what waits for their transcripts."""
+
+    window: list[_Loaded]
+    finish: Callable[[], dict[int, Transcript]]
+
+
+def _finished(
+    begun: _Begun, progress: Progress
+) -> Iterator[tuple[FileSource, Transcript | AudioError]]:
+    results = begun.finish()
+    for i, (path, loaded) in enumerate(begun.window):
+        if isinstance(loaded, AudioError):
+            progress(1.0, 0.0)
+        yield path, results[i] if isinstance(loaded, np.ndarray) else loaded
+
+
 _WINDOW_BATCHES = 4
+# More of them wait for Python's lock rather than compute.
+_MAX_WORKERS = 8
+# Larger batches outgrow the caches of a CPU, and have more padding.
+_CPU_BATCH_S = 30.0
 _WHOLE_PIECE_FRAMES = 4096
 # A longer recording outgrows the caches of a CPU.
 _PLAIN_S = 60.0

@@ -169,22 +169,26 @@ class Fbank(SpeechBrainFbank):
 
     @fwd_default_precision(cast_inputs=torch.float32)
     def forward_in_pieces(self, wav_BS: Tensor, piece_samples: int) -> Tensor:
-        """``forward(wav_BS)`` in memory for a piece and the features.
+        """``forward(wav_BS)`` in memory for the features and a piece.
 
         Args:
             wav_BS: waveforms between -1 and 1, all of them valid.
             piece_samples: samples of a piece.
         """
-        n_fft, num_frames = self.compute_STFT.n_fft, self.num_frames(wav_BS.shape[1])
+        batch_size, num_samples = wav_BS.shape
+        num_frames = self.num_frames(num_samples)
+        feats_BTM = wav_BS.new_empty(batch_size, num_frames, self.compute_fbanks.n_mels)
+        edge = self.compute_STFT.n_fft // 2
         step = max(1, piece_samples // self.hop_samples)
-        edge = n_fft // 2
-        wav_BS = F.pad(wav_BS, (edge, edge))
-        pieces = []
         for first in range(0, num_frames, step):
             last = min(first + step, num_frames) - 1
-            read = slice(first * self.hop_samples, last * self.hop_samples + n_fft)
-            pieces.append(self._decibels(wav_BS[:, read], self.stream_STFT))
-        return self._floored(torch.cat(pieces, dim=1))
+            # A frame is centred on its time; zeros stand before the recording and behind it.
+            start, stop = first * self.hop_samples - edge, last * self.hop_samples + edge
+            zeros = (max(-start, 0), max(stop - num_samples, 0))
+            read_BS = F.pad(wav_BS[:, max(start, 0) : stop], zeros)
+            feats_BTM[:, first : last + 1] = self._decibels(read_BS, self.stream_STFT)
+        floor_B11 = self._floor(feats_BTM)
+        return feats_BTM if floor_B11 is None else feats_BTM.clamp_(min=floor_B11)
 
     def _decibels(self, wav_BS: Tensor, stft: STFT) -> Tensor:
         if stft.window.device != wav_BS.device:
@@ -193,10 +197,13 @@ class Fbank(SpeechBrainFbank):
         return self.compute_fbanks(spectral_magnitude(stft(wav_BS)))
 
     def _floored(self, feats_BTM: Tensor, padding_BT1: Tensor | None = None) -> Tensor:
-        if self.top_db is None:
-            return feats_BTM
         valid_BTM = feats_BTM
-        if padding_BT1 is not None:
+        if self.top_db is not None and padding_BT1 is not None:
             valid_BTM = feats_BTM.masked_fill(padding_BT1, -float("inf"))
-        floor_B11 = valid_BTM.amax(dim=(-2, -1), keepdim=True) - self.top_db
-        return torch.maximum(feats_BTM, floor_B11)
+        floor_B11 = self._floor(valid_BTM)
+        return feats_BTM if floor_B11 is None else torch.maximum(feats_BTM, floor_B11)
+
+    def _floor(self, feats_BTM: Tensor) -> Tensor | None:
+        if self.top_db is None:
+            return None
+        return feats_BTM.amax(dim=(-2, -1), keepdim=True) - self.top_db

@@ -37,6 +37,26 @@ class UtteranceMeanNormalization(InputNormalization):
         return super().forward(x, lengths, epoch)
 
 
+def normalize_in_pieces(
+    normalize: InputNormalization, feats_BTM: Tensor, piece_frames: int
+) -> None:
+    """``normalize(feats_BTM)`` in its place, in evaluation, if it can be in memory for a piece.
+
+    Args:
+        normalize: SpeechBrain's normalisation or a subclass.
+        feats_BTM: features, all of them valid.
+        piece_frames: frames of a piece.
+    """
+    if normalize.norm_type != "global":
+        # Of its own statistics: those of all frames.
+        feats_BTM.copy_(normalize(feats_BTM))
+        return
+    if getattr(normalize, "remove_mean", False):
+        feats_BTM -= feats_BTM.mean(1, keepdim=True)
+    for piece_BTM in feats_BTM.split(piece_frames, dim=1):
+        piece_BTM.copy_(InputNormalization.forward(normalize, piece_BTM))
+
+
 class CountedStatistics:
     """Lets a normaliser learn from batches whose frames the host has counted.
 

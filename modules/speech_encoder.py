@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modules.features import Fbank
 from modules.frontend import ConvolutionFrontEnd
 from modules.lengths import IntOrTensor, relative_lengths
+from modules.normalization import normalize_in_pieces
 from modules.stream_state import StreamState, stream_state
 from modules.TransformerASR import EncoderState, TransformerASR
 
@@ -162,7 +163,7 @@ class SpeechEncoder(nn.Module):
 
         Every frame depends on the whole recording, as in ``forward``, and comes out the same. Layer
         by layer, the scan's state is carried forward through the pieces, and backward from the end.
-        Memory beside the result: the waveform, its features twice, and a piece.
+        Memory beside the result: the features, another tensor as large as it, and a piece.
 
         Args:
             wav_S: a waveform between -1 and 1.
@@ -174,14 +175,26 @@ class SpeechEncoder(nn.Module):
         """
         rate = self.compute_features.compute_STFT.sample_rate
         piece_samples = max(1, round(piece_s * rate))
+        piece_feature_frames = self.num_feature_frames(piece_samples)
         with torch.autocast(wav_S.device.type, enabled=False):
             feats_1TM = self.compute_features.forward_in_pieces(wav_S[None], piece_samples)
-            feats_1TM = self.normalize(feats_1TM)
-        pieces = self.CNN.forward_in_pieces(feats_1TM, self.num_feature_frames(piece_samples))
-        x_1TD = torch.cat([self.Transformer.embed_source(piece) for piece in pieces], dim=1)
+            normalize_in_pieces(self.normalize, feats_1TM, piece_feature_frames)
+        x_1TD = self._embedded_in_pieces(feats_1TM, piece_feature_frames)
         del feats_1TM
         piece_frames = self.num_frames(piece_samples)
         return self.Transformer.encode_in_pieces(x_1TD, piece_frames, progress)[0]
+
+    def _embedded_in_pieces(self, feats_1TM: Tensor, piece_feature_frames: int) -> Tensor:
+        """Features as what the encoder's layers take."""
+        x_1TD, done = torch.empty(0), 0
+        for frames_1TFC in self.CNN.forward_in_pieces(feats_1TM, piece_feature_frames):
+            piece_1TD = self.Transformer.embed_source(frames_1TFC)
+            if not done:
+                num_frames = self._frontend_frames(feats_1TM.shape[1])
+                x_1TD = piece_1TD.new_empty(1, num_frames, piece_1TD.shape[2])
+            x_1TD[:, done : done + piece_1TD.shape[1]] = piece_1TD
+            done += piece_1TD.shape[1]
+        return x_1TD
 
     def check_streaming(self, chunks: DynChunkTrainConfig | None) -> None:
         """Checks that nothing in this model needs the future beyond such chunks.

@@ -17,13 +17,15 @@ from modules.TransformerASR import TransformerASR
 RATE = 16000
 
 
-def speech_encoder(encoder="conmamba", normalize=InputNormalization, top_db=80.0, **options):
+def speech_encoder(
+    encoder="conmamba", normalize=InputNormalization, norm_type="global", top_db=80.0, **options
+):
     torch.manual_seed(5)
     cnn = ConvolutionFrontEnd((None, None, 16), out_channels=(4, 4))
     network = TransformerASR(
         11, 16, 16, 2, 2, 0, 24, 0.0, encoder_module=encoder, normalize_before=True, **options
     )
-    normalizer = normalize(norm_type="global", update_until_epoch=4)
+    normalizer = normalize(norm_type=norm_type, update_until_epoch=4)
     normalizer.glob_mean, normalizer.glob_std = torch.full((16,), -20.0), torch.full((16,), 9.0)
     normalizer.count = 1
     return SpeechEncoder(Fbank(n_mels=16, top_db=top_db), normalizer, cnn, network).eval()
@@ -32,6 +34,8 @@ def speech_encoder(encoder="conmamba", normalize=InputNormalization, top_db=80.0
 NETWORKS = {
     "conmamba": {},
     "utterance mean": {"normalize": UtteranceMeanNormalization},
+    "own statistics": {"norm_type": "sentence"},
+    "no floor": {"top_db": None},
     "mamba": {"encoder": "mamba"},
     "causal": {"causal": True, "mamba_config": {"bidirectional": False}},
     "positions": {"attention_type": "regularMHA"},
