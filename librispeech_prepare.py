@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import file_digest
+from common.errors import in_words
+from common.files import file_digest, require_file
 from common.record import PreparationRecord
 from corpora import download, lexicon
 from corpora.audio import AUDIO_SUFFIXES
@@ -400,8 +401,7 @@ def _find_lexicon(
     save_folder: Path, data_root: Path, lexicon_file: str | Path | None, noprogressbar: bool
 ) -> Path:
     if lexicon_file is not None:
-        if not Path(lexicon_file).is_file():
-            raise ValueError(f"the lexicon {lexicon_file} does not exist")
+        require_file("lexicon_file", lexicon_file, "Its lines are WORD PH1 PH2 ...")
         return Path(lexicon_file)
     for path in (save_folder / LEXICON_NAME, data_root / LEXICON_NAME):
         if path.is_file():
@@ -493,7 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if wants_manifests or not splits_to_download:
             prepare_librispeech(**options)
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {in_words(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command continues", file=sys.stderr)

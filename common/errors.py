@@ -25,3 +25,11 @@ class Interrupted(BaseException):
         super().__init__(signal_number)
         self.exit_status = 128 + signal_number
         self.what_is_left = what_is_left
+
+
+def in_words(error: Exception) -> str:
+    """What an error says; of one of the system the path and what is wrong, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror}"
+    return str(error)

@@ -5,10 +5,13 @@ import fcntl
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
+
+from common.errors import UserError
 
 _BLOCK_BYTES = 1 << 20
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -78,6 +81,72 @@ def _is_at(path: Path, stream: IO) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(stream.fileno()))
     except FileNotFoundError:
         return False
+
+
+def why_unreadable(path: str | Path, regular: bool = True) -> str | None:
+    """Why a file that somebody names cannot be read, in words; None where it can.
+
+    Args:
+        regular: a pipe will not do.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            return "it is a folder, not a file"
+        if not stat.S_ISREG(mode):
+            return "it is no regular file" if regular else None
+        with open(path, "rb") as stream:
+            return None if stream.read(1) else "it is empty"
+    except FileNotFoundError:
+        return "there is no such file"
+    except (OSError, ValueError) as error:
+        return f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+
+
+def require_file(name: str, path: str | Path, advice: str) -> None:
+    """Refuses what is no file that can be read.
+
+    Args:
+        name: of the key or the option that names it.
+        advice: a sentence that says what to give.
+
+    Raises:
+        UserError: names key and path, and says what is wrong.
+    """
+    if reason := why_unreadable(path):
+        raise UserError(f"{name} {path}: {reason}. {advice}")
+
+
+def require_folder(name: str, path: str | Path, advice: str) -> None:
+    """Refuses what is no folder that can be read; arguments and errors as of `require_file`."""
+    try:
+        os.listdir(path)
+        return
+    except FileNotFoundError:
+        reason = "there is no such folder"
+    except NotADirectoryError:
+        reason = "it is a file, not a folder" if Path(path).exists() else "there is no such folder"
+    except (OSError, ValueError) as error:
+        reason = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+    raise UserError(f"{name} {path}: {reason}. {advice}")
+
+
+def require_place(name: str, folder: str | Path) -> None:
+    """Refuses a folder that is not there and cannot be made, or that cannot be written.
+
+    Raises:
+        UserError: names key and path, and says what is in the way.
+    """
+    place = Path(os.path.abspath(folder))
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        reason = f"{place} is a file, not a folder" if place.exists() else f"{place} leads nowhere"
+    elif not os.access(place, os.W_OK | os.X_OK):
+        reason = f"{place} cannot be written"
+    else:
+        return
+    raise UserError(f"{name} {folder}: {reason}. Give another one.")
 
 
 def file_digest(path: str | Path, algorithm: str = "sha256") -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.files import atomic_write
+from common.files import atomic_write, why_unreadable
 
 RECORD_NAME = "librispeech_prepare.json"
 """Beside manifests: what each was made from."""
@@ -39,8 +39,10 @@ def read_manifest(path: str | Path) -> list[ManifestRow]:
     """Read a manifest back, `DATA_ROOT` unreplaced.
 
     Raises:
-        ValueError: the file has other columns, or a row that does not fit them.
+        ValueError: the file cannot be read, has other columns, or a row that does not fit them.
     """
+    if reason := why_unreadable(path):
+        raise ValueError(f"{path} is no manifest: {reason}")
     rows = []
     with open(path, encoding="utf-8", newline="") as stream:
         reader = csv.reader(stream)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import EXIT_USER_ERROR
+from common.errors import EXIT_USER_ERROR, in_words
 from corpora.librispeech import SAMPLE_RATE
 from corpora.table import COLUMNS, TABLE_SUFFIXES, prepare_tables
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     raise ValueError(f"{table}: another table has the split {name}, too.")
                 counts[name] = count
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     rates = " --resample True" if options["resample"] else ""
     if options["sample_rate"] != SAMPLE_RATE:

@@ -9,12 +9,12 @@ from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.fetching import fetch
 from torch import nn
 
-from common.errors import UserError
+from common.errors import UserError, in_words
 from decoding.ctc_beam_search.ngram import first_words
 from decoding.ctc_beam_search.ngram_kind import NEXT_TO_NONE
 from decoding.lm_scorers import KenLMScorer, LMScorer
 from modules.weights import load_model_weights
-from text.tokenizer import EOS_ID, WORD_MARK, vocabulary
+from text.tokenizer import EOS_ID, MOST_CHARACTERS, WORD_MARK, load_tokenizer, vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class TokenNgram:
         except ImportError:
             raise UserError("--token_ngram_path needs kenlm: pip install -e '.[ngram]'") from None
         except OSError as error:
-            raise UserError(f"token_ngram_path {path}: {error}") from None
+            raise UserError(f"token_ngram_path {path}: {in_words(error)}") from None
         _check_tokens(path, scorer.lm, tokens)
         return scorer
 
@@ -174,9 +174,9 @@ def check_same_tokenizer(model_file: Path, tokenizer: spm.SentencePieceProcessor
     """Refuse a language model over other tokens than the recogniser's.
 
     Raises:
-        UserError: names the first tokens that differ.
+        UserError: names the first tokens that differ; or it is no tokenizer.
     """
-    theirs = vocabulary(spm.SentencePieceProcessor(model_file=str(model_file)))
+    theirs = vocabulary(load_tokenizer(model_file, MOST_CHARACTERS))
     ours = vocabulary(tokenizer)
     if theirs == ours:
         return

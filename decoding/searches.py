@@ -10,7 +10,7 @@ import sentencepiece as spm
 import torch
 from speechbrain.decoders.ctc import CTCBaseSearcher
 
-from common.errors import UserError
+from common.errors import UserError, in_words
 from decoding.ctc_beam_search.ngram_kind import NEXT_TO_NONE, WANTED, refuse_tokens
 from text.tokenizer import UNK_ID, WORD_MARK, vocabulary
 
@@ -132,6 +132,6 @@ def make_ctc_search(
     except ImportError:
         raise UserError("test_searcher needs kenlm: pip install -e '.[ngram]'") from None
     except OSError as error:
-        raise UserError(f"kenlm_model_path: {error}") from None
+        raise UserError(f"kenlm_model_path: {in_words(error)}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"test_beam_search: {error}") from None

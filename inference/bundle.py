@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.errors import EXIT_USER_ERROR, UserError
+from common.errors import EXIT_USER_ERROR, UserError, in_words
 from common.files import atomic_write, file_digest
 from decoding.pretrained_lm import LM_FILE, pretrained_file
 from inference.config import PARTS, check_config, read_json
@@ -168,7 +168,7 @@ def read_bundle(folder: str | Path, link_targets: Path | None = None) -> Model:
         tensors = unpack(load_file(weights_file))
         lm_tensors = None if lm_file is None else unpack(load_file(lm_file))
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"{folder}: its weights cannot be read: {error}") from None
+        raise UserError(f"{folder}: its weights cannot be read: {in_words(error)}") from None
     with _located(folder):
         return make_model(config, tokenizer, tensors, lm_tensors)
 
@@ -250,7 +250,7 @@ def _load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {in_words(error)}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no weights.")
     return state
@@ -342,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(push(folder, arguments.push, arguments.private))
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import EXIT_SIGINT, EXIT_USER_ERROR, UserError
-from common.files import atomic_write
+from common.errors import EXIT_SIGINT, EXIT_USER_ERROR, UserError, in_words
+from common.files import atomic_write, require_file, why_unreadable
 from common.tables import format_duration
 
 EXIT_BAD_AUDIO = 1
@@ -107,8 +107,8 @@ def search_options(arguments: argparse.Namespace) -> dict[str, Any]:
             if getattr(arguments, name) is not None:
                 raise UserError(f"--{name} belongs to --search beam.")
     ngram = arguments.kenlm_model_path
-    if ngram is not None and not Path(ngram).is_file():
-        raise UserError(f"--kenlm_model_path: there is no file {ngram}.")
+    if ngram is not None:
+        require_file("--kenlm_model_path", ngram, "Give an n-gram of words as an ARPA file.")
     options = {
         "search": arguments.search,
         "beam_size": arguments.beam_size,
@@ -126,11 +126,12 @@ def read_hotwords(path: str | os.PathLike) -> dict[str, float]:
     Raises:
         UserError: the file cannot be read, has no phrase, or a boost that is no number.
     """
+    if reason := why_unreadable(path, regular=False):
+        raise UserError(f"hotwords {path}: {reason}. Give a file with a phrase in each line.")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"hotwords {path}: cannot be read: {reason}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"hotwords {path}: it is not UTF-8. Convert it first.") from None
     boosts = {}
     for number, line in enumerate(lines, start=1):
         phrase, _, boost = line.partition("\t")
@@ -259,8 +260,7 @@ def exit_status(run: Callable[[argparse.Namespace], int], arguments: argparse.Na
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        return _failed(f"{where}{error.strerror or error}")
+        return _failed(in_words(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_SIGINT

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, in_words
 from inference.classes import CLASSES
 
 FORMAT = 1
@@ -62,7 +62,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {_MAX_BYTES} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Copy the bundle again.") from None
+        raise UserError(
+            f"{path} cannot be read: {in_words(error)}. Copy the bundle again."
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no mapping. Copy the bundle again.")
     return content

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import EXIT_USER_ERROR, UserError
+from common.errors import EXIT_USER_ERROR, UserError, in_words
 from common.files import file_digest
 from common.tables import format_number, text_table
 from inference.bundle import FILES, RUN_FILES, is_bundle, read_bundle, read_run
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         facts = describe(arguments.model)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     print(json.dumps(facts, indent=1) if arguments.json else report(facts))
     return 0

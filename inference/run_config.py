@@ -9,7 +9,7 @@ from typing import Any
 import ruamel.yaml
 from ruamel.yaml.comments import TaggedScalar
 
-from common.errors import UserError
+from common.errors import UserError, in_words
 from inference.classes import NAMES
 from inference.config import CTC_SETTINGS, FEATURES, FORMAT, NETWORK, PARTS
 
@@ -74,7 +74,9 @@ def read_run_config(run: str | Path) -> RunConfig:
         document = ruamel.yaml.YAML().load(path.read_text(encoding="utf-8"))
         missing = [key for key in (*FEATURES, *PARTS["ctc"]) if key not in document]
     except (OSError, UnicodeDecodeError, ruamel.yaml.YAMLError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a run's hyperparams.yaml: {error}") from None
+        raise UserError(
+            f"{path} cannot be read as a run's hyperparams.yaml: {in_words(error)}"
+        ) from None
     if missing:
         raise UserError(
             f"{path} has no {', '.join(missing)}: it is not the hyperparams.yaml of a recogniser."

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, in_words
 from decoding.ctc_alignment import align_tokens
 from decoding.ctc_beam_search import (
     CTCBeamSearch,
@@ -209,7 +209,7 @@ class TextSearch:
                 try:
                     search = CTCBeamSearch(self.vocabulary, self.blank, **settings)
                 except (ValueError, OSError) as error:
-                    raise UserError(str(error)) from None
+                    raise UserError(in_words(error)) from None
                 while len(self._ctc_searches) >= _KEPT_SEARCHES:
                     del self._ctc_searches[next(iter(self._ctc_searches))]
                 self._ctc_searches[key] = search

@@ -5,14 +5,18 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
+from common.files import why_unreadable
 
 
 def load_model_weights(module: torch.nn.Module, path: Path, where: str = "checkpoint") -> None:
     """Load a state dict strictly.
 
     Raises:
-        UserError: the weights belong to another architecture; names the first mismatches.
+        UserError: the file cannot be read, or the weights belong to another architecture; names the
+            first mismatches.
     """
+    if reason := why_unreadable(path):
+        raise UserError(f"{path} is not a file of model weights: {reason}.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -209,6 +209,6 @@ def test_mistakes_do_not_wait_for_torch(tmp_path, tone_corpus):
         ([model, twice], 2, "ids more than once: a."),
         ([model, tmp_path / "columns.csv"], 2, "has the columns"),
         ([model, empty], 2, "has no utterances"),
-        ([model, tone_corpus, "--kenlm_model_path", "none"], 2, "there is no file none"),
+        ([model, tone_corpus, "--kenlm_model_path", "none"], 2, "none: there is no such file"),
     ]
     assert_answers_without_torch("evaluate", cases)

@@ -427,7 +427,10 @@ def test_the_first_sentences_are_selected(data, save, number, counts):
         ),
         ({"merge_lst": ["dev-clean"], "merge_name": "../a.csv"}, "is not a file name"),
         ({"num_workers": 0}, "at least one thread"),
-        ({"create_lexicon": True, "lexicon_file": "missing.txt"}, "missing.txt does not exist"),
+        (
+            {"create_lexicon": True, "lexicon_file": "missing.txt"},
+            "missing.txt: there is no such",
+        ),
     ],
 )
 def test_contradicting_options_are_refused(data, save, options, message):

@@ -389,7 +389,7 @@ def test_tensorboard_and_wandb_get_the_figures_of_epochs_and_test_splits(
             "known are branchformer, conformer, conmamba, mamba",
         ),
         ({"d_modle": 8}, "has no key 'd_modle'. Did you mean d_model"),
-        ({"data_folder": "/nowhere"}, "/nowhere does not exist"),
+        ({"data_folder": "/nowhere"}, "data_folder /nowhere: there is no such folder"),
         ({"data_folder": REPOSITORY / "docs"}, "is not LibriSpeech"),
         ({"test_splits": "[test-all]"}, "missing in"),
         ({"dev_splits": "[]"}, "dev_splits"),

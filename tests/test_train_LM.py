@@ -231,7 +231,7 @@ class TestRun:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--train_text", "nowhere.txt"], "no text file nowhere.txt"),
+            (["--train_text", "nowhere.txt"], "train_text nowhere.txt: there is no"),
             (["--tokenizer_path", "nowhere.model"], "tokenizer_path nowhere.model"),
             (["--output_neurons", "5"], "belongs to another model"),
             (["--valid_text", "null"], "valid_text is empty"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import sentencepiece as spm
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, why_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,8 @@ def load_tokenizer(model_file: str | Path, output_neurons: int) -> spm.SentenceP
     Raises:
         UserError: not a sentencepiece model, more tokens than outputs, or other special ids.
     """
+    if reason := why_unreadable(model_file):
+        raise UserError(f"{model_file} is not a sentencepiece model: {reason}.")
     try:
         tokenizer = spm.SentencePieceProcessor(model_file=str(model_file))
     except (OSError, RuntimeError) as error:

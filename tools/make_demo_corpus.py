@@ -21,6 +21,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from common.errors import in_words
 from common.files import atomic_write
 from corpora.librispeech import SAMPLE_RATE, list_split
 from corpora.synthetic import room, speech
@@ -217,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         root = make_demo_corpus(**vars(parser.parse_args(arguments)))
     except (RuntimeError, ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {in_words(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)

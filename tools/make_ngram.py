@@ -24,7 +24,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TextIO
 
-from common.errors import EXIT_USER_ERROR, UserError
+from common.errors import EXIT_USER_ERROR, UserError, in_words
 from common.files import atomic_write
 from text.tokenizer import UNK_ID, check_letter_case
 from text.tokenizer import load_tokenizer as load_sentencepiece
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentences = _split(read_sentences(arguments.text), arguments.tokenizer)
         model = estimate(sentences, arguments.order)
     except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     try:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from speechbrain.utils.edit_distance import wer_details_for_batch
 
-from common.errors import EXIT_USER_ERROR
+from common.errors import EXIT_USER_ERROR, in_words
 from common.files import atomic_write
 from common.tables import format_number, markdown_table
 from inference.scoring.bootstrap import central_interval, resampled_rates
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with atomic_write(options.markdown) as file:
                 file.write(report)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"training.compare: {error}\n")
+        sys.stderr.write(f"training.compare: {in_words(error)}\n")
         sys.exit(EXIT_USER_ERROR)
     sys.stdout.write(report)
 

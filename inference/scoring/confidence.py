@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import rankdata
 from speechbrain.utils.edit_distance import alignment, op_table
 
-from common.errors import EXIT_USER_ERROR, UserError
+from common.errors import EXIT_USER_ERROR, UserError, in_words
 from inference.scoring.reports import read_hypotheses
 from inference.transcript import Word
 
@@ -73,7 +73,8 @@ def read_pairs(folder: str | os.PathLike, split: str) -> list[tuple[str, list[Wo
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder}: evaluate.py left no scores of {split} here that can be read: {error}"
+            f"{folder}: evaluate.py left no scores of {split} here that can be read: "
+            f"{in_words(error)}"
         ) from error
 
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             pair for folder in arguments.folders for pair in read_pairs(folder, arguments.split)
         ]
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     area = confidence_area(pairs, arguments.ignore_case)
     words = sum(len(found) for _, found in pairs)

@@ -59,7 +59,7 @@ def test_merging_the_same_utterance_twice_is_an_error_that_names_both_files(tmp_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "has the columns"),
+        ("", "a.csv is no manifest: it is empty"),
         ("ID,duration,wav,spk_id,wrd\na,1.0,x.flac,1,\xff\n", "not a manifest row .*utf-8"),
         ("id,text\na,b\n", "has the columns"),
         ("ID,duration,wav,spk_id,wrd\na,1.0,x.flac,1\n", "line 2: not a manifest row"),

@@ -162,7 +162,7 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [(None, "no text file"), (b"\xff\xfe\x00", "UTF-8"), (b"\n", "no words")],
+        [(None, "there is no such file"), (b"\xff\xfe\x00", "UTF-8"), (b"\n", "no words")],
     )
     def test_a_bad_text_is_one_line_and_status_2(self, content, message, tmp_path, capsys):
         source = tmp_path / "a.txt"

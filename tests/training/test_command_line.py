@@ -162,7 +162,7 @@ def test_a_required_key_left_open_is_named(yaml_file):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"No such hyperparameter file: .*conmanba\.yaml"):
+    with pytest.raises(UserError, match=r"hyperparameter file .*conmanba\.yaml: there is no such"):
         load_hparams(str(tmp_path / "conmanba.yaml"), {})
 
 
@@ -316,7 +316,7 @@ def answer_of(*arguments):
     [
         ([], "YAML_FILE_OR_RUN"),
         (["docs"], "docs has no recipe.yaml"),
-        (["no.yaml"], "No such hyperparameter file: no.yaml"),
+        (["no.yaml"], "hyperparameter file no.yaml: there is no such file"),
         ([FILE], "--data_folder /path/to/LibriSpeech"),
         ([FILE, "--data_folder", "x", "--lr_adma", "1"], "Did you mean lr_adam"),
         ([FILE, "--data_folder", "x", "--seed", "null"], "--seed is None; it must be an integer"),

@@ -5,7 +5,15 @@ import pytest
 from common.errors import UserError
 from tests.ctc_runs import CONMAMBA
 from training.launch.command_line import load_hparams
-from training.launch.settings import DEFAULTS, SETTINGS, check_setting, check_together
+from training.launch.settings import (
+    DEFAULTS,
+    INPUT_FILES,
+    PATHS,
+    SETTINGS,
+    check_inputs,
+    check_setting,
+    check_together,
+)
 
 REFUSED = {
     "seed": None,
@@ -135,3 +143,36 @@ def test_what_an_object_refuses_is_one_message(tmp_path, key, value, message):
     given = {"data_folder": "x", "output_folder": str(tmp_path), "num_encoder_layers": 1}
     with pytest.raises(UserError, match=message):
         load_hparams(str(CONMAMBA), given | {key: value})
+
+
+def test_every_key_of_a_path_is_of_something_to_read_or_of_the_run():
+    read = {*INPUT_FILES, "data_folder", "pretrained_lm_tokenizer_path"}
+    assert PATHS - read == {"output_folder", "save_folder", "train_log"}
+
+
+@pytest.mark.parametrize("key", [*INPUT_FILES, "data_folder", "pretrained_lm_tokenizer_path"])
+def test_a_path_that_is_not_there_is_named_with_its_key(key, tmp_path):
+    path = str(tmp_path / "gone")
+    pattern = f"^{key} {path}: there is no such (file|folder). Give "
+    with pytest.raises(UserError, match=pattern):
+        check_inputs({key: path}, test_only=False)
+    check_inputs({key: None}, test_only=False)
+
+
+def test_each_path_of_a_list_is_looked_for(tmp_path):
+    (tmp_path / "text").write_text("ONE", encoding="utf-8")
+    given = {"train_text": [str(tmp_path / "text"), str(tmp_path / "gone")]}
+    with pytest.raises(UserError, match=r"^train_text .*gone: there is no"):
+        check_inputs(given, test_only=False)
+    # What was trained on may be gone when the model is evaluated.
+    check_inputs(given, test_only=True)
+
+
+def test_a_name_on_the_hub_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_inputs({"pretrained_lm_tokenizer_path": "owner/name"}, test_only=False)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").touch()
+    for wrong in ("owner/name", "name", "./owner/other", "a/b/c"):
+        with pytest.raises(UserError, match=f"^pretrained_lm_tokenizer_path {wrong}: "):
+            check_inputs({"pretrained_lm_tokenizer_path": wrong}, test_only=False)

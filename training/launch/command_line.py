@@ -19,6 +19,7 @@ from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml.scalarbool import ScalarBoolean
 
 from common.errors import EXIT_USER_ERROR, WRITER_FAILED, Interrupted, UserError
+from common.files import require_file
 from training.launch.key_help import keys_as_text
 from training.launch.lasting_output import lasting_output
 from training.launch.run_options import IN_USE, option_actions
@@ -27,6 +28,8 @@ from training.launch.settings import (
     NEEDED_OBJECTS,
     SETTINGS,
     VERBATIM,
+    check_inputs,
+    check_places,
     check_setting,
     check_together,
 )
@@ -203,16 +206,37 @@ def check_arguments(description: str, argv: Sequence[str] | None = None) -> None
 
     def check(argv: Sequence[str]) -> None:
         line = parse_command_line(argv, description)
-        check_keys(line.param_file, line.overrides, Path(sys.argv[0]).name)
+        plain = check_keys(line.param_file, line.overrides, Path(sys.argv[0]).name)
+        # Of several processes one asks, as the recipes do later.
+        if os.environ.get("RANK", "0") == "0":
+            test_only = line.run_options.get("test_only", False)
+            check_inputs(plain, test_only)
+            if not test_only:
+                check_places(plain)
+            check_init_from(line)
 
     run_script(check, argv)
 
 
-def check_keys(param_file: str, overrides: dict, script: str | None = None) -> None:
+def check_init_from(line: CommandLine) -> None:
+    """Checks the file of first weights.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if line.init_from is not None:
+        advice = "Give a file of model weights, such as save/averaged/model.ckpt of a run."
+        require_file("--init_from", line.init_from, advice)
+
+
+def check_keys(param_file: str, overrides: dict, script: str | None = None) -> dict:
     """Checks the keys of a file and what replaces them, before anything is built.
 
     Args:
         script: name of the script that is to train the file.
+
+    Returns:
+        the values that hold, as far as they refer to no others.
 
     Raises:
         UserError: no such file, not HyperPyYAML, the file of another script, an unknown key, a
@@ -238,6 +262,7 @@ def check_keys(param_file: str, overrides: dict, script: str | None = None) -> N
             check_setting(key, written[key], f"{param_file}: ")
     plain = {key: value for key, value in written.items() if not tag_of(value)}
     check_together(plain | overrides, f"{param_file}: ")
+    return plain | overrides
 
 
 def parse_overrides(arguments: Sequence[str], switches: Sequence[str] = ()) -> dict:

@@ -1,11 +1,14 @@
 """Keys of the YAML files whose values are checked before anything is built, read or written."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import require_file, require_folder, require_place
 from text.tokenizer import BOS_ID, EOS_ID, TOKEN_TYPES, UNK_ID, UNKNOWN_CHARACTERS
 
 
@@ -248,6 +251,23 @@ DEFAULTS = {
 """Keys that a file may lack, and what holds then."""
 
 
+_TEXT = "Give text with one sentence per line, plain or .gz, or a manifest (.csv)."
+INPUT_FILES = {
+    "kenlm_model_path": "Give an n-gram of words as an ARPA file (python -m tools.make_ngram makes "
+    "one), or null to search without.",
+    "token_ngram_path": "Give an n-gram of tokens (python -m tools.make_ngram --tokenizer makes "
+    "one), or null to search without.",
+    "tokenizer_path": "Give the recogniser's save/tokenizer.model, or null to train a tokenizer on "
+    "the text.",
+    "train_text": _TEXT,
+    "valid_text": _TEXT,
+    "test_text": _TEXT,
+}
+"""Keys of files that have to be there, with what to give."""
+
+_OF_TRAINING = ("tokenizer_path", "train_text")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
 NEEDED_OBJECTS = {
     *(
         "compute_features",
@@ -281,6 +301,50 @@ def check_setting(key: str, value: object, where: str) -> None:
     setting = SETTINGS.get(key)
     if setting is not None and setting.refuses(value):
         raise UserError(f"{where}{key} is {value!r}; {setting}.{setting.hint}")
+
+
+def check_inputs(values: Mapping[str, Any], test_only: bool) -> None:
+    """Checks that the files and folders that keys name are there and can be read.
+
+    Args:
+        values: of the keys.
+        test_only: nothing is trained, and what only training reads may be gone.
+
+    Raises:
+        UserError: names the key and its path, and says what is wrong and what to give.
+    """
+    for key, advice in INPUT_FILES.items():
+        if test_only and key in _OF_TRAINING:
+            continue
+        paths = values.get(key) or []
+        for path in [paths] if isinstance(paths, str) else paths:
+            require_file(key, path, advice)
+    if folder := values.get("data_folder"):
+        require_folder("data_folder", folder, "Give the folder that holds the splits.")
+    source = values.get("pretrained_lm_tokenizer_path")
+    is_read = source and not (test_only and values.get("no_lm"))
+    if is_read and (Path(source).exists() or not _HUB_NAME.fullmatch(source)):
+        advice = (
+            "Give a folder with lm.ckpt and tokenizer.ckpt (train_LM.py makes one), a name on the "
+            "Hugging Face hub (owner/name), or null."
+        )
+        require_folder("pretrained_lm_tokenizer_path", source, advice)
+
+
+def check_places(values: Mapping[str, Any]) -> None:
+    """Checks that what a training leaves has a place.
+
+    Args:
+        values: of the keys.
+
+    Raises:
+        UserError: see ``common.files.require_place``.
+    """
+    for key in ("output_folder", "save_folder"):
+        if values.get(key):
+            require_place(key, values[key])
+    if values.get("train_log"):
+        require_place("train_log", Path(values["train_log"]).parent)
 
 
 def check_together(values: Mapping[str, Any], where: str) -> None:

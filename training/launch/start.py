@@ -12,7 +12,12 @@ from speechbrain.utils.run_opts import RunOptions
 
 from common.files import atomic_write
 from training.launch.allocator import keep_freed_memory
-from training.launch.command_line import CommandLine, load_hparams, parse_command_line
+from training.launch.command_line import (
+    CommandLine,
+    check_init_from,
+    load_hparams,
+    parse_command_line,
+)
 from training.launch.devices import (
     check_device,
     check_forced_backend,
@@ -20,8 +25,9 @@ from training.launch.devices import (
     distributed_backend_for,
     own_device,
 )
+from training.launch.processes import on_main
 from training.launch.run_options import OF_ONE_START
-from training.launch.settings import PATHS
+from training.launch.settings import PATHS, check_inputs, check_places
 from training.launch.yaml_file import RECIPE_FILE, as_text, resolved_text, with_overrides
 
 UNCAUSED_WARNINGS = (
@@ -63,7 +69,17 @@ def start_run(
     if options.device == "cpu":
         keep_freed_memory()
     ddp_init_group(options)
+    on_main(_check_paths, line, hparams, options.test_only)
     return line, hparams, options
+
+
+def _check_paths(line: CommandLine, hparams: Mapping, test_only: bool) -> None:
+    check_inputs(hparams, test_only)
+    check_init_from(line)
+    if not test_only:
+        check_places(hparams)
+        # The other folders are made with what lies in them.
+        Path(hparams["train_log"]).parent.mkdir(parents=True, exist_ok=True)
 
 
 def run_options(line: CommandLine, hparams: Mapping) -> RunOptions:

@@ -11,6 +11,7 @@ from hyperpyyaml.core import recursive_update
 from ruamel.yaml.comments import CommentedMap, TaggedScalar
 
 from common.errors import UserError
+from common.files import require_file
 from training.launch.settings import PATHS
 
 RECIPE_FILE = "recipe.yaml"
@@ -26,13 +27,13 @@ def read_yaml(path: str | Path) -> CommentedMap:
     Raises:
         UserError: no such file, or one that is not a mapping in YAML.
     """
-    if not Path(path).is_file():
-        raise UserError(f"No such hyperparameter file: {path}. See hparams/ for the ones at hand.")
+    require_file("hyperparameter file", path, "See hparams/ for the ones at hand.")
     try:
         document = ruamel.yaml.YAML().load(Path(path).read_text(encoding="utf-8"))
-        document.keys()
-    except (OSError, ruamel.yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+    except (ruamel.yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a YAML file of keys and values: {error}") from None
+    if not isinstance(document, CommentedMap):
+        raise UserError(f"{path} is not a YAML file of keys and values: it has no keys.")
     return document
 
 

@@ -224,9 +224,6 @@ def _text_described(hparams: Mapping) -> Described:
 
 
 def _files_described(texts: list[str]) -> Described:
-    for path in texts:
-        if not Path(path).is_file():
-            raise UserError(f"There is no text file {path}.")
     digests = " ".join(file_digest(path) for path in texts)
     return {"files": " ".join(texts), "sha256": text_digest(digests)}
 
@@ -246,7 +243,7 @@ def prepare_tokenizer(line: CommandLine, hparams: Mapping, tokenizer_file: Path)
         as the tokenizer asks for.
 
     Raises:
-        UserError: there is no such file, the text does not support the tokenizer, or the run's
+        UserError: the file is no tokenizer, the text does not support the tokenizer, or the run's
             checkpoints were trained with another one.
     """
     keep = partial(keep_tokenizer, tokenizer_file, checkpointer=hparams["checkpointer"])
@@ -254,11 +251,6 @@ def prepare_tokenizer(line: CommandLine, hparams: Mapping, tokenizer_file: Path)
     follows = "output_neurons" not in line.overrides
     characters = hparams["token_type"] == "char"
     if source is not None:
-        if not Path(source).is_file():
-            raise UserError(
-                f"tokenizer_path {source} is no file. Give the recogniser's save/tokenizer.model, "
-                "or null to train a tokenizer on the text."
-            )
         num_tokens = load_tokenizer(
             source, MOST_CHARACTERS if follows else outputs
         ).get_piece_size()
@@ -279,9 +271,7 @@ def prepare_tokenizer(line: CommandLine, hparams: Mapping, tokenizer_file: Path)
             train_tokenizer(sentences, tokenizer_file, **limits)
 
         # A corpus of gigabytes is told by its size, not read.
-        sizes = [
-            [Path(path).name, Path(path).stat().st_size] for path in texts if Path(path).is_file()
-        ]
+        sizes = [[Path(path).name, Path(path).stat().st_size] for path in texts]
         keep(settings, [hparams["tokenizer_sentences"], *sizes], train)
         wanted = load_tokenizer(tokenizer_file, MOST_CHARACTERS).get_piece_size()
     if not follows:

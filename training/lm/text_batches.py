@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
+from common.files import why_unreadable
 from corpora.manifest import read_manifest
 from text.tokenizer import BOS_ID, EOS_ID, UNK_ID, tokens_of
 from training.launch.interrupts import UndisturbedWorker
@@ -34,8 +35,8 @@ def read_sentences(paths: Sequence[str | Path]) -> Iterator[str]:
         UserError: a file that is missing, damaged or not text.
     """
     for path in map(Path, paths):
-        if not path.is_file():
-            raise UserError(f"There is no text file {path}.")
+        if reason := why_unreadable(path):
+            raise UserError(f"The text {path}: {reason}.")
         if path.suffix == ".csv":
             try:
                 lines = iter([row.wrd for row in read_manifest(path)])
