@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from speechbrain.lobes.features import Fbank as SpeechBrainFbank
-from speechbrain.processing.features import STFT, Filterbank, spectral_magnitude
+from speechbrain.processing.features import STFT, Filterbank
 from speechbrain.utils.autocast import fwd_default_precision
 from torch import Tensor
 
@@ -194,7 +194,9 @@ class Fbank(SpeechBrainFbank):
         if stft.window.device != wav_BS.device:
             # No buffer: SpeechBrain moves it anew for every batch, and a GPU waits for it.
             stft.window = stft.window.to(wav_BS.device)
-        return self.compute_fbanks(spectral_magnitude(stft(wav_BS)))
+        # SpeechBrain's power, but for how it sums two numbers, which takes five times as long.
+        squares_BTF2 = stft(wav_BS).square()
+        return self.compute_fbanks(squares_BTF2[..., 0] + squares_BTF2[..., 1])
 
     def _floored(self, feats_BTM: Tensor, padding_BT1: Tensor | None = None) -> Tensor:
         valid_BTM = feats_BTM

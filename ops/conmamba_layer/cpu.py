@@ -78,7 +78,7 @@ class _Layer(ctypes.Structure):
 class _Streams(ctypes.Structure):
     _fields_ = [
         ("layer", ctypes.POINTER(_Layer)),
-        *((name, ctypes.c_void_p) for name in ("x", "seen", "next_seen", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("x", "seen", "next_seen")),
         ("mixer", chunk_cpu.Chunk),
     ]
 
@@ -169,18 +169,14 @@ class Layer:
             torch.empty_like, (conv_state, ssm_state, seen_BLD)
         )
         batch, frames, _ = x_BTD.shape
-        library, layer = _kernel.load(), ctypes.byref(self._layer)
-        size = library.conmamba_layer_scratch(layer, ctypes.c_int64(batch), ctypes.c_int64(frames))
-        scratch = x_BTD.new_empty(size)
         streams = _Streams(
             ctypes.pointer(self._layer),
             y_BTD.data_ptr(),
             seen_BLD.data_ptr(),
             next_seen_BLD.data_ptr(),
-            scratch.data_ptr(),
             self._directions.chunk(batch, frames, conv_state, ssm_state, next_conv, next_ssm),
         )
-        library.conmamba_layer(ctypes.byref(streams))
+        _kernel.load().conmamba_layer(ctypes.byref(streams))
         return y_BTD, next_conv, next_ssm, next_seen_BLD
 
     def _keep(self, x: Tensor | None) -> Tensor | None:

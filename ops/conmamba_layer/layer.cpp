@@ -43,7 +43,6 @@ struct Streams {
   float* x;          // (batch, frames, width), replaced by the output
   const float* seen; // (batch, left, width): inputs of the convolution before these frames
   float* next_seen;
-  float* scratch;    // as many as conmamba_layer_scratch says
   Chunk mixer;       // xz and y are set here
 };
 
@@ -89,12 +88,19 @@ void normalise(const Norm& norm, const float* x, float* y, int64_t width, int64_
 struct Work {
   explicit Work(const Streams& s)
       : s(s), rows(s.mixer.batch * s.mixer.frames), width(s.layer->width) {
-    const int64_t inner = s.layer->ffn1.inner.outputs, xz = s.layer->in_proj.outputs;
-    normed = s.scratch;
-    wide = normed + rows * width;
-    added = wide + rows * std::max({inner, xz, 2 * width});
-    mixed = added + rows * width;
-    seen = mixed + rows * xz / 2;
+    const int64_t xz = s.layer->in_proj.outputs;
+    const int64_t inner = std::max(s.layer->ffn1.inner.outputs, s.layer->ffn2.inner.outputs);
+    // Kept for the next layer: fresh pages for each would take a tenth of its time.
+    static thread_local Scratch scratch;
+    scratch.release();
+    const auto take = [&](int64_t n) {
+      return reinterpret_cast<float*>(scratch.take(ceil_divide(n, W)));
+    };
+    normed = take(rows * width);
+    wide = take(rows * std::max({inner, xz, 2 * width}));
+    added = take(rows * width);
+    mixed = take(rows * xz / 2);
+    seen = take((s.mixer.batch * s.layer->left + rows) * width);
   }
 
   template <class Body>
@@ -192,12 +198,6 @@ struct Work {
 };
 
 }  // namespace
-
-EXPORT int64_t conmamba_layer_scratch(const Layer* layer, int64_t batch, int64_t frames) {
-  const int64_t inner = layer->ffn1.inner.outputs, xz = layer->in_proj.outputs;
-  const int64_t row = 2 * layer->width + std::max({inner, xz, 2 * layer->width}) + xz / 2;
-  return batch * (frames * row + (layer->left + frames) * layer->width);
-}
 
 EXPORT void conmamba_layer(const Streams* streams) {
   const Work work(*streams);

@@ -3,7 +3,7 @@
 // frames from the last to the first, from nothing. A unit of work is one item of the batch; nothing
 // is summed across items.
 //
-// Letters as in arguments.py. Vectors run over channels, in the scan over its state.
+// Letters as in arguments.py. Vectors run over channels.
 #include "../simd.h"
 
 struct Way {
@@ -31,16 +31,41 @@ struct Chunk {
 
 namespace {
 
-// The parameters in vectors of channels (A in vectors of states), padded with zeros.
+// State of a block of channels, (channel, state) in memory and here a vector of channels for each
+// state. ``h`` is scratch after a store.
+void load_state(const float* from, int64_t channels, int64_t states, vf* h) {
+  if (channels < W || states % W) {
+    for (int64_t s = 0; s < states; ++s) h[s] = load_some(from + s, channels, states);
+    return;
+  }
+  for (int64_t first = 0; first < states; first += W) {
+    for (int i = 0; i < W; ++i) h[first + i] = load(from + i * states + first);
+    transpose(h + first);
+  }
+}
+
+void store_state(float* to, int64_t channels, int64_t states, vf* h) {
+  if (channels < W || states % W) {
+    for (int64_t s = 0; s < states; ++s)
+      for (int64_t i = 0; i < smaller(channels, W); ++i) to[i * states + s] = h[s][i];
+    return;
+  }
+  for (int64_t first = 0; first < states; first += W) {
+    transpose(h + first);
+    for (int i = 0; i < W; ++i) store(to + i * states + first, h[first + i]);
+  }
+}
+
+// The parameters in vectors of channels, padded with zeros; A for exponentials to base 2.
 struct Parameters {
   Parameters(const Chunk& chunk, const Way& way) {
-    const int64_t blocks = ceil_divide(chunk.dim, W), parts = ceil_divide(chunk.state, W);
+    const int64_t blocks = ceil_divide(chunk.dim, W);
     taps.resize(chunk.taps * blocks);
     dt_proj.resize(chunk.rank * blocks);
     conv_bias.resize(blocks);
     dt_bias.resize(blocks);
     D.resize(blocks);
-    A.resize(chunk.dim * parts);
+    A.resize(chunk.state * blocks);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = b * W, n = chunk.dim - first;
       for (int64_t j = 0; j < chunk.taps; ++j)
@@ -50,11 +75,10 @@ struct Parameters {
       conv_bias[b] = way.conv_bias ? load_some(way.conv_bias + first, n) : vf{};
       dt_bias[b] = load_some(way.dt_bias + first, n);
       D[b] = load_some(way.D + first, n);
+      vf* A_b = A.data() + b * chunk.state;
+      load_state(way.A_log + first * chunk.state, n, chunk.state, A_b);
+      for (int64_t s = 0; s < chunk.state; ++s) A_b[s] = exponential(A_b[s]) * -1.44269504f;
     }
-    for (int64_t e = 0; e < chunk.dim; ++e)
-      for (int64_t v = 0; v < parts; ++v)
-        A[e * parts + v] =
-            -exponential(load_some(way.A_log + e * chunk.state + v * W, chunk.state - v * W));
     const int64_t rows = chunk.rank + 2 * chunk.state;
     x_proj.resize(ceil_divide(rows, W) * chunk.dim);
     for (int64_t first = 0; first < rows; first += W)
@@ -70,22 +94,19 @@ struct Parameters {
 // What a unit computes in; u and projected for all frames.
 struct Room {
   Room(const Chunk& chunk, Scratch& scratch) {
-    const int64_t blocks = ceil_divide(chunk.dim, W), parts = ceil_divide(chunk.state, W);
+    const int64_t blocks = ceil_divide(chunk.dim, W);
     scratch.release();
     u = scratch.take(chunk.frames * blocks);
     projected = scratch.take(chunk.frames * ceil_divide(chunk.rank + 2 * chunk.state, W));
-    dt = scratch.take(blocks);
-    B = scratch.take(parts);
-    C = scratch.take(parts);
     before = reinterpret_cast<float*>(scratch.take((chunk.taps - 1) * blocks));
-    h = reinterpret_cast<float*>(scratch.take(ceil_divide(chunk.dim * chunk.state, W)));
+    h = scratch.take(chunk.state);
     // Inputs of the convolution by age: those of frames, behind those before the first.
     inputs = reinterpret_cast<const float**>(
         scratch.take(ceil_divide((chunk.frames + chunk.taps - 1) * 2, W)));
   }
 
-  vf *u, *dt, *projected, *B, *C;
-  float *before, *h;
+  vf *u, *projected, *h;
+  float* before;
   const float** inputs;
 };
 
@@ -115,55 +136,42 @@ void project(const Chunk& chunk, const Parameters& parameters, const Room& room,
   }
 }
 
-// A frame of the scan, whose state goes from h to next: y = (y + output, gated) * share.
-void scan(const Chunk& chunk, const Parameters& parameters, const Room& room, int64_t frame,
-          const float* h_before, float* h_after, const float* z, float* y, bool adds, float share) {
-  const int64_t blocks = ceil_divide(chunk.dim, W), parts = ceil_divide(chunk.state, W);
-  const int64_t outputs = ceil_divide(chunk.rank + 2 * chunk.state, W);
-  const vf* u_vectors = room.u + frame * blocks;
-  const float* projected = reinterpret_cast<const float*>(room.projected + frame * outputs);
-  for (int64_t b = 0; b < blocks; ++b) {
+// The scan of a block of channels over all frames, backwards from nothing if it is the second
+// direction, whose output is added. With N, the usual size, the state stays in registers.
+template <int N>
+void scan(const Chunk& chunk, const Parameters& parameters, const Room& room, int64_t item, int64_t b,
+          bool second) {
+  const int64_t blocks = ceil_divide(chunk.dim, W), first = b * W, n = chunk.dim - first;
+  const int64_t outputs = ceil_divide(chunk.rank + 2 * chunk.state, W), states = N ? N : chunk.state;
+  const float share = 1.0f / chunk.directions;
+  const vf* A = parameters.A.data() + b * states;
+  const int64_t state = (item * chunk.dim + first) * states;
+  vf registers[N ? N : 1];
+  vf* h = N ? registers : room.h;
+  for (int64_t s = 0; s < states; ++s) h[s] = vf{};
+  if (!second) load_state(chunk.ssm_state + state, n, states, h);
+  for (int64_t t = 0; t < chunk.frames; ++t) {
+    const float* projected = reinterpret_cast<const float*>(room.projected + t * outputs);
+    const float *B = projected + chunk.rank, *C = B + states;
+    const vf u = room.u[t * blocks + b];
     vf dt = parameters.dt_bias[b];
-    for (int64_t r = 0; r < chunk.rank; ++r)
-      dt += projected[r] * parameters.dt_proj[r * blocks + b];
-    room.dt[b] = softplus(dt);
-  }
-  for (int64_t v = 0; v < parts; ++v) {
-    room.B[v] = load_some(projected + chunk.rank + v * W, chunk.state - v * W);
-    room.C[v] = load_some(projected + chunk.rank + chunk.state + v * W, chunk.state - v * W);
-  }
-  const float* dt = reinterpret_cast<const float*>(room.dt);
-  const float* u = reinterpret_cast<const float*>(u_vectors);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = b * W, n = chunk.dim - first;
-    vf products[W] = {};
-    if (chunk.state == W && n >= W) {
-      // The usual size, in registers alone.
-      const vf B = room.B[0], C = room.C[0], input = room.dt[b] * u_vectors[b];
+    for (int64_t r = 0; r < chunk.rank; ++r) dt += projected[r] * parameters.dt_proj[r * blocks + b];
+    dt = softplus(dt);
+    const vf input = dt * u;
+    // Several sums, none of which waits for the one before.
+    vf sums[4] = {parameters.D[b] * u};
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) {
-        const int64_t at = (first + i) * W;
-        const vf decay = exponential(parameters.A[first + i] * dt[first + i]);
-        const vf h = load(h_before + at) * decay + B * input[i];
-        store(h_after + at, h);
-        products[i] = h * C;
-      }
-    } else {
-      for (int64_t i = 0; i < smaller(W, n); ++i) {
-        const int64_t e = first + i, at = e * chunk.state;
-        for (int64_t v = 0; v < parts; ++v) {
-          const int64_t left = chunk.state - v * W;
-          const vf decay = exponential(parameters.A[e * parts + v] * dt[e]);
-          const vf h = load_some(h_before + at + v * W, left) * decay + room.B[v] * (dt[e] * u[e]);
-          store_some(h_after + at + v * W, h, left);
-          products[i] += h * room.C[v];
-        }
-      }
+    for (int64_t s = 0; s < states; ++s) {
+      h[s] = h[s] * exp2_of_product(A[s], dt) + input * B[s];
+      sums[s % 4] += h[s] * C[s];
     }
-    const vf gate = load_some(z + first, n);
-    const vf out = (sum_each(products) + parameters.D[b] * u_vectors[b]) * gate * sigmoid(gate) * share;
-    store_some(y + first, adds ? out + load_some(y + first, n) : out, n);
+    const int64_t at = item * chunk.frames + (second ? chunk.frames - 1 - t : t);
+    const vf gate = load_some(chunk.xz + (2 * at + 1) * chunk.dim + first, n);
+    const vf out = (sums[0] + sums[1] + (sums[2] + sums[3])) * gate * sigmoid(gate) * share;
+    float* y = chunk.y + at * chunk.dim + first;
+    store_some(y, second ? out + load_some(y, n) : out, n);
   }
+  if (!second) store_state(chunk.next_ssm_state + state, n, states, h);
 }
 
 // One direction over all frames of an item; the second one, which adds, starts from nothing.
@@ -186,18 +194,11 @@ void run(const Chunk& chunk, const Parameters& parameters, const Room& room, int
   for (; t + 8 <= frames; t += 8) project<8>(chunk, parameters, room, t);
   for (; t + 4 <= frames; t += 4) project<4>(chunk, parameters, room, t);
   for (; t < frames; ++t) project<1>(chunk, parameters, room, t);
-  const float* h = chunk.ssm_state + item * dim * chunk.state;
-  float* next = chunk.next_ssm_state + item * dim * chunk.state;
-  if (second) {
-    for (int64_t i = 0; i < dim * chunk.state; ++i) room.h[i] = 0.0f;
-    h = next = room.h;
-  }
-  for (t = 0; t < frames; ++t) {
-    const float* z = xz + place(t) * 2 * dim + dim;
-    float* y = chunk.y + (item * frames + place(t)) * dim;
-    scan(chunk, parameters, room, t, h, next, z, y, second, 1.0f / chunk.directions);
-    h = next;
-  }
+  for (int64_t b = 0; b < blocks; ++b)
+    if (chunk.state == 16)
+      scan<16>(chunk, parameters, room, item, b, second);
+    else
+      scan<0>(chunk, parameters, room, item, b, second);
   if (second) return;
   float* next_conv = chunk.next_conv_state + item * dim * before;
   for (int64_t j = 0; j < before; ++j)

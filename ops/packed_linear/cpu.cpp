@@ -24,9 +24,11 @@ constexpr int ROWS = 10;
 constexpr int ROWS = 5;
 #endif
 
-// R rows of x times the V * W outputs that start with the output ``first``.
+// R rows of x times the V * W outputs that start with the output ``first``. ``ahead`` are weights to
+// be fetched meanwhile, null for none.
 template <int R, int V>
-INLINE void tile(const Call& call, const float* packed, int64_t row, int64_t first) {
+INLINE void tile(const Call& call, const float* packed, const float* ahead, int64_t row,
+                 int64_t first) {
   const int64_t n = call.outputs - first;
   vf sum[R][V];
   for (int v = 0; v < V; ++v) {
@@ -34,7 +36,10 @@ INLINE void tile(const Call& call, const float* packed, int64_t row, int64_t fir
     for (int r = 0; r < R; ++r) sum[r][v] = bias;
   }
   const float* x = call.x + row * call.inputs;
-  for (int64_t k = 0; k < call.inputs; ++k) {
+  const int64_t step = ahead ? W : 0;
+  if (!ahead) ahead = packed;
+  for (int64_t k = 0; k < call.inputs; ++k, ahead += step) {
+    __builtin_prefetch(ahead, 0, 2);
     vf weight[V];
     for (int v = 0; v < V; ++v) weight[v] = load(packed + k * BLOCK + v * W);
     for (int r = 0; r < R; ++r) {
@@ -49,18 +54,20 @@ INLINE void tile(const Call& call, const float* packed, int64_t row, int64_t fir
 }
 
 template <int R>
-void rows_of_block(const Call& call, const float* packed, int64_t row, int64_t first) {
+void rows_of_block(const Call& call, const float* packed, const float* ahead, int64_t row,
+                   int64_t first) {
   if (call.outputs - first > W)
-    tile<R, VECTORS>(call, packed, row, first);
+    tile<R, VECTORS>(call, packed, ahead, row, first);
   else
-    tile<R, 1>(call, packed, row, first);
+    tile<R, 1>(call, packed, ahead, row, first);
 }
 
 template <int R>
-void rest_of_rows(const Call& call, const float* packed, int64_t row, int64_t first) {
+void rest_of_rows(const Call& call, const float* packed, const float* ahead, int64_t row,
+                  int64_t first) {
   if constexpr (R > 0) {
-    if (call.rows - row == R) return rows_of_block<R>(call, packed, row, first);
-    rest_of_rows<R - 1>(call, packed, row, first);
+    if (call.rows - row == R) return rows_of_block<R>(call, packed, ahead, row, first);
+    rest_of_rows<R - 1>(call, packed, ahead, row, first);
   }
 }
 
@@ -81,12 +88,21 @@ EXPORT void pack_weights(const Call* call) {
 }
 
 EXPORT void packed_linear(const Call* call) {
-  for_each_unit(
-      call->parallel_for, call->threads, ceil_divide(call->outputs, BLOCK), [&](int64_t block) {
-        const int64_t first = block * BLOCK;
-        const float* packed = call->weight + first * call->inputs;
-        int64_t row = 0;
-        for (; row + ROWS <= call->rows; row += ROWS) rows_of_block<ROWS>(*call, packed, row, first);
-        rest_of_rows<ROWS - 1>(*call, packed, row, first);
-      });
+  const int64_t blocks = ceil_divide(call->outputs, BLOCK), block_size = call->inputs * BLOCK;
+  for_each_unit(call->parallel_for, call->threads, blocks, [&](int64_t block) {
+    const int64_t first = block * BLOCK;
+    const float* packed = call->weight + block * block_size;
+    // The first tiles of rows fetch the weights of what is probably this thread's next block: they
+    // come from further away than a processor looks ahead by itself.
+    const bool has_next = block + call->threads < blocks;
+    const float* next = packed + call->threads * block_size;
+    const auto ahead = [&](int64_t row) {
+      const int64_t part = row / ROWS;
+      return has_next && part < VECTORS ? next + part * call->inputs * W : nullptr;
+    };
+    int64_t row = 0;
+    for (; row + ROWS <= call->rows; row += ROWS)
+      rows_of_block<ROWS>(*call, packed, ahead(row), row, first);
+    rest_of_rows<ROWS - 1>(*call, packed, ahead(row), row, first);
+  });
 }
