@@ -97,17 +97,18 @@ def time_errors_s(
 ) -> np.ndarray:
     """How far the words on both sides of each join are from where they are in the single file.
 
-    Words that both have count, with the worse of their two times. A last word that is held through
-    the pause ends, as in the single file, with its utterance.
+    A word counts that both have beside the same neighbour, with the worse of its two times.
     """
     errors = []
     for index, start, words in zip(joined.order, joined.starts, found, strict=True):
         alone, offset_s = single[index].words, start / rate
         for place in (0, -1):
-            if words and alone and words[place].text == alone[place].text:
-                end_s = min(words[place].end_s - offset_s, single[index].duration_s)
+            beside = slice(2) if place == 0 else slice(-2, None)
+            pairs = [[word.text for word in side[beside]] for side in (words, alone)]
+            if words and pairs[0] == pairs[1]:
                 late = abs(words[place].start_s - offset_s - alone[place].start_s)
-                errors.append(round(max(late, abs(end_s - alone[place].end_s)), 3))
+                longer = abs(words[place].end_s - offset_s - alone[place].end_s)
+                errors.append(round(max(late, longer), 3))
     return np.array(errors)
 
 

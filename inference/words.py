@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from inference.transcript import Token, Word
 from text.tokenizer import WORD_MARK
 
+# How long a model holds a token depends on the quiet behind it, when it finds one does not.
+_TOKEN_S = 0.08
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -31,7 +34,8 @@ def words_of(
 ) -> tuple[tuple[Word, ...], tuple[Token, ...]]:
     """Words and tokens with their times and confidences.
 
-    A word lasts from the first frame of its first token to the last frame of its last one. Its
+    A token lasts from the first frame that it has to the last one, and at most for 0.08 s or a
+    frame. A word lasts from the start of its first token to the end of its last one. Its
     confidence is the geometric mean of its tokens' confidences; that of a token is the highest
     posterior probability that the CTC branch gives it in its frames. Words that have no place share
     the time between their neighbours, with confidence 0.
@@ -49,20 +53,28 @@ def words_of(
     def seconds(frame: int) -> float:
         return min(round(frame * frame_s, 3), duration_s)
 
+    longest = max(1, math.floor(_TOKEN_S / frame_s + 1e-6))
+
+    def end_s(start_frame: int, end_frame: int) -> float:
+        return seconds(min(end_frame, start_frame + longest))
+
     found: list[Word | None] = []
     for text, group in zip(words, _tokens_of_words(words, placed), strict=True):
-        starts = [token.start_frame for token in group if token.start_frame is not None]
-        ends = [token.end_frame for token in group if token.end_frame is not None]
-        if not starts or not ends:
+        spans = [
+            (token.start_frame, token.end_frame)
+            for token in group
+            if token.start_frame is not None and token.end_frame is not None
+        ]
+        if not spans:
             found.append(None)
             continue
         confidence = math.exp(sum(token.log_prob for token in group) / len(group))
-        found.append(Word(text, seconds(starts[0]), seconds(ends[-1]), min(1.0, confidence)))
+        found.append(Word(text, seconds(spans[0][0]), end_s(*spans[-1]), min(1.0, confidence)))
     tokens = tuple(
         Token(
             token.piece,
             seconds(token.start_frame),
-            seconds(token.end_frame),
+            end_s(token.start_frame, token.end_frame),
             min(1.0, math.exp(token.log_prob)),
         )
         for token in placed

@@ -65,23 +65,35 @@ def test_tokens_that_spell_another_text_leave_every_word_its_share(pieces, words
 
 def test_words_without_a_place_share_the_gap():
     placed = [
-        Placed("▁ON", 0, 2, math.log(0.5)),
-        Placed("E", 2, 4, math.log(0.125)),
+        Placed("▁ON", 0, 1, math.log(0.5)),
+        Placed("E", 3, 4, math.log(0.125)),
         *(Placed(piece, None, None, -math.inf) for piece in ("▁TWO", "▁TH", "REE")),
-        Placed("▁FOUR", 20, 25, 0.0),
+        Placed("▁FOUR", 20, 21, 0.0),
     ]
     words, tokens = words_of(["ONE", "TWO", "THREE", "FOUR"], placed, 0.1, 2.4)
     assert [(w.text, w.start_s, w.end_s, w.is_placed) for w in words] == [
         ("ONE", 0.0, 0.4, True),
         ("TWO", 0.4, pytest.approx(1.2), False),
         ("THREE", pytest.approx(1.2), 2.0, False),
-        ("FOUR", 2.0, 2.4, True),
+        ("FOUR", 2.0, 2.1, True),
     ]
     assert [w.confidence for w in words] == [pytest.approx(0.25), 0, 0, 1.0]
     assert [t.text for t in tokens] == ["▁ON", "E", "▁FOUR"]
 
 
 def test_a_piece_of_two_words_is_in_both():
-    placed = [Placed("▁OF▁THE", 3, 5, 0.0), Placed("M", 6, 7, 0.0)]
+    placed = [Placed("▁OF▁THE", 3, 4, 0.0), Placed("M", 6, 7, 0.0)]
     words, _ = words_of(["OF", "THEM"], placed, 0.1, 1.0)
-    assert [(w.start_s, w.end_s) for w in words] == [(0.3, 0.5), (0.3, 0.7)]
+    assert [(w.start_s, w.end_s) for w in words] == [(0.3, 0.4), (0.3, 0.7)]
+
+
+@pytest.mark.parametrize(("frame_s", "longest_s"), [(0.02, 0.08), (0.04, 0.08), (0.1, 0.1)])
+def test_a_token_that_is_held_ends_all_the_same(frame_s, longest_s):
+    placed = [Placed("▁A", 2, 3, 0.0), Placed("B", 4, 30, -0.1), Placed("▁C", 31, 32, 0.0)]
+    words, tokens = words_of(["AB", "C"], placed, frame_s, 5.0)
+    assert [token.end_s - token.start_s for token in tokens] == pytest.approx(
+        [frame_s, longest_s, frame_s]
+    )
+    assert words[0].start_s == pytest.approx(2 * frame_s)
+    assert words[0].end_s == pytest.approx(4 * frame_s + longest_s)
+    assert words[1].start_s == pytest.approx(31 * frame_s)
