@@ -7,7 +7,6 @@ import argparse
 import difflib
 import errno
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from common.errors import EXIT_USER_ERROR, WRITER_FAILED, Interrupted, UserError
 from common.files import require_file
 from training.launch.key_help import keys_as_text
 from training.launch.lasting_output import lasting_output
+from training.launch.parts import check_parts
 from training.launch.run_options import IN_USE, option_actions
 from training.launch.settings import (
     DEFAULTS,
@@ -33,8 +33,15 @@ from training.launch.settings import (
     check_setting,
     check_together,
 )
-from training.launch.suggestions import describe_unknown, misspelt, similar_argument
-from training.launch.yaml_file import RECIPE_FILE, is_open, read_yaml, resolved_text, tag_of
+from training.launch.suggestions import describe_unknown, misspelt
+from training.launch.yaml_file import (
+    RECIPE_FILE,
+    is_open,
+    read_yaml,
+    resolved_text,
+    tag_of,
+    with_overrides,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -312,6 +319,7 @@ def load_hparams(param_file: str, overrides: dict) -> dict:
         UserError: see ``check_keys``; or an object that refuses its arguments.
     """
     check_keys(param_file, overrides)
+    check_parts(with_overrides(param_file, overrides), param_file)
     try:
         hparams = load_hyperpyyaml(resolved_text(param_file, overrides))
     except (ImportError, ValueError) as error:
@@ -320,7 +328,7 @@ def load_hparams(param_file: str, overrides: dict) -> dict:
         if (part := _part_that_failed(error)) is None:
             raise
         raise UserError(
-            f"{param_file}: {part} cannot be made with these values: {_first_words(error, part)}"
+            f"{param_file}: {part} cannot be made with these values: {_first_words(error)}"
         ) from error
     return DEFAULTS | hparams
 
@@ -334,11 +342,9 @@ def _part_that_failed(error: Exception) -> str | None:
     return part
 
 
-def _first_words(error: Exception, part: str) -> str:
+def _first_words(error: Exception) -> str:
     """What a constructor said; HyperPyYAML puts a line of its own before it."""
     words = str(error.args[-1]) if error.args else ""
-    if unexpected := re.search(r"unexpected keyword argument '(\w+)'", words):
-        return f"it takes no {unexpected[1]}.{similar_argument(part, unexpected[1])}"
     return f"{words} ({type(error).__name__})"
 
 

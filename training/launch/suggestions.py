@@ -1,8 +1,6 @@
 """What somebody may have meant who wrote a key that a YAML file does not have."""
 
 import difflib
-import inspect
-import pydoc
 from collections.abc import Mapping
 
 from ruamel.yaml.comments import TaggedScalar
@@ -83,12 +81,6 @@ def misspelt(key: str, written: Mapping) -> str:
         return ""
     missing = SETTINGS.keys() - written.keys()
     return next(iter(difflib.get_close_matches(key, missing, n=1, cutoff=0.9)), "")
-
-
-def similar_argument(part: str, name: str) -> str:
-    """A sentence with what a class or function calls an argument that it does not take."""
-    close = difflib.get_close_matches(name, inspect.signature(pydoc.locate(part)).parameters, n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def reference(node: object) -> str:
