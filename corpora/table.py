@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,14 @@ from corpora.checking import (
     default_num_workers,
     lines_of,
 )
-from corpora.librispeech import SAMPLE_RATE, Problem, Utterance, printable, unusable_name
+from corpora.librispeech import (
+    HELD_OUT_SUFFIX,
+    SAMPLE_RATE,
+    Problem,
+    Utterance,
+    printable,
+    unusable_name,
+)
 from corpora.manifest import RECORD_NAME, merge_manifests, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -42,15 +49,29 @@ COLUMNS = {
 
 @dataclass
 class TableSplit:
-    """The utterances of a table that belong to one split; paths are relative to its folder."""
+    """The utterances of a table that belong to one split; paths are relative to its folder.
+
+    Attributes:
+        has_speakers: the table has a column of speakers; else each utterance is one.
+    """
 
     name: str
     utterances: list[Utterance] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    has_speakers: bool = False
 
 
 def find_table(folder: str | Path, split: str) -> Path | None:
-    """The table ``<split>.csv``, ``.tsv`` or ``.jsonl`` in a folder, if there is one."""
+    """The table ``<split>.csv``, ``.tsv`` or ``.jsonl`` in a folder, if there is one.
+
+    The table of ``<split>-held-out`` is that of ``<split>``, unless it has one of its own.
+    """
+    if split.endswith(HELD_OUT_SUFFIX):
+        return _table(folder, split) or _table(folder, split.removesuffix(HELD_OUT_SUFFIX))
+    return _table(folder, split)
+
+
+def _table(folder: str | Path, split: str) -> Path | None:
     paths = [Path(folder) / f"{split}{suffix}" for suffix in TABLE_SUFFIXES]
     return next((path for path in paths if path.is_file()), None)
 
@@ -81,7 +102,7 @@ def read_table(
             for key, name in names.items()
         }
         name = split or values.get("split") or path.stem
-        part = splits.setdefault(name, TableSplit(name))
+        part = splits.setdefault(name, TableSplit(name, has_speakers="speaker" in names))
         audio = os.path.join(audio_folder or "", values["path"])
         key = values.get("id") or os.path.splitext(values["path"])[0].strip("./").replace("/", "-")
         key = unicodedata.normalize("NFC", key)
@@ -115,6 +136,7 @@ def prepare_tables(
     merge_name: str | None = None,
     sample_rate: int = SAMPLE_RATE,
     resample: bool = False,
+    held_out_speakers: Sequence[str | int] = (),
     skip_bad: bool = False,
     verify: bool = False,
     num_workers: int | None = None,
@@ -131,6 +153,8 @@ def prepare_tables(
         merge_lst: splits whose manifests are also written as one.
         merge_name: file name of that one.
         sample_rate, resample, verify: see `corpora.audio.check_audio`.
+        held_out_speakers: speakers that the splits of ``merge_lst`` leave out, and that alone are
+            in the split ``<split>-held-out`` of a table ``<split>``.
         skip_bad: leave unusable utterances out instead of failing.
         num_workers: threads that read audio.
         noprogressbar: no progress bar.
@@ -141,11 +165,13 @@ def prepare_tables(
     Raises:
         PreparationError: recordings or transcripts are missing, empty, unreadable or wrongly
             sampled.
-        ValueError: see `read_table`; or two tables have one split. No manifest is left for a split
+        ValueError: see `read_table`; speakers that cannot be held out; or two tables have one
+            split. No manifest is left for a split
             that could not be prepared.
     """
     folder = Path(save_folder)
     parts: dict[str, tuple[Path, TableSplit]] = {}
+    held_out = set(map(str, held_out_speakers))
     for name, table in tables.items():
         for part in read_table(table, name or None, audio_folder):
             if part.name in parts:
@@ -156,6 +182,7 @@ def prepare_tables(
             if target.resolve() == Path(table).resolve():
                 raise ValueError(f"{target} is the table itself: choose another --save_folder.")
             parts[part.name] = Path(table), part
+    _hold_out(parts, set(merge_lst), held_out)
     folder.mkdir(parents=True, exist_ok=True)
     record = PreparationRecord(folder, RECORD_NAME)
     counts, problems = {}, []
@@ -166,6 +193,7 @@ def prepare_tables(
                 "table": file_digest(table),
                 "audio": _digest_of(table.parent, part.utterances),
                 "options": [str(audio_folder or ""), sample_rate, resample, skip_bad, verify],
+                **({"held_out": sorted(held_out)} if held_out else {}),
             }
             if record.is_current(f"{name}.csv", made_from):
                 counts[name] = record.note(f"{name}.csv", "utterances")
@@ -208,6 +236,43 @@ def prepare_tables(
     if merge_name and list(merge_lst) != [Path(merge_name).stem]:
         merge_manifests([folder / f"{name}.csv" for name in merge_lst], folder / merge_name)
     return counts
+
+
+def _hold_out(
+    parts: dict[str, tuple[Path, TableSplit]], training: set[str], speakers: set[str]
+) -> None:
+    """Put the other speakers' utterances in the place of training splits, theirs in the new ones.
+
+    Raises:
+        ValueError: a table does not say who speaks, or there are no such speakers, or no others.
+    """
+    found: set[str] = set()
+    for name, (table, part) in parts.items():
+        is_new = name.endswith(HELD_OUT_SUFFIX) and table.stem != name
+        if is_new and not speakers:
+            raise ValueError(f"{name} needs held_out_speakers: there is no table of that name.")
+        if not speakers or not (is_new or name in training):
+            continue
+        if not part.has_speakers:
+            raise ValueError(
+                f"held_out_speakers needs a column of speakers, and {table} has none. It may be "
+                f"called {', '.join(COLUMNS['speaker'])}."
+            )
+        found |= {utterance.speaker for utterance in part.utterances}
+        kept = [u for u in part.utterances if (u.speaker in speakers) == is_new]
+        if part.utterances and not kept:
+            which = "none" if is_new else "every speaker"
+            raise ValueError(f"held_out_speakers names {which} of {table}; {name} would be empty.")
+        # What is wrong is said of the table once.
+        parts[name] = (
+            table,
+            replace(part, utterances=kept, problems=[] if is_new else part.problems),
+        )
+    if missing := sorted(speakers - found):
+        raise ValueError(
+            f"held_out_speakers names {', '.join(missing)}, no speaker of the training splits; "
+            f"these have {', '.join(sorted(found)[:8])}{', ...' if len(found) > 8 else ''}."
+        )
 
 
 def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:

@@ -230,3 +230,42 @@ def test_every_kind_answers_help_without_torch():
         )
         assert done.returncode == 0, done.stderr
         assert "table" in done.stdout
+
+
+class TestHeldOut:
+    def tables(self, folder, rows=ROWS, **names):
+        write(folder / "train.csv", rows, names)
+        splits = ("train", "train-held-out")
+        return {split: find_table(folder, split) for split in splits}
+
+    def prepared(self, folder, speakers, tables):
+        save = folder / "out"
+        prepare_tables(tables, save, merge_lst=["train"], held_out_speakers=speakers)
+        return [[row.spk_id for row in read_manifest(save / f"{name}.csv")] for name in tables]
+
+    def test_speakers_are_a_split_of_their_own(self, folder):
+        tables = self.tables(folder)
+        assert tables["train-held-out"] == tables["train"]
+        assert self.prepared(folder, ["ben, jr"], tables) == [["anna", "anna"], ["ben, jr"]]
+        # Others another time: what was made for these is not current.
+        assert self.prepared(folder, ["anna"], tables) == [["ben, jr"], ["anna", "anna"]]
+
+    def test_a_table_of_that_name_is_a_split_like_others(self, folder):
+        write(folder / "train-held-out.csv", ROWS[2:])
+        tables = self.tables(folder)
+        assert tables["train-held-out"].name == "train-held-out.csv"
+        assert self.prepared(folder, [], tables) == [["anna", "ben, jr", "anna"], ["anna"]]
+
+    @pytest.mark.parametrize(
+        ("speakers", "names", "message"),
+        [
+            ([7, "anna"], {}, "names 7, no speaker of the training splits; these have anna, ben"),
+            (["anna", "ben, jr"], {}, "names every speaker of .*train.csv; train would be empty"),
+            ([], {}, "train-held-out needs held_out_speakers"),
+            (["anna"], {"speaker": "who"}, "needs a column of speakers, and .*train.csv has none"),
+        ],
+    )
+    def test_what_cannot_be_is_said(self, folder, speakers, names, message):
+        with pytest.raises(ValueError, match=message):
+            self.prepared(folder, speakers, self.tables(folder, **names))
+        assert not (folder / "out").exists()

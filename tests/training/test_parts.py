@@ -31,7 +31,7 @@ def refusal(tmp_path, text):
         ),
         (
             "counter: !new:speechbrain.utils.epoch_loop.EpochCounter {limits: 3}",
-            "counter: speechbrain.utils.epoch_loop.EpochCounter takes no limits. Did you mean limit?",
+            "counter: speechbrain.utils.epoch_loop.EpochCounter takes no limits. Did you mean lim",
         ),
         (
             "parts: [!new:torch.nn.Linear {in_feature: 3, out_features: 2}]",

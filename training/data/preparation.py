@@ -67,12 +67,8 @@ def prepare_manifests(hparams: Mapping[str, Any], folder: str | Path, test_only:
         elif tables:
             if Path(hparams["output_folder"]).resolve() == Path(hparams["data_folder"]).resolve():
                 raise ValueError("The manifests would replace the tables: give an --output_folder.")
-            if hparams["held_out_speakers"]:
-                raise ValueError(
-                    "held_out_speakers is for LibriSpeech's layout: put these speakers of "
-                    f"{hparams['data_folder']} into a table of their own"
-                )
-            prepare_tables(tables, folder, **options)
+            held_out = hparams["held_out_speakers"]
+            prepare_tables(tables, folder, held_out_speakers=held_out, **options)
         else:
             prepare_librispeech(
                 hparams["data_folder"],
