@@ -16,11 +16,12 @@ venv: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
+	@echo "Installing PyTorch, SpeechBrain and the rest into $(VENV): some minutes, 5 GB"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar off --quiet -e '.[dev,demo,media,wandb,tensorboard]'
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install --progress-bar off -qq -e '.[dev,demo,media,wandb,tensorboard]'
 	@# kenlm is compiled on installation: where no compiler is at hand everything but the n-gram works.
-	-@$(BIN)/python -m pip install --progress-bar off --quiet -e '.[ngram]' 2>/dev/null || echo "kenlm was not installed (no compiler?): n-gram decoding stays off"
+	-@$(BIN)/python -m pip install --progress-bar off -qq -e '.[ngram]' 2>/dev/null || echo "kenlm was not installed (no compiler?): n-gram decoding stays off"
 	@touch $@
 
 demo: venv

@@ -6,9 +6,10 @@ python -m corpora.prepare table train.tsv dev.tsv --audio_folder clips --resampl
 
 import argparse
 import logging
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from common.errors import EXIT_USER_ERROR, in_words
@@ -92,10 +93,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         "\nTo train on them:\n  python train_CTC.py hparams/CTC/conmamba_small.yaml "
         f"--skip_prep True{rates} --data_folder {shlex.quote(str(tables[0].parent))} "
-        f"--output_folder {shlex.quote(save_folder)} \\\n    --train_splits '[...]' "
-        f"--dev_splits '[...]' --test_splits '[...]'   # of {', '.join(counts)}"
+        f"--output_folder {shlex.quote(save_folder)} \\\n"
+        f"    --train_splits {_named(counts, 'train')} --dev_splits {_named(counts, 'dev', 'val')} "
+        f"--test_splits {_named(counts, 'test')}"
+        f"   # of {', '.join(counts)}"
     )
     return 0
+
+
+def _named(splits: Iterable[str], *beginnings: str) -> str:
+    """The splits that are called so, as a value for the command line; dots where there is none."""
+    names = [x for x in splits if x.startswith(beginnings) and re.fullmatch(r"[\w.-]+", x)]
+    return f"'[{', '.join(names) or '...'}]'"
 
 
 if __name__ == "__main__":

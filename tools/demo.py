@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     print(results_table(splits))
     print(f"\nLearning curves:   {output / 'curves.png'}")
     print(f"Where it errs:     {output / 'errors_test-other.txt'}")
-    print(f"\nIn {audio.name} was said: {' '.join(reference)}")
+    print(f"\nWhat is said in {audio.name}: {' '.join(reference)}")
     run(["transcribe.py", str(output), str(corpus / audio.relative_to(REPOSITORY / corpus))])
     print("\nTo try next:")
     for comment, command in (

@@ -194,10 +194,14 @@ def _split(sentences: Iterable[str], tokenizer_file: str | None) -> Iterator[lis
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.make_ngram",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("text", nargs="+", help="text files, plain or .gz, or manifests (.csv)")
-    parser.add_argument("--order", type=int, default=3, help="words in the longest n-gram")
+    parser.add_argument(
+        "--order", type=int, default=3, help="words in the longest n-gram (default: 3)"
+    )
     parser.add_argument("--output", required=True, type=Path, help="the ARPA file to write")
     parser.add_argument("--tokenizer", help="sentencepiece model: an n-gram of its tokens")
     arguments = parser.parse_args(argv)

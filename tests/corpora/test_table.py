@@ -198,6 +198,7 @@ def test_the_command_line_prepares_and_says_how_to_train(folder, capsys, monkeyp
     assert main([*arguments, "--audio_folder", "clips"]) == 0
     printed = capsys.readouterr().out
     assert "--skip_prep True --data_folder . --output_folder out" in printed
+    assert "--train_splits '[train]' --dev_splits '[...]' --test_splits '[...]'" in printed
     assert len(read_manifest(folder / "out" / "train.csv")) == 2
     assert main(["table", "train.tsv", *arguments[1:], "--split", "a"]) == 2
     assert "--split names one table" in capsys.readouterr().err

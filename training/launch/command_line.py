@@ -306,8 +306,10 @@ def parse_overrides(arguments: Sequence[str], switches: Sequence[str] = ()) -> d
                 # A folder may be called 2024-06-01, 007 or 1e3.
                 overrides[key] = ruamel.yaml.YAML(typ="base", pure=True).load(text)
         except ruamel.yaml.YAMLError as error:
+            quotes = f" Quote lists and mappings: --{key} '[...]'." if text.startswith(("[", "{")) else ""
             raise UserError(
-                f"The value of --{key} is not valid YAML: {text!r} ({error})."
+                f"The value of --{key} is not valid YAML: {text!r} "
+                f"({getattr(error, 'problem', None) or error}).{quotes}"
             ) from None
     return overrides
 
