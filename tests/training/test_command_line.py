@@ -76,7 +76,9 @@ def test_a_value_without_a_key_is_named():
 
 
 def test_a_value_that_is_not_yaml_is_named():
-    with pytest.raises(UserError, match="value of --a is not valid YAML.*Quote lists and mappings"):
+    with pytest.raises(
+        UserError, match=r"value of --a is not valid YAML.*Quote lists and mappings"
+    ):
         parse_overrides(["--a", "[1, 2"])
 
 

@@ -306,10 +306,11 @@ def parse_overrides(arguments: Sequence[str], switches: Sequence[str] = ()) -> d
                 # A folder may be called 2024-06-01, 007 or 1e3.
                 overrides[key] = ruamel.yaml.YAML(typ="base", pure=True).load(text)
         except ruamel.yaml.YAMLError as error:
-            quotes = f" Quote lists and mappings: --{key} '[...]'." if text.startswith(("[", "{")) else ""
+            quotes = f" Quote lists and mappings: --{key} '[...]'."
             raise UserError(
                 f"The value of --{key} is not valid YAML: {text!r} "
-                f"({getattr(error, 'problem', None) or error}).{quotes}"
+                f"({getattr(error, 'problem', None) or error})."
+                f"{quotes if text.startswith(('[', '{')) else ''}"
             ) from None
     return overrides
 
