@@ -33,6 +33,8 @@ OFFICIAL_NUM_UTTERANCES = {
 
 TRANSCRIPT_SUFFIX = ".trans.txt"
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+
 HELD_OUT_SUFFIX = "-held-out"
 """``<split>-held-out`` is the part of ``<split>`` that training leaves to validation."""
 
@@ -107,7 +109,10 @@ def find_data_root(data_folder: str | Path, splits: Sequence[str] = ()) -> Path:
     hint = ""
     if _has_chapters(folder):
         hint = f" {folder} looks like one split: give the folder above it."
-    found = sorted(entry.name for entry in _visible(folder))[:8]
+    names = sorted(entry.name for entry in _visible(folder))
+    if tables := [name for name in names if name.endswith(TABLE_SUFFIXES)]:
+        hint = f" Tables are prepared by python -m corpora.prepare table {folder / tables[0]}."
+    found = names[:8]
     raise ValueError(
         f"{folder} is not LibriSpeech: no <split>/<speaker>/<chapter>/ folders with"
         f" audio and {TRANSCRIPT_SUFFIX} files in it or in its LibriSpeech folder"

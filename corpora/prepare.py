@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from common.errors import EXIT_USER_ERROR, in_words
-from corpora.librispeech import SAMPLE_RATE
-from corpora.table import COLUMNS, TABLE_SUFFIXES, prepare_tables
+from corpora.librispeech import SAMPLE_RATE, TABLE_SUFFIXES
+from corpora.table import COLUMNS, prepare_tables
 
 
 def build_parser() -> argparse.ArgumentParser:

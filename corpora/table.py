@@ -26,6 +26,7 @@ from corpora.checking import (
 from corpora.librispeech import (
     HELD_OUT_SUFFIX,
     SAMPLE_RATE,
+    TABLE_SUFFIXES,
     Problem,
     Utterance,
     printable,
@@ -34,8 +35,6 @@ from corpora.librispeech import (
 from corpora.manifest import RECORD_NAME, merge_manifests, write_manifest
 
 logger = logging.getLogger(__name__)
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 COLUMNS = {
     "path": ("path", "audio", "wav", "file", "filename", "file_name", "audio_filepath"),

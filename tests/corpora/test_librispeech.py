@@ -39,14 +39,17 @@ def test_only_folders_laid_out_like_a_split_count_as_splits(root):
     assert find_splits(root) == sorted(SPLITS)
 
 
-@pytest.mark.parametrize("place", ["missing", "file", "empty", "split"])
+@pytest.mark.parametrize("place", ["missing", "file", "empty", "tables", "split"])
 def test_a_folder_without_librispeech_is_refused_with_what_was_found(root, tmp_path, place):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "dev.tsv").write_text("")
     folder, message = {
         "missing": (tmp_path / "missing", "does not exist"),
         "file": (tmp_path / "file", "is not a folder"),
         "empty": (tmp_path / "empty", "is not LibriSpeech.*found: nothing"),
+        "tables": (tmp_path / "tables", "corpora.prepare table .*dev.tsv"),
         "split": (root / "dev-clean", "found: 101.*looks like one split"),
     }[place]
     with pytest.raises(ValueError, match=message):
