@@ -89,7 +89,7 @@ def report_choice(backends: Backends, small_call: Callable) -> bool:
             name = backends.name(backends.choose("auto", device, small_call(device)))
         except ValueError as error:
             healthy, name = False, f"none: {error}"
-        print(f"  {backends.operation:<18} {device.type:<5} {name}")
+        print(f"  {backends.operation:<18} on {device.type:<5} {name}")
     return healthy
 
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{platform.machine()}, {torch.get_num_threads()} threads, "
         f"devices: {', '.join(device.type for device in devices())}"
     )
-    print(f"{OVERRIDE}={os.environ.get(OVERRIDE, '')}")
+    print(f"{OVERRIDE}: {os.environ.get(OVERRIDE) or 'not set, the fastest that can is used'}")
     operations = (
         (SCAN_BACKENDS, "scan", small_scan),
         (CONV_BACKENDS, "conv", small_conv),
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     healthy = True
     for operation in operations:
         healthy &= diagnose(*operation)
-    print("\nchosen by auto")
+    print("\nused")
     for backends, _, small_call in operations:
         healthy &= report_choice(backends, small_call)
     return 0 if healthy else 1

@@ -180,7 +180,7 @@ def test_the_doctor_names_every_backend_and_the_choice(capsys, monkeypatch):
     printed = capsys.readouterr().out
     for name in BACKENDS.names:
         assert f"  {name} " in printed
-    assert re.search(r"selective_scan +cpu +torch", printed)
+    assert re.search(r"selective_scan +on cpu +torch", printed)
     monkeypatch.setenv("MAMBA_ASR_SCAN", "nonsense")
     assert doctor.main([]) == 1
 
