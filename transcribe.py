@@ -17,6 +17,7 @@ from common.errors import UserError
 from inference import Transcript
 from inference.audio import AudioError
 from inference.command_line import (
+    UnusableName,
     add_model_options,
     check_model,
     exit_status,
@@ -123,8 +124,12 @@ def transcribe(arguments: argparse.Namespace) -> int:
             text = FORMATS[name](result, source.name if name == "json" else source.title)
             if folder is not None:
                 path = folder / f"{source.stem}.{name}"
-                made_folder(path.parent)
-                write_text(path, text)
+                try:
+                    made_folder(path.parent)
+                    write_text(path, text)
+                except UnusableName as error:
+                    failures.append(str(error))
+                    break
             elif name == "txt" and len(sources) > 1:
                 _print(f"{source.name}\t{text}")
             else:

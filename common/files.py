@@ -34,7 +34,8 @@ def atomic_write(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[I
         The stream; newlines are written as given.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    # A name may be as long as names can be.
+    temporary = path.with_name(f".{path.name[:48]}.{secrets.token_hex(8)}")
     # Not tempfile: its files may be read by nobody else, whatever the umask says.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 100, 655_350
 """In Hz. The highest is what FLAC can name; below the lowest there is no speech."""
 
+MAX_CHANNELS = 1024
+"""What libsndfile reads. An array with more has its axes the other way round."""
+
 MEDIA_SUFFIXES = frozenset(
     {".3gp", ".aac", ".amr", ".avi", ".m4a", ".m4b", ".mkv", ".mov", ".mp4", ".webm", ".wma"}
 )
@@ -114,6 +117,11 @@ def with_channels(samples: np.ndarray, name: str) -> np.ndarray:
         raise AudioError(
             f"{name}: samples are {samples.dtype} of shape {samples.shape}; wanted numbers of "
             "shape (S,) or (S, channels)"
+        )
+    if samples.ndim == 2 and samples.shape[1] > MAX_CHANNELS:
+        raise AudioError(
+            f"{name}: samples of shape {samples.shape} would have {samples.shape[1]} channels; "
+            "wanted (S, channels): give their transpose"
         )
     return samples[:, None] if samples.ndim == 1 else samples
 
@@ -226,7 +234,13 @@ def _opened(source: Any) -> tuple[str, Any, int]:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "audio", _InMemory(source), len(source)
     if not isinstance(source, (str, os.PathLike)):
-        name, content = getattr(source, "name", None), source.read()
+        content = source.read() if hasattr(source, "read") else None
+        if not isinstance(content, bytes):
+            raise AudioError(
+                f"audio is {type(source).__name__}; wanted a file's path, its bytes, a file open "
+                "for reading in binary mode, or, of transcribe alone, an array of samples"
+            )
+        name = getattr(source, "name", None)
         return name if isinstance(name, str) else "audio", _InMemory(content), len(content)
     path = Path(source)
     try:
@@ -242,6 +256,8 @@ def _opened(source: Any) -> tuple[str, Any, int]:
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise AudioError(f"{source}: {reason}") from None
+    except ValueError as error:
+        raise AudioError(f"{str(source)!r}: is no name of a file ({error})") from None
 
 
 def _read_with_soundfile(

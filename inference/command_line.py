@@ -1,6 +1,7 @@
 """What the command lines of transcribe.py and evaluate.py have in common; without torch."""
 
 import argparse
+import errno
 import io
 import logging
 import math
@@ -213,16 +214,25 @@ def report_failures(failures: Sequence[str], what: str) -> int:
     return EXIT_BAD_AUDIO if failures else 0
 
 
+class UnusableName(UserError):
+    """A file or folder cannot have this name; others can be written."""
+
+
+_OF_THE_NAME = (errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR)
+
+
 def made_folder(folder: Path) -> Path:
     """A folder that is made if it is not there.
 
     Raises:
-        UserError: it cannot be.
+        UserError: it cannot be, or nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}.") from None
+        raise _unusable(error, f"{folder} cannot be made") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be written to: {os.strerror(errno.EACCES)}.")
     return folder
 
 
@@ -236,7 +246,12 @@ def write_text(path: Path, text: str) -> None:
         with atomic_write(path) as stream:
             stream.write(text)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        raise _unusable(error, f"{path} cannot be written") from None
+
+
+def _unusable(error: OSError, what: str) -> UserError:
+    kind = UnusableName if error.errno in _OF_THE_NAME else UserError
+    return kind(f"{what}: {error.strerror}.")
 
 
 def exit_status(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:

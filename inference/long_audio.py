@@ -74,11 +74,11 @@ def cut_at_pauses(wav_S: np.ndarray, sample_rate: int, max_s: float = 30.0) -> l
     Raises:
         ValueError: ``max_s`` leaves no room for the overlap.
     """
-    if max_s < MIN_SEGMENT_S:
+    if not max_s >= MIN_SEGMENT_S:
         raise ValueError(f"max_s is {max_s}; pieces must be at least {MIN_SEGMENT_S:g} s long.")
-    longest, overlap = round(max_s * sample_rate), round(_OVERLAP_S * sample_rate)
-    if len(wav_S) <= longest:
+    if len(wav_S) <= max_s * sample_rate:
         return [Piece(0, len(wav_S), len(wav_S))]
+    longest, overlap = round(max_s * sample_rate), round(_OVERLAP_S * sample_rate)
     step = round(_FRAME_S * sample_rate)
     level_T = _level_db(wav_S, step)
     loudest_T = maximum_filter1d(level_T, round(_PAUSE_S / _FRAME_S))

@@ -158,7 +158,7 @@ class Recognizer:
     ) -> np.ndarray:
         """The waveform (S,) that the model takes; arguments as in ``transcribe``."""
         if isinstance(audio, (np.ndarray, Tensor)):
-            samples = audio.detach().cpu().numpy() if isinstance(audio, Tensor) else audio
+            samples = _as_array(audio) if isinstance(audio, Tensor) else audio
             rate = self.sample_rate if sample_rate is None else sample_rate
             return as_waveform(samples, rate, self.sample_rate, channel=channel)
         return load_audio(audio, self.sample_rate, channel)
@@ -449,7 +449,7 @@ class _How:
     progress: Progress
 
     def __post_init__(self) -> None:
-        if self.max_segment_s < MIN_SEGMENT_S:
+        if not self.max_segment_s >= MIN_SEGMENT_S:
             raise UserError(
                 f"max_segment_s is {self.max_segment_s:g}; it must be at least {MIN_SEGMENT_S:g}."
             )
@@ -484,6 +484,15 @@ _CPU_BATCH_S = 30.0
 _WHOLE_PIECE_FRAMES = 4096
 # A longer recording outgrows the caches of a CPU.
 _PLAIN_S = 60.0
+
+
+def _as_array(samples: Tensor) -> np.ndarray:
+    # numpy has no bfloat16.
+    return (
+        samples.detach()
+        .to("cpu", torch.float32 if samples.dtype == torch.bfloat16 else samples.dtype)
+        .numpy()
+    )
 
 
 def _device(name: str | None) -> torch.device:

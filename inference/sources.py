@@ -50,6 +50,9 @@ def find_sources(arguments: Sequence[str]) -> tuple[list[Source], list[str]]:
         if argument == STANDARD_INPUT:
             found.append((sys.stdin.buffer, PurePath("stdin")))
             continue
+        if not argument:
+            problems.append("'': an empty name is no recording")
+            continue
         paths = [argument]
         if not os.path.lexists(argument) and glob.has_magic(argument):
             paths = sorted(glob.glob(argument, recursive=True))
@@ -57,7 +60,8 @@ def find_sources(arguments: Sequence[str]) -> tuple[list[Source], list[str]]:
                 problems.append(f"{_printable(argument)}: no file matches")
         for path in paths:
             if not os.path.isdir(path):
-                found.append((path, PurePath(os.path.basename(path))))
+                # Of a folder that is not there, nothing follows the last slash.
+                found.append((path, PurePath(os.path.basename(path.rstrip(os.sep)) or "audio")))
                 continue
             below = sorted(_recordings_below(path))
             found += [(os.path.join(path, name), PurePath(name)) for name in below]

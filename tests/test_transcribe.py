@@ -188,6 +188,22 @@ def test_what_is_shorter_than_a_frame_has_no_text_in_any_batch(recognizer, recor
     assert recognizer.transcribe_batch(waveforms[:1], search=search) == transcripts[:1]
 
 
+def test_a_result_whose_name_cannot_be_leaves_the_others(run, recordings, tmp_path):
+    content, folder = Path(recordings[0]).read_bytes(), tmp_path / "in"
+    folder.mkdir()
+    (folder / "b.txt").mkdir()
+    names = ["a.flac", "b.flac", "b.txt/c.flac", f"{'n' * 251}.au", "z.flac"]
+    for name in names:
+        (folder / name).write_bytes(content)
+    status, out, err = run(folder, "--output_dir", tmp_path / "out", "--format", "json,txt")
+    assert (status, out) == (1, "")
+    assert "2 could not be transcribed" in err
+    assert "n.json cannot be written: File name too long." in err
+    assert "b.txt cannot be made: File exists." in err
+    text = (tmp_path / "out" / "a.txt").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "z.txt").read_text(encoding="utf-8") == text
+
+
 def test_nothing_but_bad_recordings(run, tmp_path):
     status, out, error = run(tmp_path)
     assert (status, out) == (1, "")

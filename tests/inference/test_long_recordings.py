@@ -89,5 +89,11 @@ def test_each_recording_is_told_to_be_done_once(recognizers, joined, audio_files
 
 
 def test_segments_too_short_for_their_overlap_are_refused(recognizers, joined):
-    with pytest.raises(UserError, match="max_segment_s is 5; it must be at least 12"):
-        recognizers["ctc"].transcribe(joined, max_segment_s=5)
+    for seconds in (5, float("nan")):
+        with pytest.raises(UserError, match=f"max_segment_s is {seconds}; it must be at least 12"):
+            recognizers["ctc"].transcribe(joined, max_segment_s=seconds)
+
+
+def test_without_a_longest_segment_nothing_is_cut(recognizers, joined, plain):
+    found = recognizers["ctc"].transcribe(joined, max_segment_s=float("inf"))
+    assert_same(found, recognizers["ctc"].transcribe(joined, max_segment_s=1000))

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from common.errors import UserError
 from tests.inference.transcripts import assert_same
@@ -94,6 +95,14 @@ def test_hotwords_are_preferred(recognizer, waveforms):
     assert [word.text for word in found.words] == found.text.split()
     with pytest.raises(UserError, match="'ж'"):
         recognizer.transcribe(waveforms[4], hotwords={"ж": 1.0})
+
+
+def test_samples_are_arrays_and_tensors_of_any_type(recognizers, waveforms):
+    recognizer = recognizers["ctc"]
+    coarse_S = torch.from_numpy(waveforms[4]).bfloat16()
+    wanted = recognizer.transcribe(coarse_S.float().numpy())
+    for samples in (coarse_S, coarse_S.double()[:, None], coarse_S.float().requires_grad_()):
+        assert_same(recognizer.transcribe(samples), wanted)
 
 
 def test_alternatives_differ_from_the_text(recognizer, waveforms):

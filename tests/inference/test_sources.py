@@ -43,9 +43,13 @@ def test_files_and_globs_keep_the_order_of_the_arguments(folder):
 
 
 def test_arguments_that_mean_nothing_are_told(folder):
-    names, problems = found("in/nothing", "*.wav", "missing.wav", "in/b.wav")
-    assert names == ["missing.wav", "in/b.wav"]
-    assert problems == ["in/nothing: no audio in this folder", "*.wav: no file matches"]
+    names, problems = found("in/nothing", "*.wav", "missing.wav", "", "missing/", "in/b.wav")
+    assert names == ["missing.wav", "missing/", "in/b.wav"]
+    assert problems == [
+        "in/nothing: no audio in this folder",
+        "*.wav: no file matches",
+        "'': an empty name is no recording",
+    ]
 
 
 def test_results_never_share_a_name():
