@@ -348,12 +348,12 @@ def _write_split(plan: _Plan, record: PreparationRecord) -> None:
             official,
         )
     hours = sum(row.duration for row in rows) / 3600
-    logger.info("%s: %d utterances, %.2f hours", record.folder / plan.name, len(rows), hours)
+    logger.info("%s: %d utterances, %.2f hours", plan.name, len(rows), hours)
 
 
 def _report(plan: _Plan, record: PreparationRecord) -> None:
     if plan.is_current:
-        logger.info("%s is current", record.folder / plan.name)
+        logger.info("%s is current", plan.name)
     if left_out := record.note(plan.name, "left_out", 0):
         logger.warning(
             "%s: %d unusable utterances were left out (skip_bad)", plan.listing.split, left_out
@@ -375,7 +375,7 @@ def _merge(record: PreparationRecord, splits: Sequence[str], merge_name: str) ->
         record.remove(merge_name)
         raise
     record.add(merge_name, made_from, utterances=count)
-    logger.info("%s: %d utterances", record.folder / merge_name, count)
+    logger.info("%s: %d utterances", merge_name, count)
 
 
 def _prepare_lexicon(
@@ -394,7 +394,7 @@ def _prepare_lexicon(
     count = lexicon.write_lexicon(source, record.folder, seed)
     for name in lexicon.FILES:
         record.add(name, made_from)
-    logger.info("%s: %d pronunciations", record.folder / lexicon.FILES[0], count)
+    logger.info("%s: %d pronunciations", lexicon.FILES[0], count)
 
 
 def _find_lexicon(

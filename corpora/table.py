@@ -227,7 +227,7 @@ def prepare_tables(
         record.add(f"{name}.csv", made_from, utterances=len(rows), left_out=len(bad))
         counts[name] = len(rows)
         hours = sum(row.duration for row in rows) / 3600
-        logger.info("%s: %d utterances, %.2f hours", folder / f"{name}.csv", len(rows), hours)
+        logger.info("%s: %d utterances, %.2f hours", f"{name}.csv", len(rows), hours)
         if bad:
             logger.warning("%s: %d unusable utterances were left out (skip_bad)", name, len(bad))
             for line in lines_of(bad):

@@ -185,7 +185,9 @@ class _Waveform:
     ) -> None:
         check_rate(rate, name)
         if channel is not None and not 0 <= channel < channels:
-            raise AudioError(f"{name}: there is no channel {channel}; it has {channels}, from 0")
+            raise AudioError(
+                f"{name}: there is no channel {channel}; it has {channels}, counted from 0"
+            )
         self.name = name
         self.rate = rate
         self._channels = slice(None) if channel is None else slice(channel, channel + 1)

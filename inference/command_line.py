@@ -196,7 +196,7 @@ def with_progress(
         for source, result in transcribe(progress=progress):
             files += 1
             yield source, result
-    if not noprogressbar:
+    if audio_s and not noprogressbar:
         elapsed_s = time.perf_counter() - started
         print(
             f"{format_duration(audio_s)} of audio in {format_duration(elapsed_s)}: "

@@ -233,7 +233,7 @@ def test_a_channel_is_chosen(run, recognizer, recordings, tmp_path):
     assert run(tmp_path / "a.wav", "--channel", "0")[1] != f"{expected}\n"
     status, _, error = run(tmp_path / "a.wav", "--channel", "2")
     assert status == 1
-    assert "there is no channel 2; it has 2, from 0" in error
+    assert "there is no channel 2; it has 2, counted from 0" in error
 
 
 def test_the_search_is_as_asked_for(run, recognizer, recordings, tmp_path):

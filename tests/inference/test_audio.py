@@ -136,7 +136,7 @@ def test_channels_are_mixed_or_chosen(tmp_path):
     np.testing.assert_allclose(load_audio(tmp_path / "a.wav", SAMPLE_RATE), 0.45 * WAVE, atol=1e-6)
     third = load_audio(tmp_path / "a.wav", SAMPLE_RATE, channel=2)
     np.testing.assert_allclose(third, 0.3 * WAVE, atol=1e-6)
-    with pytest.raises(AudioError, match="no channel 8; it has 8, from 0"):
+    with pytest.raises(AudioError, match="no channel 8; it has 8, counted from 0"):
         load_audio(tmp_path / "a.wav", SAMPLE_RATE, channel=8)
 
 

@@ -410,13 +410,15 @@ class RunBrain(sb.Brain):
             self.read_losses()
             self._read_clock()
             seconds = max(time.perf_counter() - self._stage_started, 1e-9)
-            self._train_stats = {
-                "loss": self.avg_train_loss,
-                f"{self.amount_unit}_per_s": self._amount / seconds,
-                "peak_memory_gib": peak_memory_gib(self.device),
-                "grad_norm": self._last_norm,
-                **{f"{part}_s": value for part, value in self._epoch_seconds.items()},
-            }
+            self._train_stats = {"loss": self.avg_train_loss}
+            # Nothing was trained here where the run goes on behind the last batch of an epoch.
+            if self._amount:
+                self._train_stats |= {
+                    f"{self.amount_unit}_per_s": self._amount / seconds,
+                    "peak_memory_gib": peak_memory_gib(self.device),
+                    "grad_norm": self._last_norm,
+                    **{f"{part}_s": value for part, value in self._epoch_seconds.items()},
+                }
             if self._gpu_use:
                 self._train_stats["gpu_use_percent"] = fmean(self._gpu_use)
             self._train_steps = self.step
