@@ -263,10 +263,11 @@ def _results(run: Path) -> dict[str, Any]:
                 if {"wer", "cer", "words"} <= score.keys()
             },
             "run": dict(content["run"]),
+            # Those of single splits by evaluate.py; a named one has its scores with it.
             "evaluations": {
                 split: str(record["command"])
                 for split, record in content.get("evaluations", {}).items()
-                if record["command"] != content["run"].get("command")
+                if "splits" not in record and record["command"] != content["run"].get("command")
             },
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -165,6 +165,20 @@ def test_training_starts_from_given_weights(run, tone_corpus, tmp_path):
     )
 
 
+def test_first_weights_bring_their_tokens_along(run, tmp_path, capsys):
+    # Characters of another corpus would be numbered by their frequencies there.
+    corpus = make_corpus(tmp_path / "corpus", {"train-clean-100": 4, "dev-clean": 1}, num_words=5)
+    first = ["--init_from", str(run / "save" / "averaged" / "model.ckpt")]
+    folder, keys = tmp_path / "started", {"test_splits": "[]", **ONE_BATCH}
+    assert train([*command_line(corpus, folder, number_of_epochs=1, **keys), *first]) == 0
+    assert train(command_line(corpus, folder, number_of_epochs=2, **keys)) == 0
+    tokens = (run / "save" / "tokenizer.model").read_bytes()
+    assert (folder / "save" / "tokenizer.model").read_bytes() == tokens
+    other = command_line(corpus, tmp_path / "other", token_type="bpe", **keys)
+    assert train([*other, *first]) == EXIT_USER_ERROR
+    assert "Give --token_type char" in capsys.readouterr().err
+
+
 def test_another_front_end_may_leave_fewer_frames(tone_corpus, tmp_path):
     text = CONMAMBA.read_text()
     for old, new in (

@@ -15,6 +15,7 @@ from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.run_opts import RunOptions
 
 from common.errors import UserError
+from common.files import file_digest
 from decoding.pretrained_lm import TOKENIZER_FILE, fetch_pretrained
 from decoding.searches import check_known_words
 from inference.scoring.reports import results_table
@@ -41,7 +42,11 @@ from training.checkpoints.fingerprint import (
     write_fingerprint,
 )
 from training.checkpoints.output_layer import outputs_for, outputs_of_run, with_outputs
-from training.checkpoints.run_tokenizer import copy_tokenizer, keep_tokenizer
+from training.checkpoints.run_tokenizer import (
+    copy_tokenizer,
+    keep_tokenizer,
+    tokenizer_of_weights,
+)
 from training.data.augmentation import SpeedPerturbation
 from training.data.preparation import (
     audio_root,
@@ -118,7 +123,7 @@ def with_input_size(line: CommandLine, hparams: dict) -> tuple[CommandLine, dict
 
 
 def prepare_tokenizer(line: CommandLine, hparams: dict) -> int:
-    """The run's tokenizer file: the language model's, or trained from the training transcripts.
+    """The run's tokenizer file: the language model's, that of the first weights, or a new one.
 
     Returns:
         the outputs that the model is to have: what the user says, or a run began with; else as many
@@ -132,6 +137,9 @@ def prepare_tokenizer(line: CommandLine, hparams: dict) -> int:
     follows = "output_neurons" not in line.overrides
     characters = hparams["token_type"] == "char"
     pretrained = uses_pretrained_tokenizer(hparams)
+    first = None
+    if line.init_from is not None and not pretrained:
+        first = tokenizer_of_weights(line.init_from, hparams["token_type"])
     if pretrained:
         source = hparams["pretrained_lm_tokenizer_path"]
 
@@ -141,15 +149,18 @@ def prepare_tokenizer(line: CommandLine, hparams: dict) -> int:
 
         keep({"tokenizer": "of the language model"}, source, copy)
     else:
-        rows = manifest_rows(Path(hparams["output_folder"]) / train_manifest(hparams))
-        transcripts = [row.wrd for row in rows]
         settings = {name: hparams[name] for name in TOKENIZER_SETTINGS}
         if characters and follows:
             # There are as many as there are.
             del settings["output_neurons"]
-        digest = hashlib.sha256("\n".join(transcripts).encode()).hexdigest()
-        limits = {"output_neurons": MOST_CHARACTERS} | settings
-        keep(settings, digest, partial(train_tokenizer, transcripts, model_file, **limits))
+        if first is not None:
+            keep(settings, file_digest(first), partial(copy_tokenizer, first, model_file))
+        else:
+            rows = manifest_rows(Path(hparams["output_folder"]) / train_manifest(hparams))
+            transcripts = [row.wrd for row in rows]
+            digest = hashlib.sha256("\n".join(transcripts).encode()).hexdigest()
+            limits = {"output_neurons": MOST_CHARACTERS} | settings
+            keep(settings, digest, partial(train_tokenizer, transcripts, model_file, **limits))
     if not follows:
         return outputs
     if hparams["checkpointer"].list_checkpoints():
@@ -158,6 +169,8 @@ def prepare_tokenizer(line: CommandLine, hparams: dict) -> int:
     if pretrained:
         local = Path(hparams["pretrained_lm_tokenizer_path"])
         return outputs_for(local / TOKENIZER_FILE, num_tokens)
+    if first is not None:
+        return outputs_for(first, num_tokens)
     if characters and "token_type" in line.overrides:
         # The number in the file is that of another kind of tokens.
         return num_tokens

@@ -318,3 +318,15 @@ def test_the_model_card_tells_where_the_model_comes_from(run):
     assert ["test-clean", "no"] in [row[:2] for row in rows]
     for name in ("model.safetensors", "tokenizer.model"):
         assert [name, f"`{file_digest(run / 'bundle' / name)}`"] in rows
+
+
+def test_a_named_evaluation_leaves_the_model_card_its_scores(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    results = json.loads((copy / "results.json").read_text())
+    named = {"splits": results["splits"], "settings": {}, "run": results["run"]}
+    results["evaluations"] = {"test-clean_beam2": named}
+    (copy / "results.json").write_text(json.dumps(results))
+    bundle = write_bundle(copy, tmp_path / "bundle")
+    card = (bundle / "README.md").read_text(encoding="utf-8")
+    assert f"{results['splits']['test-clean']['wer']:.2f}" in card
+    assert results["run"]["command"] in card

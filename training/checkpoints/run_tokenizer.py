@@ -54,6 +54,29 @@ def keep_tokenizer(
     record.add(model_file.name, made_from, settings=settings)
 
 
+def tokenizer_of_weights(file: str | Path, token_type: str) -> Path | None:
+    """The tokenizer of the run that weights belong to; None of a file that lies in no run.
+
+    Args:
+        file: ``save/<checkpoint>/model.ckpt`` of a run.
+        token_type: of the run that begins with these weights.
+
+    Raises:
+        UserError: the weights are those of another kind of tokens.
+    """
+    model_file = Path(file).resolve().parent.parent / "tokenizer.model"
+    if not model_file.is_file():
+        return None
+    settings = PreparationRecord(model_file.parent, RECORD_FILE).note(model_file.name, "settings")
+    kind = (settings or {}).get("token_type", token_type)
+    if kind != token_type:
+        raise UserError(
+            f"--init_from {file} has tokens of token_type {kind}, and token_type is {token_type}. "
+            f"Give --token_type {kind}."
+        )
+    return model_file
+
+
 def copy_tokenizer(source: str | Path, model_file: Path) -> None:
     """A copy that appears whole."""
     model_file.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,11 @@ from training.checkpoints.fingerprint import (
     write_fingerprint,
 )
 from training.checkpoints.output_layer import outputs_for, outputs_of_run, with_outputs
-from training.checkpoints.run_tokenizer import copy_tokenizer, keep_tokenizer
+from training.checkpoints.run_tokenizer import (
+    copy_tokenizer,
+    keep_tokenizer,
+    tokenizer_of_weights,
+)
 from training.launch.command_line import CommandLine
 from training.launch.processes import on_main
 from training.launch.run_lock import sole_run
@@ -236,7 +240,9 @@ def paths_of(value: str | Sequence[str] | None) -> list[str]:
 
 
 def prepare_tokenizer(line: CommandLine, hparams: Mapping, tokenizer_file: Path) -> int:
-    """Copies ``tokenizer_path``, or trains a tokenizer on the first sentences of the text.
+    """Copies ``tokenizer_path`` or the tokenizer of the first weights, or trains one.
+
+    One is trained on the first sentences of the text.
 
     Returns:
         the outputs that the model is to have: what the user says, or a run began with; else as many
@@ -272,8 +278,14 @@ def prepare_tokenizer(line: CommandLine, hparams: Mapping, tokenizer_file: Path)
 
         # A corpus of gigabytes is told by its size, not read.
         sizes = [[Path(path).name, Path(path).stat().st_size] for path in texts]
-        keep(settings, [hparams["tokenizer_sentences"], *sizes], train)
+        first = line.init_from and tokenizer_of_weights(line.init_from, hparams["token_type"])
+        if first:
+            keep(settings, file_digest(first), partial(copy_tokenizer, first, tokenizer_file))
+        else:
+            keep(settings, [hparams["tokenizer_sentences"], *sizes], train)
         wanted = load_tokenizer(tokenizer_file, MOST_CHARACTERS).get_piece_size()
+        if first:
+            wanted = outputs_for(first, wanted)
     if not follows:
         return outputs
     if hparams["checkpointer"].list_checkpoints():
