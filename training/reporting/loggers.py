@@ -17,12 +17,14 @@ from common.files import atomic_write
 
 
 class ReadableTrainLogger(FileTrainLogger):
-    """SpeechBrain's ``train_log.txt`` with percentages as they are read: 100.00, not 1.00e+02."""
+    """SpeechBrain's ``train_log.txt`` with numbers as they are read: 100.00, not 1.00e+02."""
 
     PERCENT = ("WER", "CER", "ACC")
 
     def _item_to_string(self, key, value, dataset=None):
-        if isinstance(value, float) and (key in self.PERCENT or 1 <= abs(value) < 1e5):
+        if isinstance(value, float) and (
+            key in self.PERCENT or value == 0 or 0.1 <= abs(value) < 1e5
+        ):
             value = f"{value:.{self.precision}f}"
         return super()._item_to_string(key, value, dataset)
 
