@@ -341,8 +341,8 @@ def _write_split(plan: _Plan, record: PreparationRecord) -> None:
     official = OFFICIAL_NUM_UTTERANCES.get(split)
     if official is not None and found != official:
         logger.warning(
-            "%s holds %d utterances, LibriSpeech's has %d: an incomplete download, or another"
-            " corpus in its layout",
+            "%s holds %d utterances, LibriSpeech's has %d: another corpus in its layout, or an"
+            " incomplete download",
             split,
             found,
             official,

@@ -352,7 +352,7 @@ def fit_schedule(hparams: dict, loaders: Loaders, batches_per_step: int) -> None
         return
     steps = hparams["number_of_epochs"] * -(-loaders.train_sampler.num_whole() // batches_per_step)
     first = schedule.n_warmup_steps + schedule.n_hold_steps + 1
-    if steps < first:
+    if steps < first and if_main_process():
         logger.warning(
             "The learning rate never falls: all epochs have %d optimiser steps, and it rises and "
             "stays for %d (n_warmup_steps, n_hold_steps).",
