@@ -72,9 +72,11 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        # Without the place in sentencepiece's source that it names first.
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
         raise UserError(
             f"A {token_type} tokenizer of output_neurons={output_neurons} tokens cannot be trained "
-            f"on {len(sentences)} transcripts: {str(error).strip().splitlines()[-1]} "
+            f"on {len(sentences)} transcripts: {reason} "
             "Set --output_neurons to what the text supports."
         ) from None
     size = spm.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
