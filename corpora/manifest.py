@@ -49,7 +49,10 @@ def read_manifest(path: str | Path) -> list[ManifestRow]:
         try:
             header = next(reader, [])
             if tuple(header) != ManifestRow._fields:
-                raise ValueError(f"it has the columns {header}, not {list(ManifestRow._fields)}")
+                raise ValueError(
+                    f"it has the columns {header}, not {list(ManifestRow._fields)}; "
+                    "python -m corpora.prepare table makes manifests of tables"
+                )
             for cells in reader:
                 identifier, duration, wav, spk_id, wrd = cells
                 rows.append(ManifestRow(identifier, float(duration), wav, spk_id, wrd))

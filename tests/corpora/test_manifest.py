@@ -61,7 +61,7 @@ def test_merging_the_same_utterance_twice_is_an_error_that_names_both_files(tmp_
     [
         ("", "a.csv is no manifest: it is empty"),
         ("ID,duration,wav,spk_id,wrd\na,1.0,x.flac,1,\xff\n", "not a manifest row .*utf-8"),
-        ("id,text\na,b\n", "has the columns"),
+        ("id,text\na,b\n", "has the columns.*corpora.prepare table"),
         ("ID,duration,wav,spk_id,wrd\na,1.0,x.flac,1\n", "line 2: not a manifest row"),
         ("ID,duration,wav,spk_id,wrd\na,long,x.flac,1,HI\n", "line 2: not a manifest row"),
     ],
