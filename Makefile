@@ -10,7 +10,7 @@ help:
 	@echo "make venv    create $(VENV) with everything the other commands need"
 	@echo "make lint    ruff and mypy: lint, format check, types             make format    ruff: rewrite"
 	@echo "make bench   speed of scan, encoders, decoding, CTC search and preparation, on an idle machine;"
-	@echo "             reports in benchmarks/reports; each part says how long it took"
+	@echo "             about 12 minutes, with reports in benchmarks/reports"
 
 venv: $(VENV)/.installed
 
@@ -42,12 +42,19 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Each part with its minutes on two idle cores.
+BENCH := "scan 2 --report" "encoder 4" "decode 3 --report" "ctc_search 1 --report" "streaming 1 --report" "prepare 1"
+
 bench: venv
-	@for part in "scan --report" encoder "decode --report" "ctc_search --report" "streaming --report" prepare; do \
-		set -- $$part; name=$$1; shift; begun=$$(date +%s); \
-		echo "== python -m benchmarks.bench_$$name $$*"; \
+	@set -- $(BENCH); count=$$#; left=0; parts=; \
+	for part; do set -- $$part; left=$$((left + $$2)); parts="$$parts, $$1 $$2"; done; \
+	echo "make bench takes about $$left minutes on two idle cores: $${parts#, }"; number=0; \
+	for part in $(BENCH); do \
+		set -- $$part; name=$$1; minutes=$$2; shift 2; begun=$$(date +%s); number=$$((number + 1)); \
+		echo "== $$number of $$count: $$name, about $$minutes min (python -m benchmarks.bench_$$name $$*)"; \
 		$(BIN)/python -m benchmarks.bench_$$name "$$@" || exit; \
-		echo "== $$name took $$(( $$(date +%s) - begun )) s"; \
+		left=$$((left - minutes)); \
+		echo "== $$name took $$(( $$(date +%s) - begun )) s; about $$left min are left"; \
 	done
 
 clean:

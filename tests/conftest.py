@@ -1,5 +1,6 @@
 """Fixtures of several test modules."""
 
+import glob
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from tests.generated_corpus import make_corpus
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Two threads, as on the smallest machine that CI has: results of reductions depend on the number.
 torch.set_num_threads(2)
@@ -22,6 +25,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def tone_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Generated corpus with the four splits of the recipes; read only."""
     return make_corpus(tmp_path_factory.mktemp("tones") / "LibriSpeech")
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_checkout_as_it_is() -> Iterator[None]:
+    """A test writes to its own folder alone."""
+    before = set(in_checkout())
+    yield
+    left = sorted(set(in_checkout()) - before)
+    assert not left, f"left in the checkout: {', '.join(left)}"
+
+
+def in_checkout() -> Iterator[str]:
+    """What lies at the top of the checkout and where runs and reports go by default."""
+    for pattern in ("*", "results/*", "results/*/*", "results/*/*/*", "benchmarks/reports/*"):
+        for path in glob.iglob(pattern, root_dir=REPOSITORY):
+            if not path.startswith(("build", "__pycache__")) and not path.endswith(".egg-info"):
+                yield path
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,11 +92,37 @@ def test_make_says_what_each_target_does():
     named = set(phony.split()[1:]) - {"help", "test-all", "format", "clean"}
     assert named <= targets
     assert all(name in done.stdout for name in ("test-all", "format"))
-    bench = subprocess.run(
-        ["make", "-n", "bench"], cwd=REPOSITORY, capture_output=True, text=True
-    ).stdout
-    for name in ("scan --report", "encoder", "decode --report", "ctc_search --report", "prepare"):
-        assert name in bench
+
+
+def test_make_bench_says_beforehand_how_long_it_takes_and_then_how_far_it_is(tmp_path):
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "run $*"\n', encoding="utf-8")
+    python.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    done = subprocess.run(
+        ["make", "bench", f"VENV={tmp_path}", "--old-file", f"{tmp_path}/.installed"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    first, *lines = done.stdout.splitlines()
+    found = re.fullmatch(r"make bench takes about (\d+) minutes on two idle cores: (.*)", first)
+    parts = [part.split() for part in found[2].split(", ")]
+    assert [name for name, _ in parts] == [
+        *("scan", "encoder", "decode", "ctc_search", "streaming", "prepare")
+    ]
+    left = sum(int(minutes) for _, minutes in parts)
+    assert left == int(found[1])
+    help_ = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+    assert f"about {left} minutes" in help_
+    for number, (name, minutes) in enumerate(parts, start=1):
+        begun, run, ended = lines[3 * number - 3 : 3 * number]
+        assert begun.startswith(f"== {number} of 6: {name}, about {minutes} min (python -m bench")
+        assert run.startswith(f"run -m benchmarks.bench_{name}")
+        left -= int(minutes)
+        assert re.fullmatch(rf"== {name} took \d s; about {left} min are left", ended)
+    assert "run -m benchmarks.bench_scan --report" in lines
 
 
 @pytest.mark.parametrize("name", ["scan", "decode", "encoder"])

@@ -377,3 +377,15 @@ def test_a_checkpoint_that_is_deleted_is_whole_or_gone_to_others(checkpointer, m
     # The two latest and the best stay; the fourth was gone before its files were.
     assert seen == [3]
     assert len(folders(checkpointer)) == 3
+
+
+def test_the_folder_is_made_with_the_first_checkpoint(tmp_path):
+    save = tmp_path / "run" / "save"
+    checkpointer = RunCheckpointer(save, {"model": torch.nn.Linear(1, 1)})
+    assert checkpointer.list_checkpoints() == []
+    assert checkpointer.recover_if_possible() is None
+    checkpointer.check_architecture()
+    checkpointer.keep_best(1)
+    assert list(tmp_path.iterdir()) == []
+    checkpointer.save_checkpoint()
+    assert len(checkpointer.list_checkpoints()) == len(list(save.iterdir())) == 1

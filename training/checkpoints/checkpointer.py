@@ -7,9 +7,10 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -105,12 +106,27 @@ class RunCheckpointer(Checkpointer):
 
     A checkpoint is written under a temporary name, its sizes and checksums are recorded, and only
     then does it get the name under which it is found. A damaged one is reported and passed over.
+    The folder is made with the first: a start that fails leaves none.
 
     Attributes:
         only_reads: leave damaged checkpoints where they are: a training may be at work beside.
     """
 
     only_reads = False
+
+    def __init__(
+        self,
+        checkpoints_dir: str | Path,
+        recoverables: Mapping[str, Any] | None = None,
+        custom_load_hooks: Mapping[str, Callable] | None = None,
+        custom_save_hooks: Mapping[str, Callable] | None = None,
+        allow_partial_load: bool = False,
+    ):
+        # The parent makes the folder that it is given.
+        super().__init__(
+            *(Path.cwd(), recoverables, custom_load_hooks, custom_save_hooks, allow_partial_load)
+        )
+        self.checkpoints_dir = Path(checkpoints_dir)
 
     def _new_checkpoint_dirpath(self):
         return self._unfinished(super()._new_checkpoint_dirpath())
@@ -120,7 +136,10 @@ class RunCheckpointer(Checkpointer):
 
     def _list_checkpoint_dirs(self):
         # Ranking reads every meta file: one that is damaged must not stop the search.
-        return [folder for folder in super()._list_checkpoint_dirs() if _has_meta(folder)]
+        return [folder for folder in self._all_checkpoint_dirs() if _has_meta(folder)]
+
+    def _all_checkpoint_dirs(self):
+        return super()._list_checkpoint_dirs() if self.checkpoints_dir.is_dir() else []
 
     @staticmethod
     def _unfinished(path: Path) -> Path:
@@ -133,6 +152,7 @@ class RunCheckpointer(Checkpointer):
             UserError: the disk is full or not writable; earlier checkpoints are untouched.
         """
         try:
+            self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
             unfinished = super().save_checkpoint(meta or {}, end_of_epoch, name, verbosity)
             ddp_barrier()
             checkpoint = None
@@ -168,7 +188,7 @@ class RunCheckpointer(Checkpointer):
         intact = None
         if if_main_process():
             intact = []
-            for folder in super()._list_checkpoint_dirs():
+            for folder in self._all_checkpoint_dirs():
                 if not _has_meta(folder):
                     self._dismiss(folder, f"{METAFNAME} cannot be read")
             limit = criteria.pop("max_num_checkpoints", None)
@@ -211,7 +231,7 @@ class RunCheckpointer(Checkpointer):
         )
         if not found:
             damaged = self.checkpoints_dir.glob(f"{DAMAGED_PREFIX}*")
-            if any(damaged) or super()._list_checkpoint_dirs():
+            if any(damaged) or self._all_checkpoint_dirs():
                 raise UserError(
                     f"Every checkpoint in {self.checkpoints_dir} is damaged. "
                     "Remove the folder to train anew."
