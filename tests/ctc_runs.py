@@ -107,7 +107,8 @@ def start(arguments: Sequence[str], before: str = "") -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env=os.environ
+        | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(torch.get_num_threads())),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
