@@ -83,12 +83,24 @@ def untouched_process() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def train(arguments: Sequence[str], main: Callable = train_CTC.main) -> int:
-    """Run the recipe in this process, as the script would; returns the exit status.
+@contextlib.contextmanager
+def quick_runs(curves: bool = False) -> Iterator[None]:
+    """Inside, runs leave out what takes longer than their steps and is tested elsewhere.
 
-    env.log, for which SpeechBrain asks pip and git, stays without content.
+    That is env.log, for which SpeechBrain asks pip and git, and, unless wanted, the curves that are
+    drawn after every epoch.
     """
-    with untouched_process(), patch("speechbrain.utils.logger.get_environment_description", str):
+    with patch("speechbrain.utils.logger.get_environment_description", str):
+        if curves:
+            yield
+            return
+        with patch("training.brains.run_brain.plot_curves"):
+            yield
+
+
+def train(arguments: Sequence[str], main: Callable = train_CTC.main, curves: bool = False) -> int:
+    """Run the recipe in this process, as the script would; returns the exit status."""
+    with untouched_process(), quick_runs(curves):
         try:
             run_script(main, arguments)
         except SystemExit as ended:
@@ -102,8 +114,11 @@ def start(arguments: Sequence[str], before: str = "") -> subprocess.Popen:
     Args:
         before: Python code to run first, with ``train_CTC`` imported.
     """
-    code = f"import sys, train_CTC\n{before}\nfrom training.launch.command_line import run_script\n"
-    code += "run_script(train_CTC.main)"
+    code = (
+        f"import sys, train_CTC\nfrom tests.ctc_runs import quick_runs\n{before}\n"
+        "from training.launch.command_line import run_script\n"
+        "with quick_runs():\n    run_script(train_CTC.main)"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=REPOSITORY,

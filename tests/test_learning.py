@@ -24,9 +24,7 @@ def corpus(tmp_path_factory):
 @pytest.mark.parametrize(
     "recipe", [pytest.param(CTC, id="CTC"), pytest.param(S2S, id="S2S", marks=pytest.mark.slow)]
 )
-def test_a_recogniser_learns_a_dozen_utterances(recipe, corpus, tmp_path, monkeypatch):
-    # Curves are tested elsewhere and take longer than an epoch of this.
-    monkeypatch.setattr("training.brains.run_brain.plot_curves", lambda *args, **kwargs: None)
+def test_a_recogniser_learns_a_dozen_utterances(recipe, corpus, tmp_path):
     main, yaml_file, keys = recipe
     keys = keys | {
         "dev_splits": f"[{SPLIT}]",

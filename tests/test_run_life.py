@@ -196,7 +196,6 @@ def test_an_interrupted_epoch_goes_on_with_the_utterances_it_has_not_seen_whatev
     stopped_folder, before = stopped_amid_an_epoch
     folder = shutil.copytree(stopped_folder, tmp_path / "run")
     after = seen_by(monkeypatch)
-    monkeypatch.setattr("training.brains.run_brain.plot_curves", lambda *args, **kwargs: None)
     keys = {"number_of_epochs": 2, "spliced_share": 0, "num_workers": 0} | changed
     assert train(arguments(corpus, folder, **keys)) == 0
     assert sorted(before[2] + after[2]) == sorted(before[1])

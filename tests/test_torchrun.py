@@ -27,6 +27,7 @@ DRIVER = f"""
 import json, os, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 import torch, train_CTC
+from tests.ctc_runs import quick_runs
 from training import evaluation
 from training.launch.command_line import run_script
 
@@ -76,7 +77,8 @@ def update_results(*args, **kwargs):
 
 ASR.on_fit_batch_end, ASR.compute_objectives = on_fit_batch_end, compute_objectives
 ASR.on_stage_end, evaluation.update_results = on_stage_end, update_results
-run_script(train_CTC.main)
+with quick_runs():
+    run_script(train_CTC.main)
 """
 """Trains, notes what each process holds, and gives the second process one infinite loss."""
 

@@ -42,7 +42,7 @@ ONE_BATCH = {"max_batch_length_train": 1000, "num_bucket": 10}
 def run(tone_corpus, tmp_path_factory):
     """Folder of a finished run that has not learnt to be silent yet; read only."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    assert train(command_line(tone_corpus, folder, lr_adam=1e-4)) == 0
+    assert train(command_line(tone_corpus, folder, lr_adam=1e-4), curves=True) == 0
     return folder
 
 

@@ -13,6 +13,7 @@ from speechbrain.lobes.models.transformer.TransformerLM import (
 
 from common.errors import Interrupted, UserError
 from modules.lm import MambaLM
+from tests.ctc_runs import quick_runs
 from text.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 from train_LM import main
 from training.brains.optimization import count_parameters
@@ -70,13 +71,12 @@ def weights(output_folder):
     return torch.load(output_folder / "lm" / "lm.ckpt", weights_only=True)
 
 
-@pytest.fixture
-def _no_plots(monkeypatch):
-    """Curves are tested elsewhere and take longer than these runs."""
-    monkeypatch.setattr("training.brains.run_brain.plot_curves", lambda *args, **kwargs: None)
+@pytest.fixture(scope="module", autouse=True)
+def _quick_runs():
+    with quick_runs():
+        yield
 
 
-@pytest.mark.usefixtures("_no_plots")
 class TestRun:
     @pytest.mark.parametrize("name", OVERRIDES)
     def test_it_learns_and_leaves_what_decoding_loads(self, name, files, tmp_path):

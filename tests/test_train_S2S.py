@@ -15,7 +15,7 @@ import train_S2S
 from common.errors import UserError
 from corpora.manifest import read_manifest
 from decoding.pretrained_lm import LM_FILE, TOKENIZER_FILE
-from tests.ctc_runs import large_ones_slow
+from tests.ctc_runs import large_ones_slow, quick_runs
 from text.tokenizer import train_tokenizer
 from training.brains.optimization import count_parameters
 from training.launch.command_line import load_hparams
@@ -52,6 +52,12 @@ def arguments(name: str, corpus: Path, folder: Path, *more: str) -> list[str]:
         "--noprogressbar",
         *more,
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_runs():
+    with quick_runs():
+        yield
 
 
 @pytest.mark.parametrize("name", large_ones_slow(FILES))
