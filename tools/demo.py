@@ -15,6 +15,7 @@ from inference.scoring.reports import SplitScore, read_hypotheses, read_results,
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY_OVERRIDES = ["--number_of_epochs", "1", "--num_workers", "0", "--test_beam_size", "4"]
+TINY_OVERRIDES += ["--num_encoder_layers", "2"]
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -102,7 +102,10 @@ def test_every_combination_of_parts(backend, groups):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("time", [128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize(
+    "time",
+    [128, 256, 512, 1024, *(pytest.param(t, marks=pytest.mark.slow) for t in (2048, 4096))],
+)
 def test_every_length_and_type(time, dtype, groups):
     for backend in PRESENT:
         check(backend, time, dtype, groups, (True,) * len(FLAGS))

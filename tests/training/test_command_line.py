@@ -75,6 +75,11 @@ def test_a_value_without_a_key_is_named():
         parse_overrides(["--train_splits", "train-clean-100", "train-clean-360"])
 
 
+def test_a_single_dash_is_named():
+    with pytest.raises(UserError, match=r"-lr begins with one dash; .*: --lr"):
+        parse_overrides(["--seed", "1", "-lr", "3"])
+
+
 def test_a_value_that_is_not_yaml_is_named():
     with pytest.raises(
         UserError, match=r"value of --a is not valid YAML.*Quote lists and mappings"

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -285,6 +286,8 @@ def parse_overrides(arguments: Sequence[str], switches: Sequence[str] = ()) -> d
     queue = list(arguments)
     while queue:
         argument = queue.pop(0)
+        if re.match("-[a-zA-Z]", argument):
+            raise UserError(f"{argument} begins with one dash; options have two: -{argument}.")
         if not argument.startswith("--"):
             raise UserError(
                 f"Argument {argument!r} belongs to no option. Lists and patterns need quotes: "
