@@ -228,6 +228,21 @@ class TestRun:
         with pytest.raises(UserError, match="holds checkpoints of a run with tokenizer"):
             run(files, tmp_path, "transformer_small", *setting)
 
+    def test_first_weights_bring_their_tokens_along(self, files, tmp_path):
+        text = tmp_path / "other.txt"
+        text.write_text("\n".join(f"TEN ZOO {line}" for line in SENTENCES), encoding="utf-8")
+        own = ["--tokenizer_path", "null", "--token_type", "char", "--number_of_epochs", "1"]
+        run(files, tmp_path / "first", "transformer_small", *own)
+        (checkpoint,) = (tmp_path / "first" / "save").glob("CKPT*/model.ckpt")
+        other = ["--train_text", str(text), "--init_from", str(checkpoint)]
+        run(files, tmp_path / "second", "transformer_small", *own, *other)
+        first, second = (tmp_path / name / "save/tokenizer.model" for name in ("first", "second"))
+        assert second.read_bytes() == first.read_bytes()
+        train_tokenizer(["TEN ZOO"], tmp_path / "t", token_type="char", output_neurons=24)
+        given = ["--tokenizer_path", str(tmp_path / "t"), "--number_of_epochs", "1"]
+        with pytest.raises(UserError, match="this run has others"):
+            run(files, tmp_path / "third", "transformer_small", *given, *other)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -43,6 +43,7 @@ from training.checkpoints.fingerprint import (
 )
 from training.checkpoints.output_layer import outputs_for, outputs_of_run, with_outputs
 from training.checkpoints.run_tokenizer import (
+    check_tokens_of_weights,
     copy_tokenizer,
     keep_tokenizer,
     tokenizer_of_weights,
@@ -309,6 +310,7 @@ def _run(
         f"kenlm_model_path {hparams.get('kenlm_model_path')}",
     )
     if line.init_from is not None and not test_only:
+        check_tokens_of_weights(line.init_from, loaders.tokenizer)
         load_model_weights(hparams["model"], Path(line.init_from), "file")
     brain = brain_class(
         modules=hparams["modules"],

@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
+
 from common.errors import UserError
 from common.files import atomic_write
 from common.record import PreparationRecord
+from text.tokenizer import MOST_CHARACTERS, load_tokenizer, vocabulary
 from training.checkpoints.checkpointer import RunCheckpointer
 
 RECORD_FILE = "tokenizer.json"
@@ -58,14 +61,14 @@ def tokenizer_of_weights(file: str | Path, token_type: str) -> Path | None:
     """The tokenizer of the run that weights belong to; None of a file that lies in no run.
 
     Args:
-        file: ``save/<checkpoint>/model.ckpt`` of a run.
+        file: ``save/<checkpoint>/model.ckpt`` or ``lm/lm.ckpt`` of a run.
         token_type: of the run that begins with these weights.
 
     Raises:
         UserError: the weights are those of another kind of tokens.
     """
-    model_file = Path(file).resolve().parent.parent / "tokenizer.model"
-    if not model_file.is_file():
+    model_file = _beside(file)
+    if model_file is None:
         return None
     settings = PreparationRecord(model_file.parent, RECORD_FILE).note(model_file.name, "settings")
     kind = (settings or {}).get("token_type", token_type)
@@ -75,6 +78,28 @@ def tokenizer_of_weights(file: str | Path, token_type: str) -> Path | None:
             f"Give --token_type {kind}."
         )
     return model_file
+
+
+def check_tokens_of_weights(file: str | Path, tokenizer: SentencePieceProcessor) -> None:
+    """Refuse first weights whose outputs stand for other tokens than the run's.
+
+    Raises:
+        UserError: names both tokenizers.
+    """
+    theirs = _beside(file)
+    if theirs is None:
+        return
+    if vocabulary(load_tokenizer(theirs, MOST_CHARACTERS)) != vocabulary(tokenizer):
+        raise UserError(
+            f"--init_from {file} has the tokens of {theirs}, and this run has others: each output "
+            "would stand for another token. Let the run have that tokenizer."
+        )
+
+
+def _beside(file: str | Path) -> Path | None:
+    folder = Path(file).resolve().parent
+    places = (folder.parent / "tokenizer.model", folder / "tokenizer.ckpt")
+    return next((place for place in places if place.is_file()), None)
 
 
 def copy_tokenizer(source: str | Path, model_file: Path) -> None:

@@ -42,6 +42,7 @@ from training.checkpoints.fingerprint import (
 )
 from training.checkpoints.output_layer import outputs_for, outputs_of_run, with_outputs
 from training.checkpoints.run_tokenizer import (
+    check_tokens_of_weights,
     copy_tokenizer,
     keep_tokenizer,
     tokenizer_of_weights,
@@ -109,6 +110,7 @@ def _run(
         on_main(record_training, line, hparams, tokenizer_file)
     tokenizer = load_tokenizer(tokenizer_file, hparams["output_neurons"])
     if line.init_from is not None and not options.test_only:
+        check_tokens_of_weights(line.init_from, tokenizer)
         load_model_weights(hparams["model"], Path(line.init_from), "file")
     brain = LMBrain(
         modules=hparams["modules"],
