@@ -342,7 +342,9 @@ def _run(
         if evaluation is None or evaluation.is_own:
             leave_bundle(hparams["output_folder"])
         reports = hparams["output_folder"] if evaluation is None else evaluation.folder
-        print(f"\n{results_table(scores)}\n\nReports: {reports}")
+        if scores:
+            print(f"\n{results_table(scores)}")
+        print(f"\nReports: {reports}")
         logger.info("Command: %s", shlex.join(command))
     return brain
 
