@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import logging
+import numbers
 import os
 import re
 from collections.abc import Callable
@@ -132,7 +133,8 @@ def check_rate(rate: float, name: str) -> None:
     Raises:
         AudioError: no recording has it.
     """
-    if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+    is_number = isinstance(rate, numbers.Real)
+    if not (is_number and MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE):
         raise AudioError(
             f"{name}: a sampling rate of {rate} Hz is impossible; it is between "
             f"{MIN_SAMPLE_RATE} and {MAX_SAMPLE_RATE} Hz"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import queue
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -31,16 +33,21 @@ def listen(
     """
     stream = recognizer.open(sample_rate)
     shown, interrupted = "", False
+
+    def hear(piece_S: np.ndarray) -> None:
+        nonlocal shown
+        recognizer.accept(stream, piece_S)
+        if not shows_partial:
+            recognizer.step()
+            return
+        text = recognizer.result(stream).text
+        if text != shown:
+            shown = text
+            _show(text)
+
     try:
         for piece_S in pieces:
-            recognizer.accept(stream, piece_S)
-            if not shows_partial:
-                recognizer.step()
-                continue
-            text = recognizer.result(stream).text
-            if text != shown:
-                shown = text
-                _show(text)
+            _uninterrupted(hear, piece_S)
     except KeyboardInterrupt:
         interrupted = True
     if shows_partial:
@@ -86,6 +93,25 @@ def microphone(sample_rate: int) -> Iterator[np.ndarray]:
                 yield heard.get()
     except sounddevice.PortAudioError as error:
         raise UserError(f"--microphone: the default input cannot be used: {error}") from None
+
+
+def _uninterrupted(work: Callable[[np.ndarray], None], piece_S: np.ndarray) -> None:
+    """Does the work; a Ctrl-C meanwhile comes when it is done.
+
+    A stream that is interrupted between its samples and their text would lose some.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        work(piece_S)
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        work(piece_S)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _show(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from inference.streaming_text import (
 )
 from inference.transcript import Segment, Transcript
 from modules.Conmamba import for_streams
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = "1"
 _MAX_BATCH = 16
@@ -79,11 +82,18 @@ class Stream:
         self._waiting.append(wav_S)
         self._num_waiting += len(wav_S)
 
-    def _pop(self, num_samples: int) -> np.ndarray:
-        waiting_S = np.concatenate(self._waiting)
-        self._waiting = [waiting_S[num_samples:]]
-        self._num_waiting = len(self._waiting[0])
-        return waiting_S[:num_samples]
+    def _first(self, num_samples: int) -> np.ndarray:
+        """The samples that waited longest, which go on waiting."""
+        if len(self._waiting) > 1:
+            self._waiting = [np.concatenate(self._waiting)]
+        return self._waiting[0][:num_samples]
+
+    def _drop(self, num_samples: int) -> None:
+        """Those that ``_first`` gave."""
+        rest_S = self._waiting[0][num_samples:]
+        # A short view would keep all that it was cut from; long ones would be copied many times.
+        self._waiting = [rest_S if len(rest_S) > num_samples else rest_S.copy()]
+        self._num_waiting = len(rest_S)
 
 
 class StreamingRecognizer(Recognizer):
@@ -98,10 +108,11 @@ class StreamingRecognizer(Recognizer):
     Samples wait until somebody asks: ``result``, ``flush`` and ``finish`` encode what their stream
     has, and with it, in one batch, a chunk of every other stream that has a full one; ``step`` does
     so for all. The text of a stream is that of ``transcribe(..., chunk_ms=...)`` of the same audio,
-    however it is cut.
+    however it is cut. Of a joint model of CTC and attention it is that of the CTC branch, since the
+    decoder reads whole utterances.
 
     Args:
-        model: as in `Recognizer`.
+        model: as in `Recognizer`; trained for chunks.
         chunk_ms: length of a chunk, which is the latency; a multiple of the model's frames.
         left_context_chunks: chunks before its own that a frame sees, in an encoder that attends.
         endpoints: where the text is cut into segments; None: nowhere.
@@ -129,6 +140,11 @@ class StreamingRecognizer(Recognizer):
             raise UserError(f"max_batch is {max_batch}; it must be at least 1.")
         self.chunk_ms, self.endpoints, self.max_batch = chunk_ms, endpoints, max_batch
         self._chunks = chunks_of(model, chunk_ms, left_context_chunks)
+        if model.kind == "s2s":
+            logger.warning(
+                "The decoder of this model reads whole utterances: streams have the text of its "
+                "CTC branch, with somewhat more errors."
+            )
         self._options = options_of(search or {})
         self._texts = StreamSearch(self._search, self._options, endpoints, model.frame_s)
         # Faster for the few rows of a chunk.
@@ -183,7 +199,9 @@ class StreamingRecognizer(Recognizer):
                 them.
         """
         if isinstance(samples, Tensor):
-            samples = samples.detach().cpu().numpy()
+            samples = samples.detach().cpu()
+            # numpy has no bfloat16.
+            samples = (samples.float() if samples.is_floating_point() else samples).numpy()
         with self._lock:
             self._check(stream)
             stream._push(stream._samples.add(samples))
@@ -277,14 +295,15 @@ class StreamingRecognizer(Recognizer):
                 "closed": [[len(s.tokens), s.start_frame, s.end_frame] for s in text.closed],
             }
         metadata = {"format": _FORMAT, **self._description(), "numbers": json.dumps(numbers)}
-        return safetensors.numpy.save(arrays, metadata)
+        data = safetensors.numpy.save(arrays, metadata)
+        return hashlib.sha256(data).digest() + data
 
     def restore(self, data: bytes) -> Stream:
         """The stream that ``save`` wrote.
 
         Raises:
-            UserError: bytes of something else, of another version, of another model, or of a
-                recogniser with other chunks, search or endpoints.
+            UserError: bytes of something else, damaged, of another version, of another model, or
+                of a recogniser with other chunks, search or endpoints.
         """
         arrays, metadata = _read(data)
         for name, value in self._description().items():
@@ -362,11 +381,13 @@ class StreamingRecognizer(Recognizer):
 
     @torch.inference_mode()
     def _encode(self, batch: Sequence[Stream]) -> None:
-        """A full chunk of each."""
-        wav_BS = np.stack([stream._pop(self._chunk_samples) for stream in batch])
+        """A full chunk of each, or, where that fails or is interrupted, nothing."""
+        wav_BS = np.stack([stream._first(self._chunk_samples) for stream in batch])
         is_all = [stream._row for stream in batch] == list(range(self._state.batch_size))
         state = self._state if is_all else self._state.select(self._rows(batch))
         log_probs_BTV, state = self._forward(wav_BS, state, None)
+        for stream in batch:
+            stream._drop(self._chunk_samples)
         if is_all:
             self._state = state
         else:
@@ -431,6 +452,10 @@ _NO_FRAMES = Frames(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np
 
 def _read(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Arrays and metadata of a saved stream."""
+    size = hashlib.sha256().digest_size
+    digest, data = data[:size], data[size:]
+    if hashlib.sha256(data).digest() != digest:
+        raise UserError("restore: these bytes hold no stream, or not all of one unchanged.")
     try:
         arrays = safetensors.numpy.load(data)
         size = int.from_bytes(data[:8], "little")

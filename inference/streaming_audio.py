@@ -10,9 +10,9 @@ import numpy as np
 
 from inference.audio import HEADROOM, AudioError, check_rate, mixed_down, resampler, with_channels
 
-# Seconds of input with which a resampler that starts anew gives what one that never stopped gives;
-# a fifth is enough at any rate.
-_HISTORY_S = 0.5
+# Input with which a resampler that starts anew gives what one that never stopped gives, in seconds
+# and, since its filter is as long as so many samples of the lower rate, in samples; half is enough.
+_HISTORY_S, _HISTORY_SAMPLES = 0.5, 2000
 # Beyond it squares are no numbers of float32 any more; even unscaled 24-bit integers are below.
 _MAX_PEAK = 1e8
 
@@ -39,7 +39,7 @@ class SampleStream:
     as it is: it does not know its loudest sample.
 
     Args:
-        rate: of the samples, in Hz.
+        rate: of the samples, in Hz, a whole number.
         sample_rate: wanted, in Hz.
         state: to go on from.
 
@@ -49,10 +49,13 @@ class SampleStream:
 
     def __init__(self, rate: int, sample_rate: int, state: SampleState | None = None):
         check_rate(rate, "stream")
-        self.rate, self.sample_rate = rate, sample_rate
+        if rate != int(rate):
+            raise AudioError(f"stream: the sampling rate is {rate} Hz; it must be a whole number")
+        # numpy's integers, and 16000.0, are not to be saved.
+        self.rate, self.sample_rate = rate, sample_rate = int(rate), sample_rate
         state = state or SampleState(0, 0, np.zeros(0, np.float32))
         self.num_in, self.num_out = state.num_in, state.num_out
-        self._history = [state.history_S]
+        self._history, self._num_later = [state.history_S], 0
         self._resampler: Any = None
         # What a replay gave beyond what had been given, and what it has still to give again.
         self._early_S, self._surplus = np.zeros(0, np.float32), 0
@@ -82,7 +85,8 @@ class SampleStream:
         self.num_in += len(new_S)
         if self._resampler is not None:
             self._history.append(new_S)
-            if sum(map(len, self._history[1:])) > self.rate:
+            self._num_later += len(new_S)
+            if self._num_later > self.rate:
                 self._forget(np.concatenate(self._history))
             given_S = self._resampler.resample_chunk(new_S, last)
             dropped = min(self._surplus, len(given_S))
@@ -100,8 +104,9 @@ class SampleStream:
         """Keeps the end of the history, from a sample on that meets one of the wanted rate."""
         unit = self.rate // math.gcd(self.rate, self.sample_rate)
         first = self.num_in - len(history_S)
-        start = max(first, int(self.num_in - _HISTORY_S * self.rate) // unit * unit)
-        self._history = [history_S[start - first :].copy()]
+        wanted = max(round(_HISTORY_S * self.rate), _HISTORY_SAMPLES)
+        start = max(first, (self.num_in - wanted) // unit * unit)
+        self._history, self._num_later = [history_S[start - first :].copy()], 0
 
     def _replay(self, state: SampleState) -> None:
         """Brings a new resampler to where the stream is."""

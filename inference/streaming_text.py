@@ -65,6 +65,7 @@ class ClosedSegment(NamedTuple):
     tokens: list[CTCToken]
     start_frame: int
     end_frame: int
+    text: str = ""
 
 
 @dataclass
@@ -140,14 +141,15 @@ class StreamSearch:
                 self._close_where_due(state, best, self._endpoints)
 
     def restarted(self, state: TextState) -> TextState:
-        """``state`` with the search that its frames lead to."""
+        """``state`` with the search that its frames lead to, and the texts of its segments."""
         frames_TV = self._unpacked(state.heard)
         search = self._search.advance(self._started(), frames_TV[None])
-        return dataclasses.replace(state, search=search)
+        closed = [self._spelled(segment) for segment in state.closed]
+        return dataclasses.replace(state, search=search, closed=closed)
 
     def words(self, state: TextState) -> tuple[list[str], list[str]]:
         """The words so far: those that will stay, and those that may change or go on."""
-        closed = [text for segment in state.closed for text in self._words(segment.tokens)]
+        closed = [word for segment in state.closed for word in segment.text.split()]
         beams = [self._words(beam.tokens) for beam in self._beams.partial(state.search)[0]]
         # Whatever comes, the text is one of the beams' and more; its last word may go on.
         complete = [words[:-1] for words in beams]
@@ -181,15 +183,15 @@ class StreamSearch:
 
     def segments(self, state: TextState) -> tuple[Segment, ...]:
         """The closed segments that have a text."""
-        found = [
+        return tuple(
             Segment(
-                " ".join(self._words(segment.tokens)),
+                segment.text,
                 segment.start_frame * self._frame_s,
                 segment.end_frame * self._frame_s,
             )
             for segment in state.closed
-        ]
-        return tuple(segment for segment in found if segment.text)
+            if segment.text
+        )
 
     def _close_where_due(self, state: TextState, best: CTCHypothesis, rules: Endpoints) -> None:
         frames, words = state.num_frames - state.first_frame, best.words
@@ -212,7 +214,8 @@ class StreamSearch:
         """Ends the open segment with a frame of it; the frames behind that begin the next one."""
         segment = self._closed(state, tokens, state.first_frame + frame)
         if segment.tokens:
-            state.closed.append(segment)
+            # Spelled once: who asks for the text of a long stream waits for its last words alone.
+            state.closed.append(self._spelled(segment))
         rest_TV = self._unpacked(state.heard)[frame:]
         state.first_frame += frame
         state.heard = [self._packed(rest_TV)] if len(rest_TV) else []
@@ -225,6 +228,9 @@ class StreamSearch:
         first = state.first_frame
         moved = [CTCToken(id_, a + first, b + first, p) for id_, a, b, p in tokens]
         return ClosedSegment(moved, first, end_frame)
+
+    def _spelled(self, segment: ClosedSegment) -> ClosedSegment:
+        return segment._replace(text=" ".join(self._words(segment.tokens)))
 
     def _words(self, tokens: Sequence[CTCToken]) -> list[str]:
         return self._texts.found(tokens)[0].split()

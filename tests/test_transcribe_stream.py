@@ -1,5 +1,6 @@
 """transcribe.py --stream: text while the recording is played, or while one speaks."""
 
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -87,6 +88,25 @@ def test_ctrl_c_ends_with_the_text_so_far(run, recording, model, monkeypatch):
     samples, _ = soundfile.read(recording, dtype="float32")
     recognizer = Recognizer.from_run(model, device="cpu")
     so_far = recognizer.transcribe(samples[:20_000], chunk_ms=640, search="greedy").text
+    assert (status, out) == (0, f"{recording}\t{so_far}\n")
+
+
+def test_ctrl_c_while_a_chunk_is_recognised_loses_nothing(run, recording, model, monkeypatch):
+    forward, heard = live.StreamingRecognizer._forward, []
+
+    def interrupted(self, wav_BS, *arguments):
+        heard.append(len(wav_BS))
+        if len(heard) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, wav_BS, *arguments)
+
+    monkeypatch.setattr(live.StreamingRecognizer, "_forward", interrupted)
+    status, out, _ = run(recording, recording, "--stream", "--speed", "max")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # The second chunk, of 640 ms like the first, was full after 1.3 s.
+    samples, _ = soundfile.read(recording, dtype="float32")
+    recognizer = Recognizer.from_run(model, device="cpu")
+    so_far = recognizer.transcribe(samples[:20_800], chunk_ms=640, search="greedy").text
     assert (status, out) == (0, f"{recording}\t{so_far}\n")
 
 

@@ -1,5 +1,6 @@
 """Streams give what the whole gives in the same chunks, however they are cut and mixed."""
 
+import hashlib
 import itertools
 import random
 from pathlib import Path
@@ -301,7 +302,7 @@ def test_one_bad_stream_leaves_the_others_alone(streaming, offline):
     with pytest.raises(UserError, match="another recogniser"):
         streaming["mamba"].result(bad)
     asr.finish(bad)
-    for rate in (0, -8000, 1_000_000):
+    for rate in (0, -8000, 1_000_000, "16000", 16000.5):
         with pytest.raises(AudioError, match="sampling rate"):
             asr.open(rate)
 
@@ -322,11 +323,15 @@ def test_a_stream_of_another_model_or_version_is_refused(streaming, runs):
         other = StreamingRecognizer.from_run(runs["conmamba"], device="cpu", **options)
         with pytest.raises(UserError, match=f"{named} is another"):
             other.restore(data)
-    for damaged in (b"", b"nothing", data[:-3]):
+    turned = bytearray(data)
+    turned[-5] ^= 1
+    for damaged in (b"", b"nothing", data[:-3], bytes(turned)):
         with pytest.raises(UserError, match="hold no stream"):
             asr.restore(damaged)
+    later = data[32:].replace(b'"format":"1"', b'"format":"2"', 1)
     with pytest.raises(UserError, match="format '2'"):
-        asr.restore(data.replace(b'"format":"1"', b'"format":"2"', 1))
+        asr.restore(hashlib.sha256(later).digest() + later)
+    assert asr.num_streams == 0
 
 
 def test_models_and_options_that_cannot_stream_say_what_can(runs, ctc_run):
@@ -352,6 +357,66 @@ def test_real_speech(offline, streaming, model):
         wav_S, rate = soundfile.read(file, dtype="float32")
         found = streamed(streaming[model], wav_S, [3000, 1, 20_000], rate)
         assert_same(found, offline[model].transcribe(wav_S, rate, chunk_ms=640, **GREEDY))
+
+
+def test_an_interrupted_chunk_is_not_lost(streaming, offline, monkeypatch):
+    asr, wav_S = streaming["conmamba"], noise(2)
+    streams = [asr.open(), asr.open()]
+    for stream in streams:
+        asr.accept(stream, wav_S)
+    asr.step()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asr, "_forward", interrupted)
+        for interrupt in (asr.step, lambda: asr.result(streams[0]), lambda: asr.finish(streams[0])):
+            with pytest.raises(KeyboardInterrupt):
+                interrupt()
+    wanted = offline["conmamba"].transcribe(wav_S, chunk_ms=640, **GREEDY)
+    for stream in streams:
+        assert_same(asr.finish(stream), wanted)
+
+
+def test_a_recording_given_at_once_is_not_copied_for_every_chunk(streaming):
+    asr = streaming["conmamba"]
+    stream, chunk = asr.open(), asr._chunk_samples
+    asr.accept(stream, np.zeros(20 * chunk, np.float32))
+    asr.step()
+    waiting_S = stream._waiting[0]
+    asr.step()
+    assert np.shares_memory(stream._waiting[0], waiting_S)
+    asr.result(stream)
+    # And at its end all but the rest is free.
+    assert stream._waiting[0].base is None
+    asr.finish(stream)
+
+
+def test_tensors_of_any_type_are_samples(streaming):
+    asr, wav = streaming["conmamba"], torch.from_numpy(noise(1.3))
+    wanted = streamed(asr, wav.numpy(), [9000])
+    assert wanted.text
+    for samples in (wav, wav.double(), wav.unsqueeze(1).expand(-1, 2)):
+        assert_same(streamed(asr, samples, [9000]), wanted)
+    assert streamed(asr, wav.bfloat16(), [9000]).duration_s == pytest.approx(1.3)
+
+
+def test_a_joint_model_streams_with_its_ctc_branch(tmp_path, caplog):
+    run = make_run(
+        tmp_path / "joint",
+        "S2S/demo",
+        compute_features={"top_db": None},
+        CNN={"padding": "causal"},
+        normalize={"norm_type": "global"},
+    )
+    wav_S = noise(2.1)
+    asr = StreamingRecognizer.from_run(run, device="cpu", search=GREEDY)
+    assert "CTC branch" in caplog.text
+    found = streamed(asr, wav_S, [5000])
+    assert found.text
+    wanted = Recognizer.from_run(run, device="cpu").transcribe(wav_S, chunk_ms=640, **GREEDY)
+    assert_same(found, wanted)
 
 
 def test_threads_share_a_recogniser(streaming, offline):

@@ -59,3 +59,27 @@ def test_what_is_no_sound_is_refused_and_leaves_the_stream_as_it_was(samples):
         stream.add(np.asarray(samples))
     assert stream.num_in == 0
     assert len(stream.add(np.zeros(8000, np.float32), last=True)) == 16000
+
+
+@pytest.mark.parametrize("rate", [100, 333, 1000, 44101])
+def test_a_stream_of_any_rate_goes_on_elsewhere(rate):
+    samples = np.random.default_rng(rate).uniform(-1, 1, 6 * rate).astype(np.float32)
+    stream, found = SampleStream(rate, 16000), []
+    for piece in np.array_split(samples, 7):
+        stream = stream.twin()
+        found.append(stream.add(piece))
+    found.append(stream.add(samples[:0], last=True))
+    wanted = as_waveform(samples, rate, 16000)
+    np.testing.assert_allclose(np.concatenate(found), wanted, rtol=0, atol=1e-5)
+
+
+def test_rates_are_whole_numbers_of_any_kind():
+    for rate in (44100.0, np.int64(44100), np.float32(44100)):
+        stream = SampleStream(rate, 16000)
+        stream.add(np.zeros(50_000, np.float32))
+        assert (stream.rate, type(stream.rate)) == (44100, int)
+    with pytest.raises(AudioError, match=r"44100\.5 Hz; it must be a whole number"):
+        SampleStream(44100.5, 16000)
+    for rate in ("16000", None, 16000j):
+        with pytest.raises(AudioError, match="sampling rate"):
+            SampleStream(rate, 16000)

@@ -114,3 +114,24 @@ def test_options_that_cannot_be_say_so(texts):
         Endpoints(pause_s=0)
     with pytest.raises(UserError, match="alternatives"):
         StreamSearch(texts, SearchOptions(alternatives=1), None, FRAME_S)
+
+
+def test_what_is_said_is_spelled_once(texts, monkeypatch):
+    search = StreamSearch(texts, SEARCHES[0], Endpoints(), FRAME_S)
+    spelled = []
+    found = texts.found
+
+    def counted(tokens):
+        spelled.append(len(tokens))
+        return found(tokens)
+
+    monkeypatch.setattr(texts, "found", counted)
+    counts = []
+    for num_words in (2, 20):
+        state = heard(search, frames_of(texts, [(60, "SEVEN")] * num_words))
+        assert len(state.closed) == num_words - 1
+        spelled.clear()
+        assert search.words(state)[0] == ["SEVEN"] * (num_words - 1)
+        assert [s.text for s in search.segments(state)] == ["SEVEN"] * (num_words - 1)
+        counts.append(sum(spelled))
+    assert counts[0] == counts[1]
