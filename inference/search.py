@@ -65,6 +65,10 @@ class SearchOptions:
             raise UserError(f"beam_size is {self.beam_size}; it must be at least 1.")
         if self.hotwords and self.search == "greedy":
             raise UserError("hotwords need search beam: the greedy one weighs nothing.")
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"{name} is {value}; it must be finite.")
         if self.alternatives < 0:
             raise UserError(f"alternatives is {self.alternatives}; it cannot be negative.")
 
@@ -202,6 +206,9 @@ class TextSearch:
             "beta": options.beta,
         }
         settings |= {key: value for key, value in chosen.items() if value is not None}
+        for name in ("alpha", "beta"):
+            if chosen[name] is not None and settings.get("ngram") is None:
+                raise UserError(f"{name} belongs to an n-gram, and there is none.")
         settings |= {"topk": 1 + options.alternatives, **overrides}
         key = tuple(sorted(settings.items()))
         with self._lock:

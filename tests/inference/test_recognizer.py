@@ -72,12 +72,19 @@ def test_words_that_do_not_fit_into_the_frames_share_the_recording(recognizers, 
         ({"search": "best"}, "search is 'best'"),
         ({"beam_size": 0}, "beam_size is 0"),
         ({"alternatives": -1}, "alternatives is -1"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"beta": float("inf")}, "beta is inf"),
         ({"beam": 3}, "beam"),
     ],
 )
 def test_an_option_that_cannot_be_is_named(recognizer, waveforms, option, message):
     with pytest.raises(UserError, match=message):
         recognizer.transcribe(waveforms[0], **option)
+
+
+def test_weights_of_an_ngram_need_one(recognizers, waveforms):
+    with pytest.raises(UserError, match="beta belongs to an n-gram, and there is none"):
+        recognizers["ctc"].transcribe(waveforms[0], beta=0.3)
 
 
 def test_a_joint_search_refuses_what_it_would_ignore(recognizers, waveforms):
