@@ -269,7 +269,8 @@ def _hold_out(
     if missing:
         raise ValueError(
             f"held_out_speakers names {', '.join(sorted(missing))}, no speaker of"
-            f" {', '.join(sorted(parted))}: name speakers that it has, or give an empty list"
+            f" {', '.join(sorted(parted)) or 'a training split, of which none is given'}: name"
+            " speakers that it has, or give an empty list"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from corpora.librispeech import find_data_root
+from corpora.librispeech import HELD_OUT_SUFFIX, find_data_root
 from corpora.manifest import ManifestRow, merge_manifests, read_manifest
 from corpora.table import find_table, prepare_tables
 from librispeech_prepare import RECORD_NAME, prepare_librispeech
@@ -48,9 +48,11 @@ def prepare_manifests(hparams: Mapping[str, Any], folder: str | Path, test_only:
     # A split may be validated on and tested on: its manifest is one.
     test = [split for split in hparams["test_splits"] if split not in [*train, *dev]]
     merged = train_manifest(hparams) if train else None
+    parts_a_split = train or any(split.endswith(HELD_OUT_SUFFIX) for split in test)
     options = {
         "merge_lst": train,
         "merge_name": merged,
+        "held_out_speakers": hparams["held_out_speakers"] if parts_a_split else (),
         "sample_rate": hparams["sample_rate"],
         "resample": hparams["resample"],
         "skip_bad": hparams["skip_bad"],
@@ -67,8 +69,7 @@ def prepare_manifests(hparams: Mapping[str, Any], folder: str | Path, test_only:
         elif tables:
             if Path(hparams["output_folder"]).resolve() == Path(hparams["data_folder"]).resolve():
                 raise ValueError("The manifests would replace the tables: give an --output_folder.")
-            held_out = hparams["held_out_speakers"]
-            prepare_tables(tables, folder, held_out_speakers=held_out, **options)
+            prepare_tables(tables, folder, **options)
         else:
             prepare_librispeech(
                 hparams["data_folder"],
@@ -76,7 +77,6 @@ def prepare_manifests(hparams: Mapping[str, Any], folder: str | Path, test_only:
                 tr_splits=train,
                 dev_splits=dev,
                 te_splits=test,
-                held_out_speakers=hparams["held_out_speakers"],
                 **options,
             )
     except ValueError as error:
