@@ -1,4 +1,7 @@
-"""Stands in for a GPU where there is none: Triton's kernels are specialised, never launched."""
+"""Stands in for a GPU where there is none: Triton's kernels are specialised, never launched.
+
+All that a host does for a launch is done, up to the call of the driver.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,21 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
+from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver
 
 import ops.causal_conv1d.triton as convolution
 import ops.selective_scan.triton as scan
+from modules import convolution as convolution_module
+from ops import dropout, triton_launcher
 from ops.backends import OVERRIDE
 from ops.causal_conv1d import triton_kernels
 from ops.mamba_inner import fused_triton
 from ops.selective_scan import triton_launch
-from ops.triton_launcher import constants_of
 
 ABSENT_GPU = 0
 # Multiprocessors of an H100 or H200.
@@ -61,6 +66,18 @@ class AbsentGpu:
         return self.target
 
 
+class _Compiled(CompiledKernel):
+    """What Triton would have compiled: a launch of it ends before the driver's."""
+
+    def __init__(self, source: Any):
+        self.src, self.name = source, source.name
+        self.module = self.function = self.packed_metadata = True
+        self._run = lambda *_: None
+
+    def __del__(self) -> None:
+        """There is nothing to unload."""
+
+
 class Unlaunched:
     """Stands for a kernel: specialises it as a launch would, and keeps what is to be compiled.
 
@@ -81,6 +98,7 @@ class Unlaunched:
     def forget(self) -> None:
         self.variants.clear()
         self.launches = 0
+        triton_launcher.forget()
         self.kernel.device_caches.clear()
         # Its first use, which sets what compiles it.
         _ = self.kernel.device_caches[ABSENT_GPU]
@@ -88,17 +106,11 @@ class Unlaunched:
 
     def __getitem__(self, grid):
         self.launches += 1
-
-        def specialise(*arguments, **options):
-            # What a launch of a compiled kernel would be given.
-            constants_of(self.kernel, arguments, options)
-            return self.kernel.warmup(*arguments, grid=grid, **options)
-
-        return specialise
+        return triton_launcher.launcher(self.kernel, grid)
 
     def _keep(self, source, target, options, **_):
         self.variants.append((source, target, options))
-        return self.variants[-1]
+        return _Compiled(source)
 
     def compile_wholly(self) -> Iterator[Any]:
         """Every variant as machine code."""
@@ -125,6 +137,10 @@ def absent_gpu(capability: int) -> Iterator[dict[str, Unlaunched]]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {OVERRIDE: "triton"}))
+        stack.enter_context(patch.object(torch.cuda, "current_device", lambda: ABSENT_GPU))
+        # What is faster on a CPU than torch's.
+        stack.enter_context(patch.object(dropout, "fits", lambda _: False))
+        stack.enter_context(patch.object(convolution_module, "is_on_cpu", lambda _: False))
         for module in (scan, convolution):
             stack.enter_context(patch.object(module, "interpreted", lambda: True))
             stack.enter_context(patch.object(module, "unavailable", lambda: None))

@@ -41,6 +41,11 @@ def feed_forward_module(
     )
 
 
+def is_on_cpu(x: Tensor) -> bool:
+    """Whether kernels of a CPU will compute with ``x``."""
+    return x.device.type == "cpu"
+
+
 def depthwise(
     x_BTD: Tensor,
     weight_D1W: Tensor,
@@ -51,7 +56,7 @@ def depthwise(
     """Convolves every channel in time, after ``padding`` zeros at both ends."""
     groups = len(weight_D1W)
     x_BDT = x_BTD.transpose(1, 2)
-    if x_BTD.device.type != "cpu":
+    if not is_on_cpu(x_BTD):
         y_BDT = F.conv1d(x_BDT, weight_D1W, bias_D, 1, padding, dilation, groups)
         return y_BDT.transpose(1, 2)
     # As an image of width 1 the frames are channels-last already, for which CPUs have a vectorised

@@ -45,6 +45,11 @@ def _launch(kernel: JITFunction, grid: tuple[int, int, int], *arguments, **optio
         _compiled[tuple(key)] = compiled, constants_of(kernel, arguments, options)
 
 
+def forget() -> None:
+    """Look for every kernel anew."""
+    _compiled.clear()
+
+
 def constants_of(kernel: JITFunction, arguments: tuple, options: dict[str, Any]) -> tuple:
     """What follows ``arguments`` in the kernel's signature."""
     return tuple(options[name] for name in kernel.arg_names[len(arguments) :])
