@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -69,17 +68,16 @@ class AbsentGpu:
 class _Compiled(CompiledKernel):
     """What Triton would have compiled: a launch of it ends before the driver's."""
 
-    def __init__(self, source: Any):
-        self.src, self.name = source, source.name
+    def __init__(self, source: Any, launch: Callable[..., None]):
+        self.src, self.name, self._run = source, source.name, launch
         self.module = self.function = self.packed_metadata = True
-        self._run = lambda *_: None
 
     def __del__(self) -> None:
         """There is nothing to unload."""
 
 
 class Unlaunched:
-    """Stands for a kernel: specialises it as a launch would, and keeps what is to be compiled.
+    """Watches a kernel, which is specialised as for a GPU; keeps what is to be compiled.
 
     Attributes:
         variants: source, target and options of every specialisation.
@@ -104,13 +102,12 @@ class Unlaunched:
         _ = self.kernel.device_caches[ABSENT_GPU]
         self.kernel.compile = self._keep
 
-    def __getitem__(self, grid):
-        self.launches += 1
-        return triton_launcher.launcher(self.kernel, grid)
-
     def _keep(self, source, target, options, **_):
         self.variants.append((source, target, options))
-        return _Compiled(source)
+        return _Compiled(source, self._launch)
+
+    def _launch(self, *_: Any) -> None:
+        self.launches += 1
 
     def compile_wholly(self) -> Iterator[Any]:
         """Every variant as machine code."""
@@ -137,7 +134,6 @@ def absent_gpu(capability: int) -> Iterator[dict[str, Unlaunched]]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {OVERRIDE: "triton"}))
-        stack.enter_context(patch.object(torch.cuda, "current_device", lambda: ABSENT_GPU))
         # What is faster on a CPU than torch's.
         stack.enter_context(patch.object(dropout, "fits", lambda _: False))
         stack.enter_context(patch.object(convolution_module, "is_on_cpu", lambda _: False))
@@ -151,10 +147,11 @@ def absent_gpu(capability: int) -> Iterator[dict[str, Unlaunched]]:
         driver.set_active(AbsentGpu(capability))
         stack.callback(setattr, driver, "_active", previous)
         kernels = {}
+        stack.callback(triton_launcher.forget)
         for module, names in KERNELS.items():
             for name in names:
                 kernels[name] = Unlaunched(getattr(module, name))
-                stack.enter_context(patch.object(module, name, kernels[name]))
+                stack.callback(kernels[name].kernel.device_caches.clear)
         yield kernels
 
 

@@ -1,17 +1,14 @@
-"""Launches Triton kernels again without looking anew for what was compiled.
+"""Launches Triton kernels without working out anew what was worked out before.
 
 For every launch Triton works out what to specialise a kernel to, and searches for it: some 25
-microseconds of a host that a small network keeps waiting. What decides over that, types, alignment
-and values of arguments, is the key to the compiled kernel here.
+microseconds of a host that a small network keeps waiting. What shapes decide is a `Plan`, made once
+for each; with types, strides and alignment of the pointers it is the key to the compiled kernel.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
@@ -20,39 +17,49 @@ _MOST = 4096
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
-def launcher(kernel: Any, grid: tuple[int, int, int]) -> Callable[..., None]:
-    """``kernel[grid]``: takes the run-time arguments by position and the constants by name.
+class Plan:
+    """Launches of a kernel that differ in their pointers alone, on one device; kept by who plans.
+
+    Args:
+        grid: programs along each axis.
+        numbers: the run-time arguments that follow the pointers.
+        constants: compile-time arguments and options of the compiler.
+    """
+
+    def __init__(self, grid: tuple[int, int, int], numbers: tuple = (), **constants: Any):
+        self.grid, self.numbers, self.constants = grid, numbers, constants
+
+
+def launch(kernel: Any, plan: Plan, *pointers: Any) -> None:
+    """``kernel[plan.grid](*pointers, *plan.numbers, **plan.constants)``.
 
     Of an interpreted kernel, or what stands for one, exactly that.
+
+    Args:
+        pointers: tensors, numbers that may change from call to call, None, and tuples of these.
     """
     if type(kernel) is not JITFunction:
-        return kernel[grid]
-    return functools.partial(_launch, kernel, grid)
-
-
-def _launch(kernel: JITFunction, grid: tuple[int, int, int], *arguments, **options) -> None:
-    key: list = [id(kernel), torch.cuda.current_device(), *options.values()]
-    _describe(arguments, key)
+        kernel[plan.grid](*pointers, *plan.numbers, **plan.constants)
+        return
+    key: list = [id(kernel), plan]
+    _describe(pointers, key)
     found = _compiled.get(tuple(key))
     if found is not None:
-        compiled, constants = found
-        compiled[grid](*arguments, *constants)
+        compiled, rest = found
+        compiled[plan.grid](*pointers, *rest)
         return
-    compiled = kernel[grid](*arguments, **options)
+    arguments = (*pointers, *plan.numbers)
+    compiled = kernel[plan.grid](*arguments, **plan.constants)
     if len(_compiled) >= _MOST:
         _compiled.clear()
     if compiled is not None:
-        _compiled[tuple(key)] = compiled, constants_of(kernel, arguments, options)
+        constants = [plan.constants[name] for name in kernel.arg_names[len(arguments) :]]
+        _compiled[tuple(key)] = compiled, (*plan.numbers, *constants)
 
 
 def forget() -> None:
     """Look for every kernel anew."""
     _compiled.clear()
-
-
-def constants_of(kernel: JITFunction, arguments: tuple, options: dict[str, Any]) -> tuple:
-    """What follows ``arguments`` in the kernel's signature."""
-    return tuple(options[name] for name in kernel.arg_names[len(arguments) :])
 
 
 def _describe(arguments: tuple, description: list) -> None:

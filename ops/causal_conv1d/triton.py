@@ -6,15 +6,20 @@ kernels run on the CPU, slowly: this is how they are tested without a GPU.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ops.causal_conv1d.arguments import ConvArguments
 from ops.causal_conv1d.operator import new_gradient, register
-from ops.native import empty_like, float32
+from ops.native import ceil_div, empty_like, float32
 from ops.selective_scan.triton import MAX_GRID, interpreted, unavailable
+
+if TYPE_CHECKING:
+    from ops.triton_launcher import Plan
 
 # One tile of 64 frames for each program along an axis of the grid.
 _MAX_FRAMES = 64 * MAX_GRID
@@ -41,31 +46,34 @@ def unsupported(arguments: ConvArguments) -> str | None:
 
 def conv_forward(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """`conv` without autograd."""
-    return conv_forward_of_ways([arguments])[0]
+    with torch.cuda.device_of(arguments.x):
+        y, state = conv_forward_of_ways([arguments])
+    return y[0], state[0]
 
 
-def conv_forward_of_ways(ways: Sequence[ConvArguments]) -> list[tuple[Tensor, Tensor]]:
-    """Output and last state of one or two ways over the same input, in one launch.
+def conv_forward_of_ways(ways: Sequence[ConvArguments]) -> tuple[Tensor, Tensor]:
+    """Outputs and last states of one or two ways over the same input, in one launch.
 
     Only the first may have an initial state; taps, activation and lengths are alike.
+
+    Returns:
+        (ways, batch, dim, time) and (ways, batch, dim, width - 1).
     """
     from ops.causal_conv1d.triton_kernels import causal_conv1d_forward_kernel
-    from ops.triton_launcher import launcher
+    from ops.triton_launcher import launch
     from ops.triton_sequences import Sequence as Strided
 
     first, second = ways[0], ways[-1]
-    x, weight, bias = first.x, first.weight, first.bias
-    outputs = [
-        (empty_like(x), x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1)) for _ in ways
-    ]
-    (y, state), (second_y, second_state) = outputs[0], outputs[-1]
-    with torch.cuda.device_of(x):
-        launcher(causal_conv1d_forward_kernel, _grid(x))(
-            Strided(x, *x.stride()), float32(weight), float32(bias), float32(first.initial_state),
-            Strided(y, *y.stride()), state, float32(second.weight), float32(second.bias), second_y,
-            second_state, first.lengths, *_sizes(first, second), **_constants(ways),
-        )  # fmt: skip
-    return outputs
+    x = first.x
+    y = empty_like(x.expand(len(ways), *x.shape))
+    state = x.new_empty(len(ways), x.shape[0], x.shape[1], first.weight.shape[1] - 1)
+    launch(
+        causal_conv1d_forward_kernel, _plan_of(ways), Strided(x, *x.stride()),
+        float32(first.weight), float32(first.bias), float32(first.initial_state),
+        Strided(y[0], *y.stride()[1:]), state[0], float32(second.weight), float32(second.bias),
+        y[-1], state[-1], first.lengths,
+    )  # fmt: skip
+    return y, state
 
 
 def conv_backward(
@@ -76,7 +84,8 @@ def conv_backward(
     """Gradients of x, weight, bias and initial_state; None where absent."""
     weight, bias = arguments.weight, arguments.bias
     grad_x = empty_like(arguments.x)
-    parts, grad_initial = conv_backward_of_ways([grad_y], grad_state, [arguments], grad_x)
+    with torch.cuda.device_of(grad_x):
+        parts, grad_initial = conv_backward_of_ways(grad_y[None], grad_state, [arguments], grad_x)
     width = weight.shape[1]
     sums = parts[0].sum((0, 1))
     return (
@@ -88,7 +97,7 @@ def conv_backward(
 
 
 def conv_backward_of_ways(
-    grads_y: Sequence[Tensor],
+    grad_y: Tensor,
     grad_state: Tensor | None,
     ways: Sequence[ConvArguments],
     grad_x: Tensor,
@@ -96,7 +105,7 @@ def conv_backward_of_ways(
     """Gradients of `conv_forward_of_ways`, that of x into given memory.
 
     Args:
-        grads_y: of each way's output, with the same strides.
+        grad_y: of the outputs, (ways, batch, dim, time).
         grad_state: of the first way's last state.
 
     Returns:
@@ -104,56 +113,56 @@ def conv_backward_of_ways(
         and the gradient of the initial state, None if there is none.
     """
     from ops.causal_conv1d.triton_kernels import causal_conv1d_backward_kernel
-    from ops.triton_launcher import launcher
+    from ops.triton_launcher import launch
     from ops.triton_sequences import Sequence as Strided
 
     first, second = ways[0], ways[-1]
-    x, initial_state = first.x, first.initial_state
-    _, blocks, batch = _grid(x)
+    x, initial_state, plan = first.x, first.initial_state, _plan_of(ways)
+    _, blocks, batch = plan.grid
     width = first.weight.shape[1]
     parts = x.new_empty(len(ways), batch, blocks, width + 1, x.shape[1], dtype=torch.float32)
     grad_initial = None
     if initial_state is not None:
         grad_initial = x.new_empty(initial_state.shape, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        launcher(causal_conv1d_backward_kernel, _grid(x))(
-            Strided(grads_y[0], *grads_y[0].stride()), float32(grad_state),
-            Strided(x, *x.stride()), float32(first.weight), float32(first.bias),
-            float32(initial_state), Strided(grad_x, *grad_x.stride()), parts[0], grad_initial,
-            grads_y[-1], float32(second.weight), float32(second.bias), parts[-1], first.lengths,
-            *_sizes(first, second), **_constants(ways),
-        )  # fmt: skip
+    launch(
+        causal_conv1d_backward_kernel, plan, Strided(grad_y[0], *grad_y.stride()[1:]),
+        float32(grad_state), Strided(x, *x.stride()), float32(first.weight), float32(first.bias),
+        float32(initial_state), Strided(grad_x, *grad_x.stride()), parts[0], grad_initial,
+        grad_y[-1], float32(second.weight), float32(second.bias), parts[-1], first.lengths,
+    )  # fmt: skip
     if initial_state is not None and grad_initial is not None:
         grad_initial = new_gradient(initial_state).copy_(grad_initial)
     return parts, grad_initial
 
 
-def _sizes(first: ConvArguments, second: ConvArguments) -> tuple[int, ...]:
-    """The arguments of a kernel from ``time`` to ``second_reverse``."""
-    _, dim, time = first.x.shape
-    return (
-        time,
-        dim,
-        first.reset_every or time,
-        second.reset_every or time,
-        int(first.reverse),
-        int(second.reverse),
-    )
+def _plan_of(ways: Sequence[ConvArguments]) -> Plan:
+    first, second = ways[0], ways[-1]
+    return _plan(
+        first.x.device, first.x.shape, first.weight.shape[1], first.activation is not None,
+        len(ways), first.reset_every, second.reset_every, first.reverse, second.reverse,
+    )  # fmt: skip
 
 
-def _grid(x: Tensor) -> tuple[int, int, int]:
+# Lengths of batches come in hundreds.
+@functools.lru_cache(1024)
+def _plan(
+    _device: torch.device, shape: tuple[int, int, int], width: int, silu: bool, count: int,
+    reset_every: int | None, second_reset_every: int | None, reverse: bool, second_reverse: bool,
+) -> Plan:  # fmt: skip
+    """How both kernels are launched."""
     from ops.causal_conv1d.triton_kernels import CHANNELS, FRAMES
+    from ops.triton_launcher import Plan
 
-    batch, dim, time = x.shape
-    return -(-dim // CHANNELS.value), -(-time // FRAMES.value), batch
-
-
-def _constants(ways: Sequence[ConvArguments]) -> dict:
-    width = ways[0].weight.shape[1]
-    # A power of two that holds the width - 1 entries of a state.
-    entries = 1 << max(0, width - 2).bit_length()
-    silu = ways[0].activation is not None
-    return {"WIDTH": width, "ENTRIES": entries, "SILU": silu, "BOTH": len(ways) == 2}
+    batch, dim, time = shape
+    return Plan(
+        (ceil_div(dim, CHANNELS.value), ceil_div(time, FRAMES.value), batch),
+        (
+            time, dim, reset_every or time, second_reset_every or time, int(reverse),
+            int(second_reverse),
+        ),
+        # ENTRIES: a power of two that holds the width - 1 entries of a state.
+        WIDTH=width, ENTRIES=1 << max(0, width - 2).bit_length(), SILU=silu, BOTH=count == 2,
+    )  # fmt: skip
 
 
 conv = register("mamba_asr::causal_conv1d_triton", conv_forward, conv_backward)

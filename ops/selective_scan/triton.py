@@ -64,12 +64,14 @@ def forward(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor],
     """
     from ops.selective_scan.triton_launch import launch_forward
 
-    y, last_states, states = _new_outputs(arguments, save)
-    launch_forward(arguments, y, last_states, states if save else None)
+    y, last_states, states = new_outputs(arguments, save)
+    with torch.cuda.device_of(y):
+        launch_forward(arguments, y, last_states, states if save else None)
     return y, last_states, states
 
 
-def _new_outputs(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def new_outputs(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Uninitialised memory for what `forward` gives."""
     ways = arguments.ways
     u, num_states = ways[0].u, ways[0].A.shape[1]
     batch, dim, time = u.shape
@@ -92,7 +94,8 @@ def backward(
     """Gradients of everything in ``ways``, and of ``z``."""
     from ops.selective_scan.triton_launch import launch_backward
 
-    return launch_backward(grad_y, grad_last_states, states, arguments)
+    with torch.cuda.device_of(grad_y):
+        return launch_backward(grad_y, grad_last_states, states, arguments)
 
 
 def _new_gradient(x: Tensor) -> Tensor:
@@ -100,4 +103,4 @@ def _new_gradient(x: Tensor) -> Tensor:
     return empty_like(x) if x.dim() == 3 else x.new_empty(x.shape)
 
 
-scan = register("mamba_asr::selective_scan_triton", forward, backward, _new_outputs, _new_gradient)
+scan = register("mamba_asr::selective_scan_triton", forward, backward, new_outputs, _new_gradient)

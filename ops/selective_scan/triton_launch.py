@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import abc
 from typing import NamedTuple, overload
 
 import torch
@@ -17,7 +18,7 @@ from ops.selective_scan.triton_backward import (
 from ops.selective_scan.triton_forward import selective_scan_forward_kernel
 from ops.selective_scan.triton_pieces import selective_scan_ends_kernel
 from ops.selective_scan.triton_rows import TILE, WARP, WayPointers, pack_projections_kernel
-from ops.triton_launcher import launcher
+from ops.triton_launcher import Plan, launch
 from ops.triton_sequences import Sequence
 
 # States that a thread of the forward keeps in registers.
@@ -48,26 +49,27 @@ class Tuning(NamedTuple):
 TUNING = Tuning()
 
 
+Projections = list[tuple[Tensor, Tensor]]
+"""B and C of each way as the kernels want them."""
+
+
 def launch_forward(
     arguments: ScanArguments,
     y: Tensor,
     last_states: list[Tensor],
     states: list[Tensor] | None,
-) -> None:
+) -> Projections:
     """Fills ``y``, ``last_states`` and, unless None, ``states``; see `triton.forward`."""
-    ways, z, softplus, lengths = arguments
-    for launch in _launches(ways, lengths):
-        call = launch.call
-        first, second = launch.pointers(last_states, states)
-        with torch.cuda.device_of(y):
-            first, second = launch.find_ends(first, second, None, None, softplus)
-            launcher(selective_scan_forward_kernel, call.grid(call.channels))(
-                first, second, _sequence(z), _sequence(y), lengths, *launch.sizes(),
-                CHANNELS=call.channels, VARIABLE_B=launch.variable[0],
-                VARIABLE_C=launch.variable[1], **launch.ways_constants(),
-                **call.constants(call.channels, softplus, z, y),
-                num_warps=1, maxnreg=TUNING.forward_registers,
-            )  # fmt: skip
+    z, lengths = _sequence(arguments.z), arguments.lengths
+    found: Projections = []
+    for call in _calls(arguments, y):
+        projections, plans = call.projections(), call.plans
+        ways = call.pointers(projections, call.new_ends(), states, last_states)
+        if plans.num_pieces > 1:
+            launch(selective_scan_ends_kernel, plans.ends, *ways, z, None, lengths)
+        launch(selective_scan_forward_kernel, plans.forward, *ways, z, _sequence(y), lengths)
+        found += projections
+    return found
 
 
 def launch_backward(
@@ -78,8 +80,8 @@ def launch_backward(
 ) -> tuple[list[WayGradients], Tensor | None]:
     """See `triton.backward`."""
     grad_z = None if arguments.z is None else empty_like(arguments.z)
-    parts = launch_backward_in_parts(grad_y, grad_last_states, states, arguments, grad_z)
-    return [part.collect() for part in parts], grad_z
+    calls = launch_backward_in_parts(grad_y, grad_last_states, states, arguments, grad_z)
+    return [grads for call in calls for grads in call.collect()], grad_z
 
 
 def launch_backward_in_parts(
@@ -88,127 +90,136 @@ def launch_backward_in_parts(
     states: list[Tensor],
     arguments: ScanArguments,
     grad_z: Tensor | None,
+    projections: Projections | None = None,
 ) -> list[GradientParts]:
-    """`launch_backward` into the memory ``grad_z``, sums over channels and pieces left to do."""
-    ways, z, softplus, lengths = arguments
+    """`launch_backward` into the memory ``grad_z``, sums over channels and pieces left to do.
+
+    Args:
+        projections: what `launch_forward` gave, if it was kept.
+    """
+    z, of_y, lengths = _sequence(arguments.z), _sequence(grad_y), arguments.lengths
     found = []
-    for launch in _launches(ways, lengths):
-        call = launch.call
-        memory = GradientMemory.new(call, len(launch.ways))
-        parts = [
-            GradientParts(call, ways[way], grad_last_states[way], memory, index)
-            for index, way in enumerate(launch.ways)
-        ]
-        first, second = launch.pointers(None, states)
-        first_grads, second_grads = _pair(part.pointers() for part in parts)
-        with torch.cuda.device_of(grad_y):
-            first_ends, second_ends = launch.find_ends(
-                first._replace(initial_state=first_grads.last_state),
-                second._replace(initial_state=second_grads.last_state),
-                z, grad_y, softplus,
-            )  # fmt: skip
-            first_grads = first_grads._replace(ends=first_ends.ends)
-            second_grads = second_grads._replace(ends=second_ends.ends)
-            launcher(selective_scan_backward_kernel, call.grid(WARP.value))(
-                first, second, first_grads, second_grads, _sequence(z), _sequence(grad_y),
-                _sequence(grad_z), lengths, *launch.sizes(), VARIABLE_B=launch.variable[0],
-                VARIABLE_C=launch.variable[1], **launch.ways_constants(),
-                **call.constants(WARP.value, softplus, z, grad_y),
-                num_warps=1, maxnreg=TUNING.backward_registers,
-            )  # fmt: skip
-        found += parts
+    for call in _calls(arguments, grad_y):
+        plans, ends = call.plans, call.new_ends()
+        if projections is None:
+            of_call = call.projections()
+        else:
+            of_call = [projections[i] for i in call.indices]
+        ways = call.pointers(of_call, ends, states)
+        parts = GradientParts(call)
+        grads = parts.pointers(ends, grad_last_states)
+        if plans.num_pieces > 1:
+            of_states = [
+                way._replace(initial_state=grad.last_state)
+                for way, grad in zip(ways, grads, strict=True)
+            ]
+            launch(
+                selective_scan_ends_kernel, plans.ends_of_gradients, *of_states, z, of_y, lengths
+            )
+        launch(
+            selective_scan_backward_kernel, plans.backward, *ways, *grads, z, of_y,
+            _sequence(grad_z), lengths,
+        )  # fmt: skip
+        found.append(parts)
     return found
 
 
-class _Launch(NamedTuple):
-    """Ways that go through a kernel together."""
+class _Shape(NamedTuple):
+    """All that decides over grids, numbers and constants; those of both ways side by side."""
 
-    call: _Call
-    ways: tuple[int, ...]
+    device: torch.device
+    batch: int
+    dim: int
+    time: int
+    num_states: int
+    groups: int
+    B_varies: bool
+    C_varies: bool
+    reverse: tuple[bool, ...]
+    reset_every: tuple[int | None, ...]
+    softplus: bool
+    wide: bool
+    adds: bool
     scale: float
+    multiprocessors: int
+    tuning: Tuning
 
-    @property
-    def variable(self) -> tuple[bool, bool]:
-        """Whether B and C vary over time."""
-        first = self.call.ways[0]
-        return first.B.dim() == 4, first.C.dim() == 4
 
-    def pointers(
-        self, last_states: list[Tensor] | None, states: list[Tensor] | None
-    ) -> tuple[WayPointers, WayPointers]:
-        """What the kernels are told of the first way and the second, or the first again."""
-        call = self.call
-        return _pair(
-            call.pointers(
-                way, projections, last_states[i] if last_states else None,
-                states[i] if states else None,
+class _Plans:
+    """How the kernels are launched for one way or two of a shape."""
+
+    def __init__(self, shape: _Shape):
+        batch, dim, time, tuning = shape.batch, shape.dim, shape.time, shape.tuning
+        count, reverse = len(shape.reverse), shape.reverse
+        states = next_power_of_2(shape.num_states)
+        # Of a warp's lanes, those that are left hold further states.
+        channels = max(1, min(WARP.value, WARP.value * _STATES_PER_THREAD // states))
+        self.channel_blocks = _channel_blocks(shape, WARP.value)
+        piece_frames = _piece_frames(shape, self.channel_blocks * batch)
+        self.piece_frames, self.num_pieces = piece_frames, ceil_div(time, piece_frames)
+        block_frames = [reset_every or time for reset_every in shape.reset_every]
+
+        def numbers(turned: bool) -> tuple:
+            return (
+                time, dim, shape.groups, int(reverse[0] ^ turned), int(reverse[-1] ^ turned),
+                block_frames[0], block_frames[-1], piece_frames,
+            )  # fmt: skip
+
+        def plan(channels: int, count: int, numbers: tuple, registers: int | None, **constants):
+            grid = _channel_blocks(shape, channels), self.num_pieces * count, batch
+            return Plan(
+                grid, numbers, NUM_STATE=shape.num_states, STATES=states,
+                FULL_CHANNELS=dim // shape.groups % channels == 0, SOFTPLUS=shape.softplus,
+                CUT=any(shape.reset_every), WIDE=shape.wide, BOTH=both, num_warps=1,
+                maxnreg=registers, **constants,
+            )  # fmt: skip
+
+        both = count == 2
+        varying = {"VARIABLE_B": shape.B_varies, "VARIABLE_C": shape.C_varies}
+        added = *numbers(False), int(shape.adds), shape.scale
+        adding = {"ADD": both or shape.adds, **varying}
+        ends, gradient_ends = (
+            plan(
+                channels, count, (*numbers(turned), shape.scale), tuning.ends_registers,
+                CHANNELS=channels, VARIABLE=varies,
             )
-            for i, way, projections in zip(self.ways, call.ways, call.projections(), strict=True)
+            for turned, varies in ((False, shape.B_varies), (True, shape.C_varies))
         )  # fmt: skip
-
-    def find_ends(
-        self, first: WayPointers, second: WayPointers, z: Tensor | None, grad_y: Tensor | None,
-        softplus: bool,
-    ) -> tuple[WayPointers, WayPointers]:  # fmt: skip
-        """Both with the ``ends`` of their states, or for ``grad_y`` of the gradients of these."""
-        call = self.call
-        if call.num_pieces == 1:
-            return first, second
-        count = len(self.ways)
-        ends = call.new(count, call.batch, call.num_pieces, call.num_states + 1, call.dim)
-        first = first._replace(ends=ends[0])
-        second = second._replace(ends=ends[-1])
-        channel_blocks, num_pieces, batch = call.grid(call.channels)
-        turns = int(grad_y is not None)
-        of_each = [call.ways[0], call.ways[-1]]
-        launcher(selective_scan_ends_kernel, (channel_blocks, num_pieces * count, batch))(
-            first, second, _sequence(z), _sequence(grad_y), call.lengths, call.time, call.dim,
-            call.groups, *(int(way.reverse) ^ turns for way in of_each),
-            *(call.block_frames(way) for way in of_each), call.piece_frames, self.scale,
-            CHANNELS=call.channels, VARIABLE=self.variable[turns], BOTH=count == 2,
-            **call.constants(call.channels, softplus, z, grad_y),
-            num_warps=1, maxnreg=TUNING.ends_registers,
-        )  # fmt: skip
-        return first, second
-
-    def sizes(self) -> tuple:
-        """The arguments of a kernel from ``time`` to ``output_scale``."""
-        call, of_each = self.call, [self.call.ways[0], self.call.ways[-1]]
-        return (
-            call.time,
-            call.dim,
-            call.groups,
-            *(int(way.reverse) for way in of_each),
-            *(call.block_frames(way) for way in of_each),
-            call.piece_frames,
-            int(self._adds()),
-            self.scale,
+        self.ends, self.ends_of_gradients = ends, gradient_ends
+        self.forward = plan(
+            channels, 1, added, tuning.forward_registers, CHANNELS=channels, **adding
         )
-
-    def ways_constants(self) -> dict:
-        both = len(self.ways) == 2
-        return {"BOTH": both, "ADD": both or self._adds()}
-
-    def _adds(self) -> bool:
-        return self.ways[0] > 0
+        self.backward = plan(WARP.value, 1, added, tuning.backward_registers, **adding)
 
 
-def _launches(ways: tuple[Way, ...], lengths: Tensor | None) -> list[_Launch]:
-    scale = 1 / len(ways)
-    if len(ways) == 1 or _alike(*ways):
-        return [_Launch(_Call(ways, lengths), tuple(range(len(ways))), scale)]
-    return [_Launch(_Call((way,), lengths), (i,), scale) for i, way in enumerate(ways)]
+# Lengths of batches come in hundreds.
+_plans = functools.lru_cache(1024)(_Plans)
 
 
-def _alike(first: Way, second: Way) -> bool:
-    """Whether two ways can go through the same code, which knows one set of strides and parts."""
+def _channel_blocks(shape: _Shape, channels: int) -> int:
+    return shape.groups * ceil_div(shape.dim // shape.groups, channels)
 
-    def parts(way: Way) -> tuple:
-        types = way.u.dtype, way.delta.dtype
-        present = way.D is not None, way.delta_bias is not None
-        return way.u.stride(), way.delta.stride(), types, present
 
-    return parts(first) == parts(second) and second.initial_state is None
+def _piece_frames(shape: _Shape, programs: int) -> int:
+    tuning, pieces = shape.tuning, 1
+    if programs < tuning.enough_programs * shape.multiprocessors:
+        pieces = ceil_div(tuning.programs * shape.multiprocessors, programs)
+    frames = max(ceil_div(shape.time, pieces), tuning.min_piece_frames)
+    return ceil_div(frames, TILE.value) * TILE.value
+
+
+@functools.lru_cache(1024)
+def _pack_plan(
+    _device: torch.device, batch: int, time: int, groups: int, num_states: int,
+    reverse: tuple[bool, ...], strides: tuple[int, ...],
+) -> Plan:  # fmt: skip
+    count = len(reverse)
+    return Plan(
+        (ceil_div(time, _PACKED_FRAMES), groups * count, batch),
+        (time, sum(int(turned) << i for i, turned in enumerate(reverse)), groups, *strides),
+        NUM_STATE=num_states, STATES=next_power_of_2(num_states), FRAMES=_PACKED_FRAMES,
+        KINDS=count,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -218,7 +229,7 @@ def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _pair(items) -> tuple:
+def _pair(items: abc.Iterable) -> tuple:
     """Two of them, or twice the only one."""
     first, *second = items
     return first, second[0] if second else first
@@ -238,189 +249,195 @@ def _by_state(state: Tensor | None) -> Tensor | None:
 
 
 class _Call:
-    """What forward and backward of a scan have in common."""
+    """One way, or two that go through the kernels together.
 
-    def __init__(self, ways: tuple[Way, ...], lengths: Tensor | None):
-        self.ways, self.lengths = ways, lengths
-        self.batch, self.dim, self.time = ways[0].u.shape
-        self.device = ways[0].u.device
-        self.num_states = ways[0].A.shape[1]
-        self.states = next_power_of_2(self.num_states)
+    Attributes:
+        indices: of the ways among those of the scan.
+    """
+
+    def __init__(self, arguments: ScanArguments, indices: tuple[int, ...], y: Tensor):
+        self.indices, self.lengths = indices, arguments.lengths
+        self.ways = ways = [arguments.ways[i] for i in indices]
+        first = ways[0]
         projections = [x for way in ways for x in (way.B, way.C) if x.dim() == 4]
-        self.groups = max((x.shape[1] for x in projections), default=1)
-        # Of a warp's lanes, those that are left hold further states.
-        self.channels = max(1, min(WARP.value, WARP.value * _STATES_PER_THREAD // self.states))
-        self.piece_frames = self._piece_frames()
-        self.num_pieces = ceil_div(self.time, self.piece_frames)
-
-    def _piece_frames(self) -> int:
-        programs = self._channel_blocks(WARP.value) * self.batch
-        multiprocessors = _num_multiprocessors(self.device)
-        pieces = 1
-        if programs < TUNING.enough_programs * multiprocessors:
-            pieces = ceil_div(TUNING.programs * multiprocessors, programs)
-        frames = max(ceil_div(self.time, pieces), TUNING.min_piece_frames)
-        return ceil_div(frames, TILE.value) * TILE.value
+        sequences = [y, *(x for way in ways for x in (way.u, way.delta))]
+        if arguments.z is not None:
+            sequences.append(arguments.z)
+        batch, dim, time = first.u.shape
+        self.shape = _Shape(
+            y.device, batch, dim, time, first.A.shape[1],
+            max((x.shape[1] for x in projections), default=1), first.B.dim() == 4,
+            first.C.dim() == 4, tuple(way.reverse for way in ways),
+            tuple(way.reset_every for way in ways), arguments.softplus,
+            max(x.stride(2) for x in sequences) * time >= 2**31, indices[0] > 0,
+            1 / len(arguments.ways), _num_multiprocessors(y.device), TUNING,
+        )  # fmt: skip
+        self.plans = _plans(self.shape)
 
     def new(self, *shape: int) -> Tensor:
         """Uninitialised memory in float32."""
         return self.ways[0].u.new_empty(shape, dtype=torch.float32)
 
-    def block_frames(self, way: Way) -> int:
-        return way.reset_every or self.time
-
-    def _channel_blocks(self, channels: int) -> int:
-        return self.groups * ceil_div(self.dim // self.groups, channels)
-
-    def grid(self, channels: int) -> tuple[int, int, int]:
-        return self._channel_blocks(channels), self.num_pieces, self.batch
-
-    def constants(self, channels: int, softplus: bool, *shared: Tensor | None) -> dict:
-        """What kernels are compiled for; ``shared`` are sequences that belong to no way."""
-        sequences = [x for way in self.ways for x in (way.u, way.delta)]
-        sequences += [x for x in shared if x is not None]
-        return {
-            "NUM_STATE": self.num_states,
-            "STATES": self.states,
-            "FULL_CHANNELS": self.dim // self.groups % channels == 0,
-            "SOFTPLUS": softplus,
-            "CUT": any(way.reset_every is not None for way in self.ways),
-            "WIDE": any(x.stride(2) * self.time >= 2**31 for x in sequences),
-        }
+    def new_ends(self) -> abc.Sequence[Tensor]:
+        """Memory for each way's ``ends``."""
+        shape, pieces = self.shape, self.plans.num_pieces
+        # Of one piece nobody reads them; for None kernels would be compiled apart.
+        rows = shape.num_states + 1 if pieces > 1 else 0
+        return self.new(len(self.ways), shape.batch, pieces, rows, shape.dim).unbind()
 
     def pointers(
-        self, way: Way, projections: list[Tensor], last_state: Tensor | None,
-        states: Tensor | None,
-    ) -> WayPointers:  # fmt: skip
-        A = float32(way.A.t())
-        B, C = projections
-        return WayPointers(
-            _sequence(way.u),
-            _sequence(way.delta),
-            A,
-            B,
-            C,
-            float32(way.D),
-            float32(way.delta_bias),
-            states,
-            _by_state(way.initial_state),
-            None if last_state is None else last_state.transpose(1, 2),
-            # Not None, for which kernels would be compiled apart; of one piece nobody reads them.
-            A,
+        self, projections: Projections, ends: abc.Sequence[Tensor], states: list[Tensor] | None,
+        last_states: list[Tensor] | None = None,
+    ) -> tuple[WayPointers, WayPointers]:  # fmt: skip
+        """What the kernels are told of the first way and the second, or the first again."""
+        return _pair(
+            WayPointers(
+                _sequence(way.u),
+                _sequence(way.delta),
+                float32(way.A.t()),
+                B,
+                C,
+                float32(way.D),
+                float32(way.delta_bias),
+                states[i] if states else None,
+                _by_state(way.initial_state),
+                last_states[i].transpose(1, 2) if last_states else None,
+                end,
+            )
+            for i, way, (B, C), end in zip(self.indices, self.ways, projections, ends, strict=True)
         )
 
-    def projections(self) -> list[list[Tensor]]:
+    def projections(self) -> Projections:
         """B and C of each way as the kernels want them, packed together where they are alike."""
-        pairs = [[way.B, way.C] for way in self.ways]
-        kinds: dict[tuple, list[tuple[int, int]]] = {}
-        for i, pair in enumerate(pairs):
-            for j, x in enumerate(pair):
+        found: list[Tensor] = []
+        kinds: dict[tuple, list[int]] = {}
+        for way in self.ways:
+            for x in (way.B, way.C):
                 if x.dim() == 2:
-                    pair[j] = float32(x.t())
+                    x = float32(x.t())
                 else:
-                    x = pair[j] = x.expand(-1, self.groups, -1, -1)
-                    kinds.setdefault((x.dtype, x.stride()), []).append((i, j))
+                    x = x.expand(-1, self.shape.groups, -1, -1)
+                    kinds.setdefault((x.dtype, x.stride()), []).append(len(found))
+                found.append(x)
         for places in kinds.values():
-            sources = [pairs[i][j] for i, j in places]
-            reverse = [self.ways[i].reverse for i, _ in places]
-            for (i, j), packed in zip(places, self._pack(sources, reverse), strict=True):
-                pairs[i][j] = packed
-        return pairs
+            packed = self._pack([found[place] for place in places], places)
+            for place, x in zip(places, packed, strict=True):
+                found[place] = x
+        return list(zip(found[::2], found[1::2], strict=True))
 
-    def _pack(self, sources: list[Tensor], reverse: list[bool]) -> Tensor:
-        frames = ceil_div(self.time, TILE.value) * TILE.value
-        packed = self.new(len(sources), self.batch, self.groups, frames, self.num_states)
-        grid = (ceil_div(frames, _PACKED_FRAMES), self.groups * len(sources), self.batch)
-        with torch.cuda.device_of(packed):
-            launcher(pack_projections_kernel, grid)(
-                *(sources * 4)[:4], packed, self.lengths, self.time,
-                sum(int(turned) << i for i, turned in enumerate(reverse)), self.groups,
-                *sources[0].stride(), NUM_STATE=self.num_states, STATES=self.states,
-                FRAMES=_PACKED_FRAMES, KINDS=len(sources),
-            )  # fmt: skip
-        return packed
-
-
-class GradientMemory(NamedTuple):
-    """What the backward kernel fills for one way or two, the first axis; see `WayGradientPointers`.
-
-    Both ways' in one piece of memory, so that they can be added up together.
-    """
-
-    parts: Tensor
-    projections: Tensor | None
-
-    @classmethod
-    def new(cls, call: _Call, count: int) -> GradientMemory:
-        """Uninitialised memory."""
-        channel_blocks, pieces, batch = call.grid(WARP.value)
-        B, C = (x.dim() == 4 for x in call.ways[0][3:5])
-        rows = call.num_states * (4 - B - C) + 2
-        of_projections = (count, B + C, batch, channel_blocks, call.num_states, call.time)
-        return cls(
-            call.new(count, batch, pieces, rows, call.dim),
-            call.new(*of_projections) if B or C else None,
+    def _pack(self, sources: list[Tensor], places: list[int]) -> abc.Sequence[Tensor]:
+        _, batch, _, time, num_states, groups, *_ = self.shape
+        frames = ceil_div(time, TILE.value) * TILE.value
+        packed = self.new(len(sources), batch, groups, frames, num_states)
+        reverse = tuple(self.ways[place // 2].reverse for place in places)
+        plan = _pack_plan(
+            self.shape.device, batch, time, groups, num_states, reverse, sources[0].stride()
         )
+        launch(pack_projections_kernel, plan, *(sources * 4)[:4], packed, self.lengths)
+        return packed.unbind()
+
+
+def _calls(arguments: ScanArguments, y: Tensor) -> list[_Call]:
+    """The scan's ways, together if they can be."""
+    ways = arguments.ways
+    if len(ways) == 1 or _alike(*ways):
+        return [_Call(arguments, tuple(range(len(ways))), y)]
+    return [_Call(arguments, (i,), y) for i in range(len(ways))]
+
+
+def _alike(first: Way, second: Way) -> bool:
+    """Whether two ways can go through the same code, which knows one set of strides and parts."""
+
+    def parts(way: Way) -> tuple:
+        types = way.u.dtype, way.delta.dtype
+        present = way.D is not None, way.delta_bias is not None
+        return way.u.stride(), way.delta.stride(), types, present
+
+    return parts(first) == parts(second) and second.initial_state is None
 
 
 class GradientParts:
-    """Gradients of a way, and their sums once the kernel has filled its ``memory``."""
+    """Gradients of one way or two; those of parameters and projections are sums still to be done.
 
-    def __init__(
-        self,
-        call: _Call,
-        way: Way,
-        grad_last_state: Tensor | None,
-        memory: GradientMemory,
-        index: int,
-    ):
-        self.call, self.way, self.grad_last_state = call, way, _by_state(grad_last_state)
-        self.memory = memory
-        self.u, self.delta = empty_like(way.u), empty_like(way.delta)
-        self.parts = memory.parts[index]
-        self.projections = None if memory.projections is None else memory.projections[index]
+    Attributes:
+        u, delta: (ways, batch, dim, time).
+        parts, projections: see `WayGradientPointers`; ways in front.
+    """
 
-    def pointers(self) -> WayGradientPointers:
-        return WayGradientPointers(
-            _sequence(self.u),
-            _sequence(self.delta),
-            self.parts,
-            self.projections,
-            self.grad_last_state,
-            self.parts,
+    def __init__(self, call: _Call):
+        self.call, shape, plans = call, call.shape, call.plans
+        first, count = call.ways[0], len(call.ways)
+        self.u = empty_like(first.u.expand(count, *first.u.shape))
+        self.delta = empty_like(first.delta.expand(count, *first.delta.shape))
+        kinds = shape.B_varies + shape.C_varies
+        rows = shape.num_states * (4 - kinds) + 2
+        self.parts = call.new(count, shape.batch, plans.num_pieces, rows, shape.dim)
+        self.projections = None
+        if kinds:
+            self.projections = call.new(
+                count, kinds, shape.batch, plans.channel_blocks, shape.num_states, shape.time
+            )
+
+    def pointers(
+        self, ends: abc.Sequence[Tensor], grad_last_states: list[Tensor | None]
+    ) -> tuple[WayGradientPointers, WayGradientPointers]:
+        return _pair(
+            WayGradientPointers(
+                _sequence(u),
+                _sequence(delta),
+                parts,
+                projections,
+                _by_state(grad_last_states[i]),
+                end,
+            )
+            for i, u, delta, parts, projections, end in zip(
+                self.call.indices,
+                self.u.unbind(),
+                self.delta.unbind(),
+                self.parts.unbind(),
+                [None] * len(ends) if self.projections is None else self.projections.unbind(),
+                ends,
+                strict=True,
+            )
         )
 
-    def collect(self) -> WayGradients:
-        way, num_states = self.way, self.call.num_states
+    def collect(self) -> list[WayGradients]:
+        """The gradients of each way."""
+        return [self._collect(index, way) for index, way in enumerate(self.call.ways)]
+
+    def _collect(self, index: int, way: Way) -> WayGradients:
+        num_states = self.call.shape.num_states
         projections = []
         if self.projections is not None:
-            by_group = self.projections.unflatten(2, (self.call.groups, -1))
+            by_group = self.projections[index].unflatten(2, (self.call.shape.groups, -1))
             projections = [part.sum(2) for part in by_group]
-        sums = self.parts[:, :, :-num_states].sum((0, 1))
+        sums = self.parts[index, :, :, :-num_states].sum((0, 1))
         constant = iter(sums[num_states:-2].split(num_states))
         grad_B = projections[0] if way.B.dim() == 4 else next(constant).t().to(way.B.dtype)
         grad_C = projections[-1] if way.C.dim() == 4 else next(constant).t().to(way.C.dtype)
         return WayGradients(
-            self.u,
-            self.delta,
+            self.u[index],
+            self.delta[index],
             sums[:num_states].t().to(way.A.dtype),
             _to_groups_of(grad_B, way.B),
             _to_groups_of(grad_C, way.C),
             None if way.D is None else sums[-2].to(way.D.dtype),
             None if way.delta_bias is None else sums[-1].to(way.delta_bias.dtype),
-            self.initial_state(),
+            self.initial_state(index),
         )
 
-    def initial_state(self) -> Tensor | None:
-        way, call = self.way, self.call
+    def initial_state(self, index: int) -> Tensor | None:
+        """The gradient of a way's initial state."""
+        call, way = self.call, self.call.ways[index]
         if way.initial_state is None:
             return None
-        piece = torch.zeros(call.batch, dtype=torch.int64, device=call.device)
+        _, batch, _, time, num_states, *_ = call.shape
+        piece = torch.zeros(batch, dtype=torch.int64, device=call.shape.device)
         if way.reverse:
-            valid = piece + call.time if call.lengths is None else call.lengths
-            piece = (valid - 1).clamp(0, call.time - 1) // call.piece_frames
-        items = torch.arange(call.batch, device=call.device)
-        grad = self.parts[items, piece, -call.num_states :].transpose(1, 2)
+            valid = piece + time if call.lengths is None else call.lengths
+            piece = (valid - 1).clamp(0, time - 1) // call.plans.piece_frames
+        items = torch.arange(batch, device=call.shape.device)
+        grad = self.parts[index, items, piece, -num_states:].transpose(1, 2)
         return empty_like(way.initial_state).copy_(grad)
 
 
