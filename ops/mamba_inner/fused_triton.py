@@ -136,13 +136,13 @@ def _scan_arguments(
     delta = delta.view(ways, batch, time, inner).transpose(2, 3)
     by_frame = projected.view(ways, batch, 1, time, -1).transpose(3, 4)
     _, B, C = by_frame.split([rank, num_states, num_states], 3)
-    parts = (u, delta, A.transpose(1, 2), B, C)
+    of_ways = [part.unbind() for part in (u, delta, A.transpose(1, 2), B, C)]
     starts = [(arguments.ssm_state, False, None), (None, True, arguments.chunk_size)]
     return arguments.scan(
         [
-            Way(*of_way, direction.D, direction.dt_bias, *start)
-            for direction, start, *of_way in zip(
-                arguments.directions, starts, *(part.unbind() for part in parts), strict=False
+            Way(u, delta, A, B, C, direction.D, direction.dt_bias, *start)
+            for u, delta, A, B, C, direction, start in zip(
+                *of_ways, arguments.directions, starts, strict=False
             )
         ]
     )
@@ -207,7 +207,7 @@ def _backward(
 
     grad_xz_BTF = torch.empty_like(xz_BTF, memory_format=torch.contiguous_format)
     grad_x_BET, grad_z_BET = grad_xz_BTF.transpose(1, 2).chunk(2, dim=1)
-    states, packed = states_and_packed[:count], states_and_packed[count:]
+    states, packed = list(states_and_packed[:count]), states_and_packed[count:]
     (parts,) = launch_backward_in_parts(
         grad_y_BTE.transpose(1, 2), [grad_ssm_state, None], states,
         _scan_arguments(arguments, sizes, u, delta, A, projected), grad_z_BET,
