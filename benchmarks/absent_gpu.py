@@ -141,7 +141,7 @@ def absent_gpu(capability: int) -> Iterator[dict[str, Unlaunched]]:
             stack.enter_context(patch.object(module, "interpreted", lambda: True))
             stack.enter_context(patch.object(module, "unavailable", lambda: None))
         stack.enter_context(
-            patch.object(triton_launch, "_num_multiprocessors", lambda _: MULTIPROCESSORS)
+            patch.object(triton_launch, "num_multiprocessors", lambda _: MULTIPROCESSORS)
         )
         previous = driver._active
         driver.set_active(AbsentGpu(capability))

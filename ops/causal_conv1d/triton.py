@@ -7,7 +7,6 @@ kernels run on the CPU, slowly: this is how they are tested without a GPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,33 +45,20 @@ def unsupported(arguments: ConvArguments) -> str | None:
 
 def conv_forward(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """`conv` without autograd."""
-    with torch.cuda.device_of(arguments.x):
-        y, state = conv_forward_of_ways([arguments])
-    return y[0], state[0]
-
-
-def conv_forward_of_ways(ways: Sequence[ConvArguments]) -> tuple[Tensor, Tensor]:
-    """Outputs and last states of one or two ways over the same input, in one launch.
-
-    Only the first may have an initial state; taps, activation and lengths are alike.
-
-    Returns:
-        (ways, batch, dim, time) and (ways, batch, dim, width - 1).
-    """
     from ops.causal_conv1d.triton_kernels import causal_conv1d_forward_kernel
     from ops.triton_launcher import launch
-    from ops.triton_sequences import Sequence as Strided
+    from ops.triton_sequences import Sequence
 
-    first, second = ways[0], ways[-1]
-    x = first.x
-    y = empty_like(x.expand(len(ways), *x.shape))
-    state = x.new_empty(len(ways), x.shape[0], x.shape[1], first.weight.shape[1] - 1)
-    launch(
-        causal_conv1d_forward_kernel, _plan_of(ways), Strided(x, *x.stride()),
-        float32(first.weight), float32(first.bias), float32(first.initial_state),
-        Strided(y[0], *y.stride()[1:]), state[0], float32(second.weight), float32(second.bias),
-        y[-1], state[-1], first.lengths,
-    )  # fmt: skip
+    x, weight, bias, _, lengths, _, initial_state, _ = arguments
+    weight, bias = float32(weight), float32(bias)
+    y = empty_like(x)
+    state = x.new_empty(x.shape[0], x.shape[1], weight.shape[1] - 1)
+    with torch.cuda.device_of(x):
+        launch(
+            causal_conv1d_forward_kernel, _plan_of(arguments), Sequence(x, *x.stride()), weight,
+            bias, float32(initial_state), Sequence(y, *y.stride()), state, weight, bias, y, state,
+            lengths,
+        )  # fmt: skip
     return y, state
 
 
@@ -82,12 +68,28 @@ def conv_backward(
     arguments: ConvArguments,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias and initial_state; None where absent."""
-    weight, bias = arguments.weight, arguments.bias
-    grad_x = empty_like(arguments.x)
-    with torch.cuda.device_of(grad_x):
-        parts, grad_initial = conv_backward_of_ways(grad_y[None], grad_state, [arguments], grad_x)
-    width = weight.shape[1]
-    sums = parts[0].sum((0, 1))
+    from ops.causal_conv1d.triton_kernels import causal_conv1d_backward_kernel
+    from ops.triton_launcher import launch
+    from ops.triton_sequences import Sequence
+
+    x, weight, bias, _, lengths, _, initial_state, _ = arguments
+    width, plan_of_call = weight.shape[1], _plan_of(arguments)
+    grad_x = empty_like(x)
+    _, blocks, batch = plan_of_call.grid
+    parts = x.new_empty(batch, blocks, width + 1, x.shape[1], dtype=torch.float32)
+    grad_initial = None
+    if initial_state is not None:
+        grad_initial = x.new_empty(initial_state.shape, dtype=torch.float32)
+    taps = float32(weight), float32(bias)
+    with torch.cuda.device_of(x):
+        launch(
+            causal_conv1d_backward_kernel, plan_of_call, Sequence(grad_y, *grad_y.stride()),
+            float32(grad_state), Sequence(x, *x.stride()), *taps, float32(initial_state),
+            Sequence(grad_x, *grad_x.stride()), parts, grad_initial, grad_y, *taps, parts, lengths,
+        )  # fmt: skip
+    if initial_state is not None and grad_initial is not None:
+        grad_initial = new_gradient(initial_state).copy_(grad_initial)
+    sums = parts.sum((0, 1))
     return (
         grad_x,
         sums[:width].t().to(weight.dtype),
@@ -96,60 +98,23 @@ def conv_backward(
     )
 
 
-def conv_backward_of_ways(
-    grad_y: Tensor,
-    grad_state: Tensor | None,
-    ways: Sequence[ConvArguments],
-    grad_x: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `conv_forward_of_ways`, that of x into given memory.
-
-    Args:
-        grad_y: of the outputs, (ways, batch, dim, time).
-        grad_state: of the first way's last state.
-
-    Returns:
-        parts of the gradients of taps and bias, (ways, batch, blocks of frames, width + 1, dim),
-        and the gradient of the initial state, None if there is none.
-    """
-    from ops.causal_conv1d.triton_kernels import causal_conv1d_backward_kernel
-    from ops.triton_launcher import launch
-    from ops.triton_sequences import Sequence as Strided
-
-    first, second = ways[0], ways[-1]
-    x, initial_state, plan = first.x, first.initial_state, _plan_of(ways)
-    _, blocks, batch = plan.grid
-    width = first.weight.shape[1]
-    parts = x.new_empty(len(ways), batch, blocks, width + 1, x.shape[1], dtype=torch.float32)
-    grad_initial = None
-    if initial_state is not None:
-        grad_initial = x.new_empty(initial_state.shape, dtype=torch.float32)
-    launch(
-        causal_conv1d_backward_kernel, plan, Strided(grad_y[0], *grad_y.stride()[1:]),
-        float32(grad_state), Strided(x, *x.stride()), float32(first.weight), float32(first.bias),
-        float32(initial_state), Strided(grad_x, *grad_x.stride()), parts[0], grad_initial,
-        grad_y[-1], float32(second.weight), float32(second.bias), parts[-1], first.lengths,
-    )  # fmt: skip
-    if initial_state is not None and grad_initial is not None:
-        grad_initial = new_gradient(initial_state).copy_(grad_initial)
-    return parts, grad_initial
-
-
-def _plan_of(ways: Sequence[ConvArguments]) -> Plan:
-    first, second = ways[0], ways[-1]
-    return _plan(
-        first.x.device, first.x.shape, first.weight.shape[1], first.activation is not None,
-        len(ways), first.reset_every, second.reset_every, first.reverse, second.reverse,
-    )  # fmt: skip
+def _plan_of(arguments: ConvArguments) -> Plan:
+    x, weight, _, activation, _, reverse, _, reset_every = arguments
+    return plan(x.device, x.shape, weight.shape[1], activation is not None, reset_every, reverse)
 
 
 # Lengths of batches come in hundreds.
 @functools.lru_cache(1024)
-def _plan(
-    _device: torch.device, shape: tuple[int, int, int], width: int, silu: bool, count: int,
-    reset_every: int | None, second_reset_every: int | None, reverse: bool, second_reverse: bool,
+def plan(
+    _device: torch.device, shape: tuple[int, int, int], width: int, silu: bool,
+    reset_every: int | None, reverse: bool, both: bool = False,
 ) -> Plan:  # fmt: skip
-    """How both kernels are launched."""
+    """How both kernels are launched.
+
+    Args:
+        shape: (batch, dim, time).
+        both: the same from the first frame to the last before it.
+    """
     from ops.causal_conv1d.triton_kernels import CHANNELS, FRAMES
     from ops.triton_launcher import Plan
 
@@ -157,11 +122,11 @@ def _plan(
     return Plan(
         (ceil_div(dim, CHANNELS.value), ceil_div(time, FRAMES.value), batch),
         (
-            time, dim, reset_every or time, second_reset_every or time, int(reverse),
-            int(second_reverse),
+            time, dim, time if both else reset_every or time, reset_every or time,
+            int(reverse and not both), int(reverse),
         ),
         # ENTRIES: a power of two that holds the width - 1 entries of a state.
-        WIDTH=width, ENTRIES=1 << max(0, width - 2).bit_length(), SILU=silu, BOTH=count == 2,
+        WIDTH=width, ENTRIES=1 << max(0, width - 2).bit_length(), SILU=silu, BOTH=both,
     )  # fmt: skip
 
 

@@ -17,17 +17,24 @@ import torch
 from torch import Tensor
 
 from ops.causal_conv1d import triton as conv
+from ops.causal_conv1d.triton_kernels import (
+    causal_conv1d_backward_kernel,
+    causal_conv1d_forward_kernel,
+)
 from ops.mamba_inner.arguments import Direction, InnerArguments
 from ops.mamba_inner.triton_kernels import (
     collect_parameters_kernel,
     collect_projections_kernel,
     prepare_parameters_kernel,
 )
-from ops.native import ceil_div, next_power_of_2
-from ops.selective_scan import triton as scan
-from ops.selective_scan.arguments import ScanArguments, Way
-from ops.selective_scan.triton_launch import launch_backward_in_parts, launch_forward
+from ops.native import ceil_div, float32, next_power_of_2
+from ops.selective_scan import triton_launch
+from ops.selective_scan.triton import TILE_FRAMES
+from ops.selective_scan.triton_backward import WayGradientPointers
+from ops.selective_scan.triton_launch import by_state, pair
+from ops.selective_scan.triton_rows import WayPointers, pack_projections_kernel
 from ops.triton_launcher import Plan, launch
+from ops.triton_sequences import Sequence
 
 _PARAMETERS = len(Direction._fields)
 _BLOCK = 1024
@@ -48,15 +55,17 @@ def fits(arguments: InnerArguments) -> bool:
 def mamba_inner(arguments: InnerArguments) -> tuple[Tensor, Tensor, Tensor]:
     """`dispatch.mamba_inner_fn` by the Triton kernels; differentiable once."""
     xz_BTF, directions, lengths, conv_state, ssm_state, chunk_size = arguments
-    tensors = (xz_BTF, lengths, conv_state, ssm_state, *itertools.chain(*directions))
+    # All memory here is dense.
+    tensors = (xz_BTF.contiguous(), lengths, conv_state, ssm_state, *itertools.chain(*directions))
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     return _MambaInner.apply(chunk_size, save, *tensors)
 
 
 class _Sizes(NamedTuple):
-    """All that decides over grids; R rank of the step sizes."""
+    """All that decides over launches; R rank of the step sizes."""
 
     device: torch.device
+    dtype: torch.dtype
     ways: int
     batch: int
     time: int
@@ -64,42 +73,58 @@ class _Sizes(NamedTuple):
     rank: int
     num_states: int
     width: int
-    cast: bool
-
-    @property
-    def columns(self) -> int:
-        """Step sizes, B and C of a frame."""
-        return self.rank + 2 * self.num_states
+    chunk_size: int | None
 
     @classmethod
     def of(cls, arguments: InnerArguments) -> _Sizes:
         xz_BTF, directions = arguments.xz_BTF, arguments.directions
-        first, count = directions[0], len(directions)
+        first = directions[0]
         batch, time, _ = xz_BTF.shape
-        inner, num_states = first.A_log.shape
         return cls(
-            xz_BTF.device, count, batch, time, inner, first.dt_proj.shape[1], num_states,
-            first.conv_weight.shape[1], count == 2 or xz_BTF.dtype != torch.float32,
+            xz_BTF.device, xz_BTF.dtype, len(directions), batch, time, *first.dt_proj.shape,
+            first.A_log.shape[1], first.conv_weight.shape[1], arguments.chunk_size,
         )  # fmt: skip
 
 
 class _Plans:
-    """How the kernels around the scan and the convolution are launched."""
+    """How kernels are launched for a shape, and strides (batch, channel, frame) of their memory."""
 
-    def __init__(self, sizes: _Sizes):
-        _, count, batch, time, inner, rank, num_states, width, cast = sizes
-        columns = sizes.columns
+    def __init__(self, sizes: _Sizes, tuning: triton_launch.Tuning):
+        device, dtype, ways, batch, time, inner, rank, states, width, chunk_size = sizes
+        self.columns = columns = rank + 2 * states
+        self.cast = cast = ways == 2 or dtype != torch.float32
+        self.strides = time * inner, 1, inner
+        self.strides_of_half = 2 * time * inner, 1, 2 * inner
+        both = ways == 2
+        reset_every, reverse = (None, chunk_size)[:ways], (False, True)[:ways]
         self.prepare = Plan(
-            (ceil_div(max(num_states, columns) * inner, _BLOCK), count, 3 if cast else 1),
-            (inner, rank), NUM_STATE=num_states, BOTH=count == 2, CAST=cast, BLOCK=_BLOCK,
+            (ceil_div(max(states, columns) * inner, _BLOCK), ways, 3 if cast else 1),
+            (inner, rank), NUM_STATE=states, BOTH=both, CAST=cast, BLOCK=_BLOCK,
+        )  # fmt: skip
+        self.conv = conv.plan(
+            device, (batch, inner, time), width, True, reset_every[-1], reverse[-1], both
+        )
+        self.pack = triton_launch.pack_plan(
+            device, batch, time, 1, states, tuple(way for way in reverse for _ in "BC"),
+            (time * columns, 0, 1, columns),
+        )  # fmt: skip
+        self.scan = triton_launch.plans_of(
+            triton_launch.Shape(
+                device, batch, inner, time, states, 1, True, True, reverse, reset_every, True,
+                2 * inner * time >= 2**31, False, 1 / ways,
+                triton_launch.num_multiprocessors(device), tuning,
+            )
         )  # fmt: skip
         self.collect_projections = Plan(
-            (ceil_div(time, _FRAMES), 2 * count, batch), NUM_STATE=num_states,
-            STATES=next_power_of_2(num_states), FRAMES=_FRAMES,
+            (ceil_div(time, _FRAMES), 2 * ways, batch),
+            (time, self.scan.channel_blocks, columns, rank), NUM_STATE=states,
+            STATES=next_power_of_2(states), FRAMES=_FRAMES,
         )  # fmt: skip
+        conv_parts = self.conv.grid[1] * batch
         self.collect_parameters = Plan(
-            (ceil_div(inner, _CHANNELS), count, num_states + 3 + width), NUM_STATE=num_states,
-            WIDTH=width, CHANNELS=_CHANNELS, ROWS=_ROWS,
+            (ceil_div(inner, _CHANNELS), ways, states + 3 + width),
+            (inner, batch * self.scan.num_pieces, conv_parts), NUM_STATE=states, WIDTH=width,
+            CHANNELS=_CHANNELS, ROWS=_ROWS,
         )  # fmt: skip
 
 
@@ -107,7 +132,7 @@ class _Plans:
 _plans = functools.lru_cache(1024)(_Plans)
 
 
-def _prepare(arguments: InnerArguments, sizes: _Sizes) -> tuple[Tensor, Tensor, Tensor]:
+def _prepare(arguments: InnerArguments, plans: _Plans) -> tuple[Tensor, Tensor, Tensor]:
     """Decay rates and both projections of all ways as the kernels and products want them.
 
     Returns:
@@ -115,74 +140,63 @@ def _prepare(arguments: InnerArguments, sizes: _Sizes) -> tuple[Tensor, Tensor, 
     """
     xz_BTF, directions = arguments.xz_BTF, arguments.directions
     first, second = directions[0], directions[-1]
-    A = first.A_log.new_empty(sizes.ways, sizes.num_states, sizes.inner)
-    if sizes.cast:
-        x_proj = xz_BTF.new_empty(sizes.ways, sizes.columns, sizes.inner)
-        dt_proj = xz_BTF.new_empty(sizes.ways, sizes.inner, sizes.rank)
+    inner, states = first.A_log.shape
+    A = first.A_log.new_empty(len(directions), states, inner)
+    if plans.cast:
+        x_proj = xz_BTF.new_empty(len(directions), *first.x_proj.shape)
+        dt_proj = xz_BTF.new_empty(len(directions), *first.dt_proj.shape)
     else:
         x_proj, dt_proj = first.x_proj[None], first.dt_proj[None]
     launch(
-        prepare_parameters_kernel, _plans(sizes).prepare, first.A_log, second.A_log, first.x_proj,
+        prepare_parameters_kernel, plans.prepare, first.A_log, second.A_log, first.x_proj,
         second.x_proj, first.dt_proj, second.dt_proj, A, x_proj, dt_proj,
     )  # fmt: skip
     return A, x_proj, dt_proj
 
 
-def _scan_arguments(
-    arguments: InnerArguments, sizes: _Sizes, u: Tensor, delta: Tensor, A: Tensor, projected: Tensor
-) -> ScanArguments:
-    """What the scan is given of ``u`` (ways, batch, inner, time) and (ways, rows, ...) tensors."""
-    _, ways, batch, time, inner, rank, num_states, *_ = sizes
-    delta = delta.view(ways, batch, time, inner).transpose(2, 3)
-    by_frame = projected.view(ways, batch, 1, time, -1).transpose(3, 4)
-    _, B, C = by_frame.split([rank, num_states, num_states], 3)
-    of_ways = [part.unbind() for part in (u, delta, A.transpose(1, 2), B, C)]
-    starts = [(arguments.ssm_state, False, None), (None, True, arguments.chunk_size)]
-    return arguments.scan(
-        [
-            Way(u, delta, A, B, C, direction.D, direction.dt_bias, *start)
-            for u, delta, A, B, C, direction, start in zip(
-                *of_ways, arguments.directions, starts, strict=False
-            )
-        ]
-    )
+def _way_pointers(
+    arguments: InnerArguments, plans: _Plans, A: Tensor, u: Tensor, delta: Tensor, packed: Tensor,
+    ends: Tensor, states: Tensor | None, last_states: Tensor | None = None,
+) -> tuple[WayPointers, WayPointers]:  # fmt: skip
+    """What the scan is told of both ways; all tensors have ways in front."""
+    directions = arguments.directions
+    nothing = [None] * len(directions)
+    projections = packed.unbind()
+    return pair(
+        WayPointers(
+            Sequence(u, *plans.strides), Sequence(delta, *plans.strides), A, B, C, way.D,
+            way.dt_bias, kept, initial_state, last_state, end,
+        )
+        for way, u, delta, A, B, C, kept, initial_state, last_state, end in zip(
+            directions, u.unbind(), delta.unbind(), A.unbind(), projections[::2], projections[1::2],
+            nothing if states is None else states.unbind(), (by_state(arguments.ssm_state), None),
+            nothing if last_states is None else last_states.unbind(), ends.unbind(),
+            strict=False,
+        )
+    )  # fmt: skip
 
 
 class _MambaInner(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chunk_size, save, *tensors):
         arguments = _arguments(tensors, chunk_size)
-        sizes = _Sizes.of(arguments)
-        rows = sizes.batch * sizes.time
         with torch.cuda.device_of(arguments.xz_BTF):
-            A, x_proj, dt_proj = _prepare(arguments, sizes)
-            u, conv_states = conv.conv_forward_of_ways(arguments.convolutions())
-            u_rows = u.transpose(2, 3).view(sizes.ways, rows, sizes.inner)
-            projected = torch.bmm(u_rows, x_proj.transpose(1, 2))
-            delta = torch.bmm(projected[..., : sizes.rank], dt_proj.transpose(1, 2))
-            scanned = _scan_arguments(arguments, sizes, u, delta, A, projected)
-            y_BET, last_states, states = scan.new_outputs(scanned, save)
-            packed = launch_forward(scanned, y_BET, last_states, states if save else None)
+            outputs, kept = _forward(arguments, save)
         if save:
             # Zeros would be made for states that nobody went on from.
             ctx.set_materialize_grads(False)
             ctx.chunk_size, ctx.num_tensors = chunk_size, len(tensors)
-            kept = (A, x_proj, dt_proj, u, delta, projected)
-            ctx.save_for_backward(*tensors, *kept, *states, *itertools.chain(*packed))
-        return y_BET.transpose(1, 2), conv_states[0], last_states[0]
+            ctx.save_for_backward(*tensors, *kept)
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_y_BTE, grad_conv_state, grad_ssm_state):
+    def backward(ctx, *grads):
         # Once: recomputed tensors are handed out a single time.
         kept = ctx.saved_tensors
         arguments = _arguments(kept[: ctx.num_tensors], ctx.chunk_size)
         with torch.cuda.device_of(arguments.xz_BTF):
-            return _backward(
-                arguments,
-                *kept[ctx.num_tensors :],
-                grads=(grad_y_BTE, grad_conv_state, grad_ssm_state),
-            )
+            return _backward(arguments, grads, *kept[ctx.num_tensors :])
 
 
 def _arguments(tensors: Any, chunk_size: int | None) -> InnerArguments:
@@ -194,66 +208,138 @@ def _arguments(tensors: Any, chunk_size: int | None) -> InnerArguments:
     return InnerArguments(xz_BTF, directions, lengths, conv_state, ssm_state, chunk_size)
 
 
-def _backward(
-    arguments: InnerArguments, A: Tensor, x_proj: Tensor, dt_proj: Tensor, u: Tensor,
-    delta: Tensor, projected: Tensor, *states_and_packed: Tensor, grads: tuple[Tensor | None, ...],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+def _forward(
+    arguments: InnerArguments, save: bool
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    """The outputs, and what `_backward` wants to be kept."""
+    xz_BTF, directions, lengths, conv_state, _, _ = arguments
     sizes = _Sizes.of(arguments)
-    _, count, batch, time, inner, rank, num_states, width, _ = sizes
-    columns, rows, plans = sizes.columns, batch * time, _plans(sizes)
-    xz_BTF, (grad_y_BTE, grad_conv_state, grad_ssm_state) = arguments.xz_BTF, grads
-    if grad_y_BTE is None:
-        grad_y_BTE = xz_BTF.new_zeros(()).expand(batch, time, inner)
+    _, _, ways, batch, time, inner, rank, num_states, width, _ = sizes
+    plans = _plans(sizes, triton_launch.TUNING)
+    first, second = directions[0], directions[-1]
+    A, x_proj, dt_proj = _prepare(arguments, plans)
 
-    grad_xz_BTF = torch.empty_like(xz_BTF, memory_format=torch.contiguous_format)
-    grad_x_BET, grad_z_BET = grad_xz_BTF.transpose(1, 2).chunk(2, dim=1)
-    states, packed = list(states_and_packed[:count]), states_and_packed[count:]
-    (parts,) = launch_backward_in_parts(
-        grad_y_BTE.transpose(1, 2), [grad_ssm_state, None], states,
-        _scan_arguments(arguments, sizes, u, delta, A, projected), grad_z_BET,
-        list(zip(packed[::2], packed[1::2], strict=True)),
+    u, last_inputs = (
+        xz_BTF.new_empty(ways, batch, time, inner), xz_BTF.new_empty(ways, batch, inner, width - 1)
     )  # fmt: skip
-    assert parts.projections is not None
-    grad_projected = projected.new_empty(count, rows, columns)
+    of_ways, states_of_ways = u.unbind(), last_inputs.unbind()
     launch(
-        collect_projections_kernel, plans.collect_projections, parts.projections, grad_projected,
-        time, parts.projections.shape[3], columns, rank,
+        causal_conv1d_forward_kernel, plans.conv, Sequence(xz_BTF, *plans.strides_of_half),
+        first.conv_weight, first.conv_bias, float32(conv_state),
+        Sequence(of_ways[0], *plans.strides), states_of_ways[0], second.conv_weight,
+        second.conv_bias, of_ways[-1], states_of_ways[-1], lengths,
     )  # fmt: skip
+    projected = torch.bmm(u.view(ways, batch * time, inner), x_proj.transpose(1, 2))
+    delta = torch.bmm(projected[..., :rank], dt_proj.transpose(1, 2))
+    packed = A.new_empty(2 * ways, batch, plans.scan.packed_frames, num_states)
+    B, C = (projected[..., start:].unbind() for start in (rank, rank + num_states))
+    launch(pack_projections_kernel, plans.pack, B[0], C[0], B[-1], C[-1], packed, lengths)
+
+    y_BTE = xz_BTF.new_empty(batch, time, inner)
+    last_states = A.new_empty(ways, batch, num_states, inner)
+    states = None
+    if save:
+        # Of the tile that is scanned first the state is the caller's.
+        kept_tiles = plans.scan.packed_frames // TILE_FRAMES - 1
+        states = A.new_empty(ways, batch, kept_tiles, num_states, inner)
+    triton_launch.launch_scan(
+        plans.scan,
+        _way_pointers(
+            arguments, plans, A, u, delta, packed, A.new_empty(plans.scan.ends_shape), states,
+            last_states,
+        ),
+        _gate(xz_BTF, plans), Sequence(y_BTE, *plans.strides), lengths,
+    )  # fmt: skip
+    kept = () if states is None else (A, x_proj, dt_proj, u, delta, projected, packed, states)
+    return (y_BTE, states_of_ways[0], last_states[0].transpose(1, 2)), kept
+
+
+def _gate(xz_BTF: Tensor, plans: _Plans) -> Sequence:
+    """The second half of ``xz_BTF``, or of its gradient."""
+    return Sequence(xz_BTF[..., plans.strides[2] :], *plans.strides_of_half)
+
+
+def _backward(
+    arguments: InnerArguments, grads: tuple[Tensor | None, ...], A: Tensor, x_proj: Tensor,
+    dt_proj: Tensor, u: Tensor, delta: Tensor, projected: Tensor, packed: Tensor, states: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    xz_BTF, directions, lengths, conv_state, ssm_state, _ = arguments
+    grad_y_BTE, grad_conv_state, grad_ssm_state = grads
+    sizes = _Sizes.of(arguments)
+    _, _, ways, batch, time, inner, rank, num_states, width, _ = sizes
+    plans = _plans(sizes, triton_launch.TUNING)
+    strides, rows, columns = plans.strides, batch * time, plans.columns
+    new, new_float = xz_BTF.new_empty, A.new_empty
+    if grad_y_BTE is None:
+        grad_y_BTE = xz_BTF.new_zeros(batch, time, inner)
+
+    grad_xz_BTF = new(xz_BTF.shape)
+    grad_u, grad_delta = new(u.shape), new(delta.shape)
+    parts, of_projections, ends = (
+        new_float(plans.scan.parts_shape), new_float(plans.scan.projections_shape),
+        new_float(plans.scan.ends_shape),
+    )  # fmt: skip
+    of_ways = grad_u.unbind()
+    gradients = pair(
+        WayGradientPointers(Sequence(of_u, *strides), Sequence(of_delta, *strides), *others)
+        for of_u, of_delta, *others in zip(
+            of_ways, grad_delta.unbind(), parts.unbind(), of_projections.unbind(),
+            (by_state(grad_ssm_state), None), ends.unbind(),
+            strict=False,
+        )
+    )  # fmt: skip
+    triton_launch.launch_gradients(
+        plans.scan, _way_pointers(arguments, plans, A, u, delta, packed, ends, states),
+        gradients, _gate(xz_BTF, plans), Sequence(grad_y_BTE.contiguous(), *strides),
+        _gate(grad_xz_BTF, plans), lengths,
+    )  # fmt: skip
+    grad_projected = new(ways, rows, columns)
+    launch(collect_projections_kernel, plans.collect_projections, of_projections, grad_projected)
 
     # Both gradients of both ways in one piece, to be converted together.
     sizes_of_weights = [columns * inner, inner * rank]
-    grad_weights = projected.new_empty(count, sum(sizes_of_weights))
+    grad_weights = new(ways, sum(sizes_of_weights))
     of_x_proj, of_dt_proj = grad_weights.split(sizes_of_weights, 1)
-    grad_delta = parts.delta.transpose(2, 3).view(count, rows, inner)
-    grad_u = parts.u.transpose(2, 3).view(count, rows, inner)
-    u_rows = u.transpose(2, 3).view(count, rows, inner)
     torch.bmm(grad_delta, dt_proj, out=grad_projected[..., :rank])
     torch.bmm(
-        grad_delta.transpose(1, 2), projected[..., :rank], out=of_dt_proj.view(count, inner, rank)
+        grad_delta.transpose(1, 2), projected[..., :rank], out=of_dt_proj.view(ways, inner, rank)
     )
-    torch.bmm(grad_projected.transpose(1, 2), u_rows, out=of_x_proj.view(count, columns, inner))
-    grad_u.baddbmm_(grad_projected, x_proj)
-    conv_parts, grad_conv_initial = conv.conv_backward_of_ways(
-        parts.u, grad_conv_state, arguments.convolutions(), grad_x_BET
-    )
-
-    new = A.new_empty
-    grad_A_log, grad_D, grad_bias = (
-        new(count, inner, num_states), new(count, inner), new(count, inner)
+    torch.bmm(
+        grad_projected.transpose(1, 2), u.view(ways, rows, inner),
+        out=of_x_proj.view(ways, columns, inner),
     )  # fmt: skip
-    grad_conv_weight, grad_conv_bias = new(count, inner, width), new(count, inner)
+    grad_u.view(ways, rows, inner).baddbmm_(grad_projected, x_proj)
+
+    first, second = directions[0], directions[-1]
+    conv_parts = new_float(ways, batch, plans.conv.grid[1], width + 1, inner)
+    conv_parts_of_ways = conv_parts.unbind()
+    grad_conv_initial = None if conv_state is None else new_float(conv_state.shape)
     launch(
-        collect_parameters_kernel, plans.collect_parameters, parts.parts, conv_parts, A, grad_A_log,
-        grad_D, grad_bias, grad_conv_weight, grad_conv_bias, inner,
-        parts.parts.shape[1] * parts.parts.shape[2], conv_parts.shape[1] * conv_parts.shape[2],
+        causal_conv1d_backward_kernel, plans.conv, Sequence(of_ways[0], *strides),
+        float32(grad_conv_state), Sequence(xz_BTF, *plans.strides_of_half), first.conv_weight,
+        first.conv_bias, float32(conv_state), Sequence(grad_xz_BTF, *plans.strides_of_half),
+        conv_parts_of_ways[0], grad_conv_initial, of_ways[-1], second.conv_weight,
+        second.conv_bias, conv_parts_of_ways[-1], lengths,
+    )  # fmt: skip
+
+    grad_A_log, grad_D, grad_bias = (
+        new_float(ways, inner, num_states), new_float(ways, inner), new_float(ways, inner)
+    )  # fmt: skip
+    grad_conv_weight, grad_conv_bias = new_float(ways, inner, width), new_float(ways, inner)
+    launch(
+        collect_parameters_kernel, plans.collect_parameters, parts, conv_parts, A, grad_A_log,
+        grad_D, grad_bias, grad_conv_weight, grad_conv_bias,
     )  # fmt: skip
     of_x_proj, of_dt_proj = grad_weights.float().split(sizes_of_weights, 1)
     of_parameters = (
-        grad_conv_weight, grad_conv_bias, of_x_proj.view(count, columns, inner),
-        of_dt_proj.view(count, inner, rank), grad_bias, grad_A_log, grad_D,
+        grad_conv_weight, grad_conv_bias, of_x_proj.view(ways, columns, inner),
+        of_dt_proj.view(ways, inner, rank), grad_bias, grad_A_log, grad_D,
     )  # fmt: skip
-    of_ways = zip(*(grad.unbind() for grad in of_parameters), strict=True)
+    of_directions = zip(*(grad.unbind() for grad in of_parameters), strict=True)
     return (
-        None, None, grad_xz_BTF, None, grad_conv_initial, parts.initial_state(0),
-        *itertools.chain(*of_ways),
+        None, None, grad_xz_BTF, None,
+        None if grad_conv_initial is None else grad_conv_initial.to(conv_state.dtype),
+        # Of the forward way, which enters with the first piece.
+        None if ssm_state is None else parts[0, :, 0, -num_states:].transpose(1, 2),
+        *itertools.chain(*of_directions),
     )  # fmt: skip

@@ -64,14 +64,13 @@ def forward(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor],
     """
     from ops.selective_scan.triton_launch import launch_forward
 
-    y, last_states, states = new_outputs(arguments, save)
+    y, last_states, states = _new_outputs(arguments, save)
     with torch.cuda.device_of(y):
         launch_forward(arguments, y, last_states, states if save else None)
     return y, last_states, states
 
 
-def new_outputs(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Uninitialised memory for what `forward` gives."""
+def _new_outputs(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     ways = arguments.ways
     u, num_states = ways[0].u, ways[0].A.shape[1]
     batch, dim, time = u.shape
@@ -103,4 +102,4 @@ def _new_gradient(x: Tensor) -> Tensor:
     return empty_like(x) if x.dim() == 3 else x.new_empty(x.shape)
 
 
-scan = register("mamba_asr::selective_scan_triton", forward, backward, new_outputs, _new_gradient)
+scan = register("mamba_asr::selective_scan_triton", forward, backward, _new_outputs, _new_gradient)

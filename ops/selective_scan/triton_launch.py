@@ -58,18 +58,21 @@ def launch_forward(
     y: Tensor,
     last_states: list[Tensor],
     states: list[Tensor] | None,
-) -> Projections:
+) -> None:
     """Fills ``y``, ``last_states`` and, unless None, ``states``; see `triton.forward`."""
-    z, lengths = _sequence(arguments.z), arguments.lengths
-    found: Projections = []
     for call in _calls(arguments, y):
-        projections, plans = call.projections(), call.plans
-        ways = call.pointers(projections, call.new_ends(), states, last_states)
-        if plans.num_pieces > 1:
-            launch(selective_scan_ends_kernel, plans.ends, *ways, z, None, lengths)
-        launch(selective_scan_forward_kernel, plans.forward, *ways, z, _sequence(y), lengths)
-        found += projections
-    return found
+        ways = call.pointers(call.new_ends(), states, last_states)
+        launch_scan(call.plans, ways, _sequence(arguments.z), _sequence(y), arguments.lengths)
+
+
+def launch_scan(
+    plans: Plans, ways: tuple[WayPointers, WayPointers], z: Sequence | None, y: Sequence,
+    lengths: Tensor | None,
+) -> None:  # fmt: skip
+    """Launches the forward; `WayPointers` say what it fills."""
+    if plans.num_pieces > 1:
+        launch(selective_scan_ends_kernel, plans.ends, *ways, z, None, lengths)
+    launch(selective_scan_forward_kernel, plans.forward, *ways, z, y, lengths)
 
 
 def launch_backward(
@@ -80,51 +83,35 @@ def launch_backward(
 ) -> tuple[list[WayGradients], Tensor | None]:
     """See `triton.backward`."""
     grad_z = None if arguments.z is None else empty_like(arguments.z)
-    calls = launch_backward_in_parts(grad_y, grad_last_states, states, arguments, grad_z)
-    return [grads for call in calls for grads in call.collect()], grad_z
-
-
-def launch_backward_in_parts(
-    grad_y: Tensor,
-    grad_last_states: list[Tensor | None],
-    states: list[Tensor],
-    arguments: ScanArguments,
-    grad_z: Tensor | None,
-    projections: Projections | None = None,
-) -> list[GradientParts]:
-    """`launch_backward` into the memory ``grad_z``, sums over channels and pieces left to do.
-
-    Args:
-        projections: what `launch_forward` gave, if it was kept.
-    """
-    z, of_y, lengths = _sequence(arguments.z), _sequence(grad_y), arguments.lengths
     found = []
     for call in _calls(arguments, grad_y):
-        plans, ends = call.plans, call.new_ends()
-        if projections is None:
-            of_call = call.projections()
-        else:
-            of_call = [projections[i] for i in call.indices]
-        ways = call.pointers(of_call, ends, states)
-        parts = GradientParts(call)
-        grads = parts.pointers(ends, grad_last_states)
-        if plans.num_pieces > 1:
-            of_states = [
-                way._replace(initial_state=grad.last_state)
-                for way, grad in zip(ways, grads, strict=True)
-            ]
-            launch(
-                selective_scan_ends_kernel, plans.ends_of_gradients, *of_states, z, of_y, lengths
-            )
-        launch(
-            selective_scan_backward_kernel, plans.backward, *ways, *grads, z, of_y,
-            _sequence(grad_z), lengths,
+        ends, parts = call.new_ends(), GradientParts(call)
+        launch_gradients(
+            call.plans, call.pointers(ends, states), parts.pointers(ends, grad_last_states),
+            _sequence(arguments.z), _sequence(grad_y), _sequence(grad_z), arguments.lengths,
         )  # fmt: skip
-        found.append(parts)
-    return found
+        found += parts.collect()
+    return found, grad_z
 
 
-class _Shape(NamedTuple):
+def launch_gradients(
+    plans: Plans, ways: tuple[WayPointers, WayPointers],
+    grads: tuple[WayGradientPointers, WayGradientPointers], z: Sequence | None, grad_y: Sequence,
+    grad_z: Sequence | None, lengths: Tensor | None,
+) -> None:  # fmt: skip
+    """Launches the backward; `WayGradientPointers`, which share ``ends``, say what it fills."""
+    if plans.num_pieces > 1:
+        of_states = [
+            way._replace(initial_state=grad.last_state)
+            for way, grad in zip(ways, grads, strict=True)
+        ]
+        launch(selective_scan_ends_kernel, plans.ends_of_gradients, *of_states, z, grad_y, lengths)
+    launch(
+        selective_scan_backward_kernel, plans.backward, *ways, *grads, z, grad_y, grad_z, lengths
+    )
+
+
+class Shape(NamedTuple):
     """All that decides over grids, numbers and constants; those of both ways side by side."""
 
     device: torch.device
@@ -145,10 +132,10 @@ class _Shape(NamedTuple):
     tuning: Tuning
 
 
-class _Plans:
-    """How the kernels are launched for one way or two of a shape."""
+class Plans:
+    """How the kernels are launched for one way or two of a shape, and shapes of their memory."""
 
-    def __init__(self, shape: _Shape):
+    def __init__(self, shape: Shape):
         batch, dim, time, tuning = shape.batch, shape.dim, shape.time, shape.tuning
         count, reverse = len(shape.reverse), shape.reverse
         states = next_power_of_2(shape.num_states)
@@ -157,6 +144,18 @@ class _Plans:
         self.channel_blocks = _channel_blocks(shape, WARP.value)
         piece_frames = _piece_frames(shape, self.channel_blocks * batch)
         self.piece_frames, self.num_pieces = piece_frames, ceil_div(time, piece_frames)
+        self.packed_frames = ceil_div(time, TILE.value) * TILE.value
+        # Of one piece nobody reads them; for None kernels would be compiled apart.
+        rows = shape.num_states + 1 if self.num_pieces > 1 else 0
+        self.ends_shape = count, batch, self.num_pieces, rows, dim
+        kinds = shape.B_varies + shape.C_varies
+        rows = shape.num_states * (4 - kinds) + 2
+        self.parts_shape = count, batch, self.num_pieces, rows, dim
+        self.projections_shape: tuple[int, ...] = ()
+        if kinds:
+            self.projections_shape = (
+                count, kinds, batch, self.channel_blocks, shape.num_states, time
+            )  # fmt: skip
         block_frames = [reset_every or time for reset_every in shape.reset_every]
 
         def numbers(turned: bool) -> tuple:
@@ -193,14 +192,14 @@ class _Plans:
 
 
 # Lengths of batches come in hundreds.
-_plans = functools.lru_cache(1024)(_Plans)
+plans_of = functools.lru_cache(1024)(Plans)
 
 
-def _channel_blocks(shape: _Shape, channels: int) -> int:
+def _channel_blocks(shape: Shape, channels: int) -> int:
     return shape.groups * ceil_div(shape.dim // shape.groups, channels)
 
 
-def _piece_frames(shape: _Shape, programs: int) -> int:
+def _piece_frames(shape: Shape, programs: int) -> int:
     tuning, pieces = shape.tuning, 1
     if programs < tuning.enough_programs * shape.multiprocessors:
         pieces = ceil_div(tuning.programs * shape.multiprocessors, programs)
@@ -209,7 +208,7 @@ def _piece_frames(shape: _Shape, programs: int) -> int:
 
 
 @functools.lru_cache(1024)
-def _pack_plan(
+def pack_plan(
     _device: torch.device, batch: int, time: int, groups: int, num_states: int,
     reverse: tuple[bool, ...], strides: tuple[int, ...],
 ) -> Plan:  # fmt: skip
@@ -223,13 +222,13 @@ def _pack_plan(
 
 
 @functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _pair(items: abc.Iterable) -> tuple:
+def pair(items: abc.Iterable) -> tuple:
     """Two of them, or twice the only one."""
     first, *second = items
     return first, second[0] if second else first
@@ -243,7 +242,7 @@ def _sequence(x: Tensor | None) -> Sequence | None:
     return None if x is None else Sequence(x, *x.stride())
 
 
-def _by_state(state: Tensor | None) -> Tensor | None:
+def by_state(state: Tensor | None) -> Tensor | None:
     """A state (batch, dim, state) as the kernels want it, channels last."""
     return None if state is None else float32(state.transpose(1, 2))
 
@@ -264,15 +263,15 @@ class _Call:
         if arguments.z is not None:
             sequences.append(arguments.z)
         batch, dim, time = first.u.shape
-        self.shape = _Shape(
+        self.shape = Shape(
             y.device, batch, dim, time, first.A.shape[1],
             max((x.shape[1] for x in projections), default=1), first.B.dim() == 4,
             first.C.dim() == 4, tuple(way.reverse for way in ways),
             tuple(way.reset_every for way in ways), arguments.softplus,
             max(x.stride(2) for x in sequences) * time >= 2**31, indices[0] > 0,
-            1 / len(arguments.ways), _num_multiprocessors(y.device), TUNING,
+            1 / len(arguments.ways), num_multiprocessors(y.device), TUNING,
         )  # fmt: skip
-        self.plans = _plans(self.shape)
+        self.plans = plans_of(self.shape)
 
     def new(self, *shape: int) -> Tensor:
         """Uninitialised memory in float32."""
@@ -280,17 +279,14 @@ class _Call:
 
     def new_ends(self) -> abc.Sequence[Tensor]:
         """Memory for each way's ``ends``."""
-        shape, pieces = self.shape, self.plans.num_pieces
-        # Of one piece nobody reads them; for None kernels would be compiled apart.
-        rows = shape.num_states + 1 if pieces > 1 else 0
-        return self.new(len(self.ways), shape.batch, pieces, rows, shape.dim).unbind()
+        return self.new(*self.plans.ends_shape).unbind()
 
     def pointers(
-        self, projections: Projections, ends: abc.Sequence[Tensor], states: list[Tensor] | None,
+        self, ends: abc.Sequence[Tensor], states: list[Tensor] | None,
         last_states: list[Tensor] | None = None,
     ) -> tuple[WayPointers, WayPointers]:  # fmt: skip
         """What the kernels are told of the first way and the second, or the first again."""
-        return _pair(
+        return pair(
             WayPointers(
                 _sequence(way.u),
                 _sequence(way.delta),
@@ -300,14 +296,16 @@ class _Call:
                 float32(way.D),
                 float32(way.delta_bias),
                 states[i] if states else None,
-                _by_state(way.initial_state),
+                by_state(way.initial_state),
                 last_states[i].transpose(1, 2) if last_states else None,
                 end,
             )
-            for i, way, (B, C), end in zip(self.indices, self.ways, projections, ends, strict=True)
+            for i, way, (B, C), end in zip(
+                self.indices, self.ways, self._projections(), ends, strict=True
+            )
         )
 
-    def projections(self) -> Projections:
+    def _projections(self) -> Projections:
         """B and C of each way as the kernels want them, packed together where they are alike."""
         found: list[Tensor] = []
         kinds: dict[tuple, list[int]] = {}
@@ -327,10 +325,9 @@ class _Call:
 
     def _pack(self, sources: list[Tensor], places: list[int]) -> abc.Sequence[Tensor]:
         _, batch, _, time, num_states, groups, *_ = self.shape
-        frames = ceil_div(time, TILE.value) * TILE.value
-        packed = self.new(len(sources), batch, groups, frames, num_states)
+        packed = self.new(len(sources), batch, groups, self.plans.packed_frames, num_states)
         reverse = tuple(self.ways[place // 2].reverse for place in places)
-        plan = _pack_plan(
+        plan = pack_plan(
             self.shape.device, batch, time, groups, num_states, reverse, sources[0].stride()
         )
         launch(pack_projections_kernel, plan, *(sources * 4)[:4], packed, self.lengths)
@@ -365,29 +362,23 @@ class GradientParts:
     """
 
     def __init__(self, call: _Call):
-        self.call, shape, plans = call, call.shape, call.plans
+        self.call, plans = call, call.plans
         first, count = call.ways[0], len(call.ways)
         self.u = empty_like(first.u.expand(count, *first.u.shape))
         self.delta = empty_like(first.delta.expand(count, *first.delta.shape))
-        kinds = shape.B_varies + shape.C_varies
-        rows = shape.num_states * (4 - kinds) + 2
-        self.parts = call.new(count, shape.batch, plans.num_pieces, rows, shape.dim)
-        self.projections = None
-        if kinds:
-            self.projections = call.new(
-                count, kinds, shape.batch, plans.channel_blocks, shape.num_states, shape.time
-            )
+        self.parts = call.new(*plans.parts_shape)
+        self.projections = call.new(*plans.projections_shape) if plans.projections_shape else None
 
     def pointers(
         self, ends: abc.Sequence[Tensor], grad_last_states: list[Tensor | None]
     ) -> tuple[WayGradientPointers, WayGradientPointers]:
-        return _pair(
+        return pair(
             WayGradientPointers(
                 _sequence(u),
                 _sequence(delta),
                 parts,
                 projections,
-                _by_state(grad_last_states[i]),
+                by_state(grad_last_states[i]),
                 end,
             )
             for i, u, delta, parts, projections, end in zip(

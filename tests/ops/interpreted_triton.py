@@ -115,7 +115,7 @@ def test_scan_of_any_call(data):
 
 @pytest.mark.parametrize(("multiprocessors", "channels_last"), [(0, False), (1000, True)])
 def test_scan_with_any_block_size(multiprocessors, channels_last, monkeypatch):
-    monkeypatch.setattr(triton_launch, "_num_multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(triton_launch, "num_multiprocessors", lambda _: multiprocessors)
     inputs = random_inputs(9, batch=1, dim=68, state=3, groups=2, channels_last=channels_last)
     check_scan(inputs, reverse=True)
 
