@@ -21,8 +21,7 @@ from triton.runtime import driver
 
 import ops.causal_conv1d.triton as convolution
 import ops.selective_scan.triton as scan
-from modules import convolution as convolution_module
-from ops import dropout, triton_launcher
+from ops import checks, dropout, triton_launcher
 from ops.backends import OVERRIDE
 from ops.causal_conv1d import triton_kernels
 from ops.mamba_inner import fused_triton
@@ -136,7 +135,7 @@ def absent_gpu(capability: int) -> Iterator[dict[str, Unlaunched]]:
         stack.enter_context(patch.dict(os.environ, {OVERRIDE: "triton"}))
         # What is faster on a CPU than torch's.
         stack.enter_context(patch.object(dropout, "fits", lambda _: False))
-        stack.enter_context(patch.object(convolution_module, "is_on_cpu", lambda _: False))
+        stack.enter_context(patch.object(checks, "is_on_cpu", lambda _: False))
         for module in (scan, convolution):
             stack.enter_context(patch.object(module, "interpreted", lambda: True))
             stack.enter_context(patch.object(module, "unavailable", lambda: None))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modules.plain_layers import is_plain, runs_its_class
 from modules.stream_state import last_frames
+from ops import checks
 
 
 class FeedForward(PositionalwiseFeedForward):
@@ -41,11 +42,6 @@ def feed_forward_module(
     )
 
 
-def is_on_cpu(x: Tensor) -> bool:
-    """Whether kernels of a CPU will compute with ``x``."""
-    return x.device.type == "cpu"
-
-
 def depthwise(
     x_BTD: Tensor,
     weight_D1W: Tensor,
@@ -56,7 +52,7 @@ def depthwise(
     """Convolves every channel in time, after ``padding`` zeros at both ends."""
     groups = len(weight_D1W)
     x_BDT = x_BTD.transpose(1, 2)
-    if not is_on_cpu(x_BTD):
+    if not checks.is_on_cpu(x_BTD):
         y_BDT = F.conv1d(x_BDT, weight_D1W, bias_D, 1, padding, dilation, groups)
         return y_BDT.transpose(1, 2)
     # As an image of width 1 the frames are channels-last already, for which CPUs have a vectorised

@@ -121,7 +121,17 @@ class Backends:
 
 def obstacle(module: ModuleType) -> str | None:
     """Why a backend cannot be used on this machine; one that has to be built is built for that."""
-    return module.unavailable() or (module.prepare() if hasattr(module, "prepare") else None)
+    checks = module.unavailable, getattr(module, "prepare", None)
+    if checks in _passed:
+        return None
+    reason = next((found for check in checks if check and (found := check())), None)
+    if reason is None:
+        _passed.add(checks)
+    return reason
+
+
+# What could be used once can be used again; to ask a GPU takes long.
+_passed: set[tuple] = set()
 
 
 # Known while a graph is traced, which has no place for a compiler's work. This is all that

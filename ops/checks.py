@@ -8,6 +8,11 @@ from torch import Tensor
 _FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def is_on_cpu(x: Tensor) -> bool:
+    """Whether a CPU will compute with ``x``, and the host may look at it."""
+    return x.device.type == "cpu"
+
+
 def check_float_types(device: torch.device, **tensors: Tensor | None) -> None:
     """All tensors real floating point on ``device``; float64 for all of them or for none."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -56,7 +61,7 @@ def normalise_lengths(
             "each item (relative lengths: multiply by the number of frames and round)"
         )
     check_shape("lengths", lengths, (batch,), "(batch,)")
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_on_cpu(lengths) and not torch.compiler.is_compiling():
         if batch and not (int(lengths.min()) >= 0 and int(lengths.max()) <= time):
             raise ValueError(
                 f"lengths run from {int(lengths.min())} to {int(lengths.max())}; "

@@ -36,14 +36,13 @@ def launch(kernel: Any, plan: Plan, *pointers: Any) -> None:
     Of an interpreted kernel, or what stands for one, exactly that.
 
     Args:
-        pointers: tensors, numbers that may change from call to call, None, and tuples of these.
+        pointers: tensors, integers that may change from call to call, None, and tuples of these.
     """
     if type(kernel) is not JITFunction:
         kernel[plan.grid](*pointers, *plan.numbers, **plan.constants)
         return
-    key: list = [id(kernel), plan]
-    _describe(pointers, key)
-    found = _compiled.get(tuple(key))
+    key = id(kernel), plan, _describe(pointers)
+    found = _compiled.get(key)
     if found is not None:
         compiled, rest = found
         compiled[plan.grid](*pointers, *rest)
@@ -54,7 +53,7 @@ def launch(kernel: Any, plan: Plan, *pointers: Any) -> None:
         _compiled.clear()
     if compiled is not None:
         constants = [plan.constants[name] for name in kernel.arg_names[len(arguments) :]]
-        _compiled[tuple(key)] = compiled, (*plan.numbers, *constants)
+        _compiled[key] = compiled, (*plan.numbers, *constants)
 
 
 def forget() -> None:
@@ -62,13 +61,15 @@ def forget() -> None:
     _compiled.clear()
 
 
-def _describe(arguments: tuple, description: list) -> None:
-    """Adds all that Triton specialises a kernel to, and then some: all of every number."""
-    for x in arguments:
-        if isinstance(x, Tensor):
-            description.append(x.dtype)
-            description.append(x.data_ptr() % 16)
-        elif isinstance(x, tuple):
-            _describe(x, description)
-        else:
-            description.append(x)
+def _describe(arguments: tuple) -> tuple:
+    """All that Triton specialises a kernel to, and then some: all of every number."""
+    return tuple(
+        [
+            x
+            if x is None or type(x) is int
+            else (x.dtype, x.data_ptr() % 16)
+            if isinstance(x, Tensor)
+            else _describe(x)
+            for x in arguments
+        ]
+    )

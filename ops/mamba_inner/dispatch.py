@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ops.causal_conv1d import triton as triton_conv
+from ops.causal_conv1d.arguments import ConvArguments
 from ops.causal_conv1d.dispatch import BACKENDS as CONV_BACKENDS
 from ops.checks import check_shape, normalise_lengths, normalise_reset
 from ops.mamba_inner import chunk_cpu, composed, fused
 from ops.mamba_inner.arguments import Direction, InnerArguments
 from ops.selective_scan import triton as triton_scan
-from ops.selective_scan.arguments import Way
+from ops.selective_scan.arguments import ScanArguments, Way
 from ops.selective_scan.dispatch import BACKENDS as SCAN_BACKENDS
 
 
@@ -115,11 +116,20 @@ def _choose(
 ) -> tuple[ModuleType, ModuleType]:
     """The modules that take calls like those to come; of u, B and C only the kind is known yet."""
     direction = arguments.directions[-1]
-    convolution = arguments.convolutions()[-1]._replace(initial_state=arguments.conv_state)
-    x_BET = convolution.x
-    projection = x_BET.new_empty(1).expand(
-        x_BET.shape[0], 1, direction.A_log.shape[1], x_BET.shape[2]
+    # Nobody differentiates by these.
+    x_BET, z_BET = arguments._replace(xz_BTF=arguments.xz_BTF.detach()).input_and_gate()
+    is_backward = len(arguments.directions) == 2
+    convolution = ConvArguments(
+        x_BET,
+        direction.conv_weight,
+        direction.conv_bias,
+        "silu",
+        arguments.lengths,
+        is_backward,
+        arguments.conv_state,
+        arguments.chunk_size if is_backward else None,
     )
+    projection = x_BET[:, None, :1].expand(-1, -1, direction.A_log.shape[1], -1)
     way = Way(
         x_BET,
         x_BET,
@@ -133,5 +143,6 @@ def _choose(
         convolution.reverse,
         convolution.reset_every,
     )
-    scan = SCAN_BACKENDS.choose(scan_backend, x_BET.device, arguments.scan([way]))
+    scan_arguments = ScanArguments((way,), z_BET, True, arguments.lengths)
+    scan = SCAN_BACKENDS.choose(scan_backend, x_BET.device, scan_arguments)
     return scan, CONV_BACKENDS.choose(conv_backend, x_BET.device, convolution)
