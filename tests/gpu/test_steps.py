@@ -7,9 +7,10 @@ import torch
 from speechbrain.augment.freq_domain import SpectrogramDrop, Warping
 from speechbrain.dataio.batch import PaddedBatch
 
+from modules.frontend import ConvolutionFrontEnd
 from tests.modules.networks import padded_batch, small_network
 from training.brains.cast_weights import CastWeights
-from training.brains.graphs import CudaRecorder, GraphedEncoder
+from training.brains.graphs import CudaRecorder, GraphedEncoder, GraphedFrontEnd
 from training.data.augmentation import SpectrogramAugmentation
 from training.data.copied_ahead import CopiedAhead
 from training.data.filter_augment import FilterAugment
@@ -61,6 +62,30 @@ def test_captured_steps_learn_in_half_precision_and_with_dropout(dtype):
     second, _ = train(torch.device("cuda"), 4, dtype, dropout=0.1)
     assert first != found
     torch.testing.assert_close(first, second, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.gpu
+def test_graphs_of_a_front_end_and_of_the_encoder_behind_it_keep_apart():
+    feats_BTM = torch.randn(2, 33, 12, generator=torch.Generator().manual_seed(0)).cuda()
+    num_frames_B = torch.tensor([33, 7]).cuda()
+    results = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        front_end = ConvolutionFrontEnd((None, None, 12), out_channels=(4, 4), dropout=0.0)
+        front_end.train().cuda()
+        network = small_network("conmamba").train().cuda()
+        if graphs:
+            front_end.forward = GraphedFrontEnd(front_end, 1, CudaRecorder())
+            network.encoder.forward = GraphedEncoder(network.encoder, 1, CudaRecorder())
+        for _ in range(4):
+            network.zero_grad()
+            front_end.zero_grad()
+            frames_BTD = front_end(feats_BTM, num_frames_B).flatten(2)
+            out_BTD = network.encode(frames_BTD, front_end.out_frames(num_frames_B))
+            out_BTD[0].sin().sum().backward()
+        results.append([p.grad.clone() for p in (*front_end.parameters(), *network.parameters())])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -176,12 +176,17 @@ def test_the_losses_of_twenty_steps_are_those_without(
     }
     captured = []
 
-    def record(work):
-        captured.append(work)
-        return rerun(work)
+    def recorder():
+        captured.append([])
+
+        def record(work, own=captured[-1]):
+            own.append(work)
+            return rerun(work)
+
+        return record
 
     monkeypatch.setattr(asr_brain, "check_graphs", lambda *arguments: None)
-    monkeypatch.setattr(asr_brain, "CudaRecorder", lambda: record)
+    monkeypatch.setattr(asr_brain, "CudaRecorder", recorder)
     losses = {}
     for graphs in (0, 3):
         folder = tmp_path / str(graphs)
@@ -191,7 +196,9 @@ def test_the_losses_of_twenty_steps_are_those_without(
         losses[graphs] = [entry["train_loss"] for entry in entries if "train_loss" in entry]
     assert len(losses[0]) == 20
     torch.testing.assert_close(losses[3], losses[0], rtol=1e-5, atol=1e-5)
-    assert 0 < len(captured) <= 3 * 4
+    # The front end's graphs may not use memory that is the encoder's meanwhile.
+    assert len(captured) == 2
+    assert all(0 < len(own) <= 3 * 2 for own in captured)
 
 
 @pytest.mark.parametrize(

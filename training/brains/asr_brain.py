@@ -293,11 +293,11 @@ class ASRBrain(RunBrain):
         if torch.device(self.device).type == "cuda" and not is_distributed_initialized():
             self.statistics = CountedStatistics(self.hparams.normalize)
         if self.hparams.cuda_graphs:
-            options = self.hparams.cuda_graphs, CudaRecorder(), self.training_dtype
+            most, dtype = self.hparams.cuda_graphs, self.training_dtype
             stack, front_end = self.hparams.Transformer.encoder, self.hparams.CNN
             inner_layers = self.hparams.inter_ctc_layers
-            stack.forward = GraphedEncoder(stack, *options, inner_layers)
-            front_end.forward = GraphedFrontEnd(front_end, *options)
+            stack.forward = GraphedEncoder(stack, most, CudaRecorder(), dtype, inner_layers)
+            front_end.forward = GraphedFrontEnd(front_end, most, CudaRecorder(), dtype)
 
     def casts_weights(self) -> bool:
         """As the parent's; a captured step casts by itself."""

@@ -40,7 +40,7 @@ class GraphedCalls:
         call: ``(x, about) -> ys``, all with rows in front, ``x`` and each of ``ys`` with frames
             behind them; rows and frames that ``about`` calls padding have no effect on others.
         max_shapes: how many shapes are captured.
-        record: ``CudaRecorder`` of a GPU.
+        record: ``CudaRecorder`` of a GPU, this module's own.
         dtype: of autocast.
     """
 
@@ -258,23 +258,17 @@ class CapturedStep:
             self.weights = CastWeights([calls.module], self.dtype) if half else None
         self.gradients.allocate()
         self.live: tuple[Tensor, ...] | None = None
-        self.grad_outs = self._warm_up()
+        recorder = calls.record
+        with recorder.aside() if isinstance(recorder, CudaRecorder) else nullcontext():
+            self.grad_outs = self._warm_up()
         self.outs, self.replay_forward = calls.record(self._forward)
         self.grad_x, self.replay_backward = calls.record(self._backward)
 
     def _warm_up(self) -> tuple[Tensor, ...]:
         """Compile and load what the call launches; gives zeros like its outputs."""
-        aside = nullcontext()
-        if self.x.is_cuda:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            aside = torch.cuda.stream(stream)
-        with aside:
-            for _ in range(WARM_UPS):
-                grad_outs = tuple(torch.zeros_like(out) for out in self._forward())
-                self._differentiate(grad_outs)
-        if self.x.is_cuda:
-            torch.cuda.current_stream().wait_stream(stream)
+        for _ in range(WARM_UPS):
+            grad_outs = tuple(torch.zeros_like(out) for out in self._forward())
+            self._differentiate(grad_outs)
         return grad_outs
 
     def _forward(self) -> tuple[Tensor, ...]:
@@ -325,20 +319,33 @@ class _Replayed(torch.autograd.Function):
 
 
 class CudaRecorder:
-    """Records work as CUDA graphs that share one pool of memory.
+    """Records work as CUDA graphs on one stream, which share one pool of memory.
 
     That is right for steps of which one ends before another begins: what a graph leaves beside its
-    results may be overwritten by the next one.
+    results may be overwritten by the next one. So each module has a recorder of its own: the
+    backward of a front end comes after all of the encoder behind it.
     """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, work goes to the stream of the graphs: autograd binds what it makes to it, and
+        libraries get their memory for it."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def __call__(self, work: Work) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
         """See ``Record``."""
         graph = torch.cuda.CUDAGraph()
         # The thread that pins the loader's batches goes on meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+        ):
             results = work()
         return results, graph.replay
 
