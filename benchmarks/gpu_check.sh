@@ -16,7 +16,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
-PARTS=tests+trainings,scan,encoder,an4,small,sweep,kernels,host,decode
+PARTS=steps,an4,small,graphs,decode,scan,sweep,tests+trainings,encoder,kernels,host
 LIMIT_S=600 DRY= TRAIN_YAML= TRAIN_S= TRAIN_ARGS=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -88,23 +88,28 @@ corpus_keys() {
   if [ -n "${AN4:-}" ]; then echo "--data_folder $AN4"; else echo "--utterances 400 --utterance_s 4"; fi
 }
 
-tests() {
+run_tests() {  # NAME LIMIT FILES...
+  local name=$1 limit=$2
+  shift 2
   local options=(-m "${DRY:+not }gpu and not slow" -p no:cacheprovider -v --tb=short --durations=8)
   # Ends itself before its limit does, so that what failed is told.
   "$PYTHON" -m pytest --help 2>/dev/null | grep -q -- --session-timeout &&
-    options+=(--timeout 120 --session-timeout 150)
+    options+=(--timeout $((limit - 30)) --session-timeout $((limit - 20)))
   has xdist && [ -z "$DRY" ] && options+=(-n 12)
-  local files=(steps synchronisation training networks decoding kernels)
-  ROWS='FAILED|ERROR|^E  |passed|failed|s (call|setup) ' within 170 tests \
-    "$PYTHON" -m pytest "${options[@]}" $(printf "tests/gpu/test_%s.py " "${files[@]}")
+  ROWS='FAILED|ERROR|^E  |passed|failed|s (call|setup) ' within "$limit" "$name" \
+    "$PYTHON" -m pytest "${options[@]}" $(printf "tests/gpu/test_%s.py " "$@")
 }
+
+# Graphs first: other parts train with them.
+steps() { run_tests steps 100 steps; }
+tests() { run_tests tests 170 synchronisation training networks decoding kernels; }
 
 scan() {
   if [ -n "$DRY" ]; then
     ROWS='cuda|device' within 60 scan "$PYTHON" -m benchmarks.bench_scan --help
   else
     ROWS='ms$|ms,|^missed|^\|' \
-      within 150 scan "$PYTHON" -m benchmarks.bench_scan --device cuda --report --rounds 3
+      within 110 scan "$PYTHON" -m benchmarks.bench_scan --device cuda --report --rounds 3
   fi
 }
 
@@ -112,7 +117,7 @@ sweep() {
   if [ -n "$DRY" ]; then
     ROWS='sweep' within 60 sweep "$PYTHON" -m benchmarks.scan_gpu --help
   else
-    ROWS=' \| ' within 120 sweep "$PYTHON" -m benchmarks.scan_gpu --sweep
+    ROWS=' \| ' within 70 sweep "$PYTHON" -m benchmarks.scan_gpu --sweep
   fi
 }
 
@@ -125,8 +130,11 @@ encoder() {
   [ -n "$DRY" ] && size=(--batch_size 1 --seconds 1 --repeats 1)
   ROWS='^\[|^\|' within 120 encoder \
     "$PYTHON" -m benchmarks.bench_encoder --device $DEVICE --precision bf16 "${size[@]}"
-  [ -n "$DRY" ] || ROWS='^\[' within 90 encoder_graphs "$PYTHON" -m benchmarks.bench_encoder \
-    --device $DEVICE --precision bf16 --batch_size 16 --seconds 4 16 60 --repeats 10 --cuda_graphs
+}
+
+graphs() {
+  [ -n "$DRY" ] || ROWS='^\[' within 80 graphs "$PYTHON" -m benchmarks.bench_encoder \
+    --device $DEVICE --precision bf16 --batch_size 16 --seconds 60 16 4 --repeats 10 --cuda_graphs
 }
 
 kernels() {
@@ -149,9 +157,9 @@ an4() {
     --inter_ctc_layers '[]' --self_conditioning False)
   # As in the later epochs: two augmented copies of every utterance.
   size+=(--augment_from_epoch 1 --flat_start_epochs 0)
-  train_rate an4 70 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" "${small[@]}"
+  train_rate an4 60 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" "${small[@]}"
   # Shapes are captured when they come for the second time.
-  [ -n "$DRY" ] || train_rate an4_graphs 80 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" \
+  [ -n "$DRY" ] || train_rate an4_graphs 70 hparams/CTC/an4.yaml $(corpus_keys) "${size[@]}" \
     --warmup 50 --steps 35 --cuda_graphs 24
 }
 
@@ -159,8 +167,8 @@ small() {
   local size=(--utterances 5600 --warmup 25 --steps 60 --num_workers 8 --max_batch_length_train 900) small=()
   [ -n "$DRY" ] && size=(--utterances 12 --utterance_s 2 --warmup 1 --steps 2 --num_workers 0
     --max_batch_length_train 5) small=("${TINY[@]}")
-  train_rate small 120 hparams/CTC/conmamba_small.yaml "${size[@]}" "${small[@]}"
-  [ -n "$DRY" ] || train_rate small_graphs 90 hparams/CTC/conmamba_small.yaml "${size[@]}" --cuda_graphs 24
+  train_rate small 100 hparams/CTC/conmamba_small.yaml "${size[@]}" "${small[@]}"
+  [ -n "$DRY" ] || train_rate small_graphs 80 hparams/CTC/conmamba_small.yaml "${size[@]}" --cuda_graphs 24
 }
 
 trainings() {
@@ -198,7 +206,7 @@ make_corpus(Path(sys.argv[1]), {'train-clean-100': 40, 'dev-clean': 3, 'test-cle
 decode() {
   local size=(--tokens 20 --joint_tokens 8 --rounds 1)
   [ -n "$DRY" ] && size=(--tokens 3 --rounds 1 --only memory per_token)
-  ROWS=': ' within 120 decode "$PYTHON" -m benchmarks.bench_decode --device $DEVICE "${size[@]}"
+  ROWS=': ' within 80 decode "$PYTHON" -m benchmarks.bench_decode --device $DEVICE "${size[@]}"
 }
 
 # Trains until the time is up, evaluates what there is, and leaves the bundle.
@@ -222,7 +230,7 @@ for group in ${PARTS//,/ }; do
   jobs=()
   for part in ${group//+/ }; do
     case $part in
-      tests | scan | sweep | host | encoder | kernels | an4 | small | trainings | decode)
+      steps | an4 | small | graphs | decode | scan | sweep | tests | trainings | encoder | kernels | host)
         $part &
         jobs+=($!)
         ;;
