@@ -40,7 +40,7 @@ def run_in_process(arguments, **environment):
 @pytest.mark.parametrize(
     "chosen",
     [
-        "scan and pieces",
+        "pieces and (True-7 or False-None or gate)",
         "convolution and options",
         pytest.param("scan", marks=pytest.mark.slow),
         pytest.param("convolution", marks=pytest.mark.slow),
