@@ -1,5 +1,6 @@
 """What a network's ``mamba_config`` means for one of its mixers."""
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +23,11 @@ def mixer_options(mamba_config: Mapping[str, Any] | None, causal: bool) -> dict[
     known = [name for name in inspect.signature(Mamba).parameters if name != "d_model"]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise ValueError(f"mamba_config holds {', '.join(unknown)}; known are {', '.join(known)}.")
+        close = difflib.get_close_matches(str(unknown[0]), known, n=1)
+        raise ValueError(
+            f"mamba_config holds {', '.join(map(str, unknown))}; known are {', '.join(known)}."
+            + (f" Did you mean {close[0]}?" if close else "")
+        )
     if causal and options["bidirectional"]:
         raise ValueError(
             "mamba_config says bidirectional: True in a causal network, whose frames may not see "

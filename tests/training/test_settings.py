@@ -133,6 +133,8 @@ def test_values_that_fit_together_are_taken(values):
         ("spectrogram_augmentations", 5, r"must be \[\], or what the file has"),
         ("spectrogram_augmentations", [5], r"must be \[\], or what the file has"),
         ("noam_scheduler", None, "a run needs it"),
+        ("modules", {"x": 3}, "modules.x is 3; it must be a network"),
+        ("mamba_config", {"d_stat": 3}, "mamba_config holds d_stat; .* Did you mean d_state"),
         ("n_fft", 511, "n_fft is 511; wanted an even number"),
         ("lr_adam", float("inf"), "must be a number"),
         ("weight_decay", float("nan"), "must be a number"),

@@ -336,6 +336,9 @@ def load_hparams(param_file: str, overrides: dict) -> dict:
         raise UserError(
             f"{param_file}: {part} cannot be made with these values: {_first_words(error)}"
         ) from error
+    for name, part in (hparams.get("modules") or {}).items():
+        if not hasattr(part, "state_dict"):
+            raise UserError(f"{param_file}: modules.{name} is {part!r}; it must be a network.")
     return DEFAULTS | hparams
 
 
