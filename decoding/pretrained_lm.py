@@ -154,6 +154,8 @@ def _check_tokens(path: str | Path, ngram: Collection[str], tokens: Sequence[str
         words = []
     others = sorted(set(words).difference(tokens))
     message = f"token_ngram_path {path} knows {len(known)} of the {len(pieces)} tokens"
+    if begin_words and not begin_words & known:
+        message += f", and none of those that begin words, such as {sorted(begin_words)[0]!r}"
     if (
         len(known) < NEXT_TO_NONE * len(pieces)
         or (begin_words and not begin_words & known)

@@ -174,7 +174,8 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["a: [1, 2", "a: b: c", "- 1\n- 2\n", "", "a: !new:no.such.Thing\n"]
+    "content",
+    ["a: [1, 2", "a: b: c", "- 1\n- 2\n", "", "# a\n", ": :", "3: 4", "a: !new:no.such.Thing\n"],
 )
 def test_a_file_that_is_no_hyperparameter_file_is_one_error(tmp_path, content):
     path = tmp_path / "broken.yaml"
@@ -189,6 +190,12 @@ def test_a_file_that_is_no_hyperparameter_file_is_one_error(tmp_path, content):
         (UserError("what, where, what to do"), EXIT_USER_ERROR, "error: what, where, what to do\n"),
         (OSError(errno.ENOSPC, "No space left", "log"), EXIT_USER_ERROR, "make room and repeat"),
         (OSError(errno.EMFILE, "Too many open files", "a.wav"), EXIT_USER_ERROR, "ulimit -n"),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "a/log"),
+            EXIT_USER_ERROR,
+            "a/log: Is a",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), EXIT_USER_ERROR, "a: Permission"),
         (RuntimeError("[enforce fail at inline_container.cc:1]"), EXIT_USER_ERROR, "make room"),
         (RuntimeError("DataLoader worker (pid 1) exited"), EXIT_USER_ERROR, "worker has died"),
         (Interrupted(2), 130, ""),

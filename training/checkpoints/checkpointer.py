@@ -26,7 +26,7 @@ from speechbrain.utils.checkpoints import (
 from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process
 from speechbrain.utils.epoch_loop import EpochCounterWithStopper
 
-from common.errors import WRITER_FAILED, UserError
+from common.errors import WRITER_FAILED, UserError, in_words
 from modules.weights import load_model_weights
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class RunCheckpointer(Checkpointer):
         except (OSError, RuntimeError) as error:
             self.remove_unfinished()
             if isinstance(error, OSError) or any(sign in str(error) for sign in WRITER_FAILED):
-                reason = str(error).splitlines()[0]
+                reason = in_words(error).splitlines()[0]
                 raise UserError(
                     f"No checkpoint could be written to {self.checkpoints_dir}: {reason}. Is the "
                     "disk full? Earlier checkpoints are whole: make room and repeat the command to "

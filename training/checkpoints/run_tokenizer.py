@@ -103,7 +103,12 @@ def _beside(file: str | Path) -> Path | None:
 
 
 def copy_tokenizer(source: str | Path, model_file: Path) -> None:
-    """A copy that appears whole."""
+    """A copy that appears whole.
+
+    Raises:
+        UserError: the source is no tokenizer.
+    """
+    load_tokenizer(source, MOST_CHARACTERS)
     model_file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(model_file, "wb") as stream:
         stream.write(Path(source).read_bytes())

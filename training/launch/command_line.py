@@ -18,7 +18,7 @@ import ruamel.yaml
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml.scalarbool import ScalarBoolean
 
-from common.errors import EXIT_USER_ERROR, WRITER_FAILED, Interrupted, UserError
+from common.errors import EXIT_USER_ERROR, WRITER_FAILED, Interrupted, UserError, in_words
 from common.files import require_file
 from training.launch.key_help import keys_as_text
 from training.launch.lasting_output import lasting_output
@@ -443,8 +443,11 @@ def _out_of_resources(error: OSError | RuntimeError) -> str | None:
     """What to say where the machine, not the code, has failed; None for a fault of the code."""
     text, number = str(error).strip(), getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in WRITER_FAILED):
-        reason = text.splitlines()[0] if number is None else text
+        reason = in_words(error).splitlines()[0]
         return f"{reason}. Checkpoints are whole: make room and repeat the command to go on."
+    in_the_way = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+    if number in in_the_way and getattr(error, "filename", None) is not None:
+        return f"{in_words(error)}. Put right what lies there, or give another folder."
     files = "raise the limit (ulimit -n 65536), or use fewer --num_workers"
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
         return f"Too many open files: {files}, and repeat the command to go on."

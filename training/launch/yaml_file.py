@@ -34,6 +34,8 @@ def read_yaml(path: str | Path) -> CommentedMap:
         raise UserError(f"{path} is not a YAML file of keys and values: {error}") from None
     if not isinstance(document, CommentedMap):
         raise UserError(f"{path} is not a YAML file of keys and values: it has no keys.")
+    if strange := [key for key in document if not isinstance(key, str)]:
+        raise UserError(f"{path} is not a YAML file of keys and values: {strange[0]!r} is no key.")
     return document
 
 
