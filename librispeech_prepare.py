@@ -124,7 +124,7 @@ def prepare_librispeech(
         rates["sample_rate"] = sample_rate
     with ThreadPoolExecutor(num_workers) as pool:
         listings = {folder: list_split(data_root, folder, pool.map) for folder in folders}
-        if parted:
+        if held_out_speakers:
             _hold_out(listings, parted, set(map(str, held_out_speakers)))
         plans = [
             _plan(record, listings[split], limit, skip_bad, verify, rates)

@@ -246,7 +246,6 @@ def _hold_out(
         ValueError: a table does not say who speaks, or there are no such speakers, or no others.
     """
     found: set[str] = set()
-    parted = False
     for name, (table, part) in parts.items():
         is_new = name.endswith(HELD_OUT_SUFFIX) and table.stem != name
         if is_new and not speakers:
@@ -258,7 +257,6 @@ def _hold_out(
                 f"held_out_speakers needs a column of speakers, and {table} has none. It may be "
                 f"called {', '.join(COLUMNS['speaker'])}."
             )
-        parted = True
         found |= {utterance.speaker for utterance in part.utterances}
         kept = [u for u in part.utterances if (u.speaker in speakers) == is_new]
         if part.utterances and not kept:
@@ -269,8 +267,7 @@ def _hold_out(
             table,
             replace(part, utterances=kept, problems=[] if is_new else part.problems),
         )
-    # Who only evaluates prepares none of these splits.
-    if parted and (missing := sorted(speakers - found)):
+    if missing := sorted(speakers - found):
         raise ValueError(
             f"held_out_speakers names {', '.join(missing)}, no speaker of the training splits; "
             f"these have {', '.join(sorted(found)[:8])}{', ...' if len(found) > 8 else ''}."

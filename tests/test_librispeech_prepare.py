@@ -152,12 +152,6 @@ def test_held_out_speakers_are_a_split_of_their_own(three_speakers, save):
     assert speakers_of(save, "train-clean-100") == {"101", "7", "8"}
 
 
-def test_who_only_evaluates_needs_no_held_out_speakers(three_speakers, save):
-    options = {"tr_splits": [], "dev_splits": [], "held_out_speakers": [8]}
-    prepare(three_speakers, save, te_splits=["dev-clean"], **options)
-    assert manifests(save) == ["dev-clean.csv"]
-
-
 def test_utterances_of_held_out_speakers_count_in_the_size_of_a_split(
     three_speakers, save, monkeypatch, caplog
 ):

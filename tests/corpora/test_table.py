@@ -251,10 +251,6 @@ class TestHeldOut:
         # Others another time: what was made for these is not current.
         assert self.prepared(folder, ["anna"], tables) == [["ben, jr"], ["anna", "anna"]]
 
-    def test_who_only_evaluates_needs_no_held_out_speakers(self, folder):
-        test = {"test": write(folder / "test.csv", ROWS[:1])}
-        assert prepare_tables(test, folder / "out", held_out_speakers=["ben, jr"]) == {"test": 1}
-
     def test_a_table_of_that_name_is_a_split_like_others(self, folder):
         write(folder / "train-held-out.csv", ROWS[2:])
         tables = self.tables(folder)
