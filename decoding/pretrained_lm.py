@@ -154,16 +154,18 @@ def _check_tokens(path: str | Path, ngram: Collection[str], tokens: Sequence[str
         words = []
     others = sorted(set(words).difference(tokens))
     message = f"token_ngram_path {path} knows {len(known)} of the {len(pieces)} tokens"
-    if begin_words and not begin_words & known:
-        message += f", and none of those that begin words, such as {sorted(begin_words)[0]!r}"
+    knows_no_beginning = bool(begin_words) and not begin_words & known
     if (
         len(known) < NEXT_TO_NONE * len(pieces)
-        or (begin_words and not begin_words & known)
+        or knows_no_beginning
         or 2 * len(others) > len(words)
     ):
-        example = f" ({others[0]!r} is none of them)" if others else ""
+        if others:
+            message += f" ({others[0]!r} is none of them)"
+        if knows_no_beginning:
+            message += f", and none that begins words, such as {sorted(begin_words)[0]!r}"
         raise UserError(
-            f"{message}{example}: it is an n-gram of words or of other tokens. "
+            f"{message}: it is an n-gram of words or of other tokens. "
             "python -m tools.make_ngram --tokenizer makes one of these."
         )
     if 2 * len(known) < len(pieces):
