@@ -112,7 +112,7 @@ def best_weights(brain: ASRBrain, num_best: int) -> BestWeights | None:
                 raise
             continue
         epochs = ", ".join(str(c.meta["epoch"]) for c in best)
-        logger.info("Evaluating the mean of %d checkpoint(s), epochs %s", len(best), epochs)
+        logger.info("Evaluating the mean of the best checkpoints (epoch %s)", epochs)
         return weights
     raise AssertionError("the last attempt returns or raises")
 
