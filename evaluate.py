@@ -2,12 +2,15 @@
 
 python evaluate.py results/demo results/demo/corpus --split test-clean test-other
 python evaluate.py my_bundle calls.csv --data_root recordings --output_dir results/calls
+python evaluate.py results/demo_streaming results/demo/corpus --chunk_ms full 640 160
 """
 
 import argparse
 import csv
 import functools
 import io
+import itertools
+import math
 import os
 import sys
 import time
@@ -23,6 +26,7 @@ from inference.command_line import (
     exit_status,
     load_recognizer,
     made_folder,
+    positive,
     report_failures,
     search_options,
     with_progress,
@@ -62,8 +66,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="default: evaluations/<corpus> in the model's folder, where that can be written",
     )
     add("--ignore_case", action="store_true", help="score without regard to letter case")
+    add(
+        "--chunk_ms",
+        nargs="+",
+        type=_chunk_length,
+        metavar="MS",
+        help="no frame sees what follows its chunk (models for streaming); full: each sees all. "
+        "Every length has a folder of reports",
+    )
     add_model_options(parser)
     return parser
+
+
+def _chunk_length(text: str) -> float:
+    """Infinity for ``full``."""
+    return math.inf if text == "full" else positive(float)(text)
 
 
 def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
@@ -78,7 +95,13 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     folder = made_folder(Path(arguments.output_dir or default_folder(arguments)))
     recognizer = load_recognizer(arguments)
 
+    from inference.chunks import chunks_of
     from inference.scoring.reports import results_table, run_record, update_results
+
+    lengths = dict.fromkeys(arguments.chunk_ms or [math.inf])
+    for chunk_ms in lengths:
+        if chunk_ms < math.inf:
+            chunks_of(recognizer.model, chunk_ms)
 
     record = run_record(
         seed=0,
@@ -89,22 +112,23 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     )
     scores: dict[str, SplitScore] = {}
     skipped: dict[str, str] = {}
-    for split in splits:
+    for chunk_ms, split in itertools.product(lengths, splits):
+        label = "full" if chunk_ms == math.inf else f"{chunk_ms:g}ms"
+        reports = made_folder(folder / label) if arguments.chunk_ms else folder
         started = time.perf_counter()
-        transcripts, unread = recognize(recognizer, split, arguments, search)
+        transcripts, unread = recognize(recognizer, split, chunk_ms, arguments, search)
         decode_s = time.perf_counter() - started
         skipped |= split.problems | unread
         if transcripts:
-            scores[split.name] = score(
-                folder, split, transcripts, decode_s, ignore_case=arguments.ignore_case
-            )
+            scored = score(reports, split, transcripts, decode_s, ignore_case=arguments.ignore_case)
             update_results(
-                folder,
-                {split.name: scores[split.name]},
+                reports,
+                {split.name: scored},
                 describe_model(recognizer),
                 record,
                 test_only=True,
             )
+            scores[f"{split.name} {label}" if arguments.chunk_ms else split.name] = scored
     write_skipped(folder / "skipped.csv", skipped)
     if scores:
         print(results_table(scores, intervals=True))
@@ -125,15 +149,20 @@ def default_folder(arguments: argparse.Namespace) -> Path:
 def recognize(
     recognizer: "Recognizer",
     split: ReferenceSplit,
+    chunk_ms: float,
     arguments: argparse.Namespace,
     search: Mapping[str, Any],
 ) -> tuple[dict[str, "Transcript"], dict[str, str]]:
-    """Transcripts by id, and by id what is wrong with recordings that have none."""
+    """Transcripts by id, and by id what is wrong with recordings that have none.
+
+    Args:
+        chunk_ms: infinity shows every frame the whole recording.
+    """
     transcribe_all = functools.partial(
         recognizer.transcribe_many,
         [reference.audio for reference in split.references],
         batch_seconds=arguments.batch_seconds,
-        chunk_ms=arguments.chunk_ms,
+        chunk_ms=None if chunk_ms == math.inf else chunk_ms,
         **search,
     )
     results = with_progress(transcribe_all, len(split.references), arguments.noprogressbar)

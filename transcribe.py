@@ -82,6 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="of --stream: how fast the recording is played (default: 1), or max",
     )
     add("--microphone", action="store_true", help="of --stream: listen to the default input")
+    add(
+        "--chunk_ms",
+        type=positive(float),
+        metavar="MS",
+        help="no frame sees what follows its chunk (models for streaming)",
+    )
     add_model_options(parser)
     return parser
 

@@ -46,12 +46,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--kenlm_model_path", metavar="FILE", help="word n-gram, ARPA, plain or .gz (CTC models)")
     add("--alpha", type=float, help="weight of the n-gram")
     add("--beta", type=float, help="nats for each word, where there is an n-gram")
-    add(
-        "--chunk_ms",
-        type=positive(float),
-        metavar="MS",
-        help="no frame sees what follows its chunk (models for streaming)",
-    )
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     add("--threads", type=positive(int), metavar="N", help="of the CPU (default: as torch has it)")

@@ -11,6 +11,7 @@ import evaluate
 from inference import Recognizer
 from inference.scoring.reports import read_hypotheses, read_results
 from tests.inference.command_lines import assert_answers_without_torch
+from tests.inference.runs import make_run
 from training.compare import compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,7 +97,7 @@ def test_where_the_model_cannot_be_written_reports_are_here(
     run, tiny_bundle, tone_corpus, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tiny_bundle)
     table = write_table(tmp_path / "calls.csv", [audio_row(tone_corpus)])
     assert run(tiny_bundle, table)[0] == 0
     assert (tmp_path / f"evaluation_{tiny_bundle.name}_calls" / "results.json").is_file()
@@ -212,3 +213,46 @@ def test_mistakes_do_not_wait_for_torch(tmp_path, tone_corpus):
         ([model, tone_corpus, "--kenlm_model_path", "none"], 2, "none: there is no such file"),
     ]
     assert_answers_without_torch("evaluate", cases)
+
+
+def test_chunks_of_several_lengths_are_rows_of_a_comparison(run, tone_corpus, tmp_path):
+    lengths = ("full", "1280ms", "160ms")
+    for seed in (1, 2):
+        folder = make_run(tmp_path / "runs" / str(seed), "CTC/demo_streaming", seed=seed)
+        status, out, _ = run(
+            *(folder, tone_corpus, "--split", "test-clean", "--search", "greedy"),
+            *("--output_dir", folder / "evaluations" / "tones"),
+            *("--chunk_ms", "full", "1280", "160", "160"),
+        )
+        assert status == 0
+        assert [out.count(f"test-clean {length} ") for length in lengths] == [1, 1, 1]
+        for length in lengths:
+            reports = folder / "evaluations" / "tones" / length
+            texts = read_hypotheses(reports / "hyp_test-clean.tsv")
+            recordings = {path.stem: path for path in tone_corpus.rglob("test-clean/**/*.flac")}
+            chunk_ms = None if length == "full" else float(length.removesuffix("ms"))
+            recognizer = Recognizer.from_run(folder, device="cpu")
+            assert texts
+            for name, (_, words) in texts.items():
+                found = recognizer.transcribe(recordings[name], search="greedy", chunk_ms=chunk_ms)
+                assert words == found.text.split()
+        for file in (folder / "evaluations" / "tones" / "full").iterdir():
+            shutil.copy(file, folder)
+        results = json.loads((folder / "results.json").read_text())
+        results["run"] = {**results["run"], "seed": seed}
+        (folder / "results.json").write_text(json.dumps(results))
+    table = compare([tmp_path / "runs"])
+    names = [line.split("|")[1].strip() for line in table.splitlines()[2:] if "|" in line]
+    assert names == [
+        "runs, 2 seeds",
+        *(f"runs:evaluations/tones/{name}, 2 seeds" for name in ("160ms", "1280ms", "full")),
+    ]
+
+
+def test_lengths_that_cannot_be_are_named_before_anything_is_recognised(run, tone_corpus, tmp_path):
+    folder = make_run(tmp_path / "run", "CTC/demo_streaming")
+    for length, message in (("650", "multiple of 40 ms"), ("-1", "above zero"), ("all", "all")):
+        status, out, error = run(folder, tone_corpus, "--chunk_ms", "full", length)
+        assert status
+        assert message in error
+        assert "Reports" not in out

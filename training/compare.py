@@ -2,9 +2,10 @@
 
 Prints one Markdown table of word error rates with bootstrap intervals, and what each run gains
 over the first one on the same utterances. A run is an output folder with ``results.json`` and
-``hyp_<split>.tsv``; its further evaluations (``--test_only``) have rows of their own. A folder of
-runs, such as ``results/CTC/an4`` with one for each seed, is a recipe: its error rates are means
-over the seeds, with their standard deviation.
+``hyp_<split>.tsv``; its further evaluations (``--test_only``, and those of ``evaluate.py`` in its
+folder ``evaluations``) have rows of their own. A folder of runs, such as ``results/CTC/an4`` with
+one for each seed, is a recipe: its error rates are means over the seeds, with their standard
+deviation.
 
 Bootstrap over utterances, paired differences and probability of improvement: see
 ``inference/scoring/bootstrap.py``. Of a recipe, seeds are drawn with replacement, too.
@@ -12,6 +13,7 @@ Bootstrap over utterances, paired differences and probability of improvement: se
 
 import argparse
 import os
+import re
 import statistics
 import sys
 import zlib
@@ -232,7 +234,7 @@ def _plot(recipes: Sequence[Recipe], rates: dict, path: str | os.PathLike) -> No
 
 
 def read_evaluations(folder: str | os.PathLike, name: str) -> list[EvaluatedRun]:
-    """A run's own evaluation and its named ones, which are called ``<run>:<evaluation>``.
+    """A run's own evaluation and its further ones, which are called ``<run>:<evaluation>``.
 
     Raises:
         FileNotFoundError: it is not the folder of an evaluated run.
@@ -256,6 +258,19 @@ def read_evaluations(folder: str | os.PathLike, name: str) -> list[EvaluatedRun]
         # reports may have been deleted.
         if "splits" in entry and (folder / EVAL_FOLDER / evaluation).is_dir()
     )
+    # Those of evaluate.py, in the order of the numbers in their names.
+    outside = (
+        (
+            f"{name}:{path.parent.relative_to(folder).as_posix()}",
+            path.parent,
+            read_results(path.parent)["splits"],
+            True,
+        )
+        for path in sorted(
+            (folder / "evaluations").rglob("results.json"),
+            key=lambda path: re.sub(r"\d+", lambda number: number[0].zfill(9), str(path)),
+        )
+    )
     evaluated = [
         EvaluatedRun(
             label,
@@ -267,7 +282,7 @@ def read_evaluations(folder: str | os.PathLike, name: str) -> list[EvaluatedRun]
             },
             is_named,
         )
-        for label, reports, splits, is_named in (own, *named)
+        for label, reports, splits, is_named in (own, *named, *outside)
         if splits
     ]
     if not evaluated:
