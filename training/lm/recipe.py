@@ -152,7 +152,7 @@ def _run(
             skip_unknown=hparams["unknown_characters"] == "skip",
         )
         warn_of_unknown_characters(text, hparams["unknown_characters"])
-        text.fit_parts(num_ranks())
+        text.chunk_sentences = on_main(text.fit_parts, num_ranks())
         brain.text_loader = TextLoader(text, hparams["num_workers"])
         brain.fit(hparams["counter"], brain.text_loader, held_out["valid"])
     brain.unwrap_modules()

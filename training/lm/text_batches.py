@@ -132,8 +132,11 @@ class TextBatches(IterableDataset):
         self.rank = rank
         self.num_ranks = num_ranks
 
-    def fit_parts(self, num_ranks: int) -> None:
+    def fit_parts(self, num_ranks: int) -> int:
         """Makes chunks smaller where there are fewer of them than parts.
+
+        Returns:
+            sentences of a chunk.
 
         Raises:
             UserError: there are fewer sentences than parts, or a part of a small text has fewer
@@ -142,7 +145,7 @@ class TextBatches(IterableDataset):
         wanted = self.num_parts * self.chunk_sentences
         found = sum(1 for _ in islice(read_sentences(self.paths), wanted))
         if found == wanted:
-            return
+            return self.chunk_sentences
         if not found:
             raise UserError(f"{', '.join(map(str, self.paths))}: there is no sentence in it.")
         if found < self.num_parts:
@@ -156,6 +159,7 @@ class TextBatches(IterableDataset):
             self.set_position(part, 0, num_ranks=num_ranks)
             if len(list(islice(self._batches(), num_ranks))) < num_ranks:
                 raise self._too_few()
+        return self.chunk_sentences
 
     def order(self) -> list:
         """What the batches of an epoch follow from, as a JSON value."""
