@@ -107,6 +107,10 @@ def _read_table(path: Path, data_root: str | os.PathLike | None) -> ReferenceSpl
     repeated = [name for name, count in Counter(row.ID for row in rows).items() if count > 1]
     if repeated:
         raise UserError(f"{path} has ids more than once: {', '.join(repeated[:8])}.")
+    for row in rows:
+        # Reports have a line for each, in columns.
+        if len(row.ID.splitlines()) != 1 or "\t" in row.ID:
+            raise UserError(f"{path} has the id {row.ID!r}; wanted one line without tabs.")
     split = ReferenceSplit(path.stem)
     for row in rows:
         if not row.wav.startswith(DATA_ROOT):

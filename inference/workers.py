@@ -35,13 +35,16 @@ def side_by_side(workers: int, threads: int) -> Iterator[Map]:
         started.wait()
 
     pool = ThreadPoolExecutor(workers)
-    with _lock:
-        own = torch.get_num_threads()
-        for _ in range(workers):
-            pool.submit(start)
-        started.wait()
-        torch.set_num_threads(own)
     try:
+        with _lock:
+            own = torch.get_num_threads()
+            try:
+                for _ in range(workers):
+                    pool.submit(start)
+                started.wait()
+            finally:
+                torch.set_num_threads(own)
         yield pool.map
     finally:
+        started.abort()
         pool.shutdown(cancel_futures=True)

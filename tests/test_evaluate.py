@@ -193,6 +193,7 @@ def test_mistakes_do_not_wait_for_torch(tmp_path, tone_corpus):
     twice = write_table(tmp_path / "twice.csv", [("a", 1.0, "a.wav", "1", "ONE")] * 2)
     (tmp_path / "columns.csv").write_text("ID,text\na,ONE\n", encoding="utf-8")
     empty = write_table(tmp_path / "empty.csv", [])
+    tab = write_table(tmp_path / "tab.csv", [("a\tb", 1.0, "a.wav", "1", "ONE")])
     (tmp_path / "folder").mkdir()
     training = tmp_path / "training"
     shutil.copytree(tone_corpus / "dev-clean", training / "train-clean-5")
@@ -208,6 +209,7 @@ def test_mistakes_do_not_wait_for_torch(tmp_path, tone_corpus):
         ([model, tone_corpus, "--data_root", tone_corpus], 2, "--data_root belongs to a manifest"),
         ([model, twice, "--split", "a"], 2, "--split belongs to a folder"),
         ([model, twice], 2, "ids more than once: a."),
+        ([model, tab], 2, "has the id 'a\\tb'; wanted one line without tabs"),
         ([model, tmp_path / "columns.csv"], 2, "has the columns"),
         ([model, empty], 2, "has no utterances"),
         ([model, tone_corpus, "--kenlm_model_path", "none"], 2, "none: there is no such file"),

@@ -79,3 +79,18 @@ def test_workers_have_threads_of_their_own_and_nobody_else_has():
         assert (torch.get_num_threads(), found) == (5, [5])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_threads_that_cannot_be_started_leave_none(monkeypatch):
+    before, threads = threading.active_count(), torch.get_num_threads()
+    start, allowed = threading.Thread.start, iter([True])
+
+    def start_one(thread):
+        if not next(allowed, False):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(RuntimeError, match="can't start"), side_by_side(3, 1):
+        pass
+    assert (threading.active_count(), torch.get_num_threads()) == (before, threads)
