@@ -29,7 +29,7 @@ class PreparationError(ValueError):
             f"{count} utterance{'s' if count > 1 else ''} in {place} cannot be used;"
             " no manifest was written:",
             *lines_of(problems),
-            "Repair them, or leave them out with --skip_bad (skip_bad=True).",
+            "Repair them, or leave them out with --skip_bad (in training: --skip_bad True).",
         ]
         super().__init__("\n".join(lines))
 
