@@ -18,7 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError
 from corpora.references import ReferenceSplit, read_references
+from decoding.ctc_beam_search.ngram_kind import check_characters
 from inference.audio import AudioError
 from inference.command_line import (
     add_model_options,
@@ -92,6 +94,12 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     check_model(arguments.model)
     search = search_options(arguments)
     splits = read_references(arguments.corpus, arguments.split, arguments.data_root)
+    if "ngram" in search:
+        said = (word for split in splits for ref in split.references for word in ref.words.split())
+        try:
+            check_characters(search["ngram"], said)
+        except ValueError as error:
+            raise UserError(f"--kenlm_model_path: {error}") from None
     folder = made_folder(Path(arguments.output_dir or default_folder(arguments)))
     recognizer = load_recognizer(arguments)
 

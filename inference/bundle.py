@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from common.errors import EXIT_USER_ERROR, UserError, in_words
-from common.files import atomic_write, file_digest
+from common.files import atomic_write, file_digest, why_unreadable
 from decoding.pretrained_lm import LM_FILE, pretrained_file
 from inference.config import PARTS, check_config, read_json
 from inference.model import STATISTICS, Model, check_weights, make_model
@@ -247,10 +247,15 @@ def _located(folder: Path) -> Iterator[None]:
 
 
 def _load_state(path: Path) -> dict[str, Any]:
+    if reason := why_unreadable(path):
+        raise UserError(f"{path} cannot be used: {reason}.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} cannot be read: {in_words(error)}") from None
+        # What torch says is for programmers, and may be nothing.
+        raise UserError(
+            f"{path} is damaged or no file of weights ({type(error).__name__})."
+        ) from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no weights.")
     return state

@@ -10,6 +10,7 @@ import ruamel.yaml
 from ruamel.yaml.comments import TaggedScalar
 
 from common.errors import UserError, in_words
+from common.files import why_unreadable
 from inference.classes import NAMES
 from inference.config import CTC_SETTINGS, FEATURES, FORMAT, NETWORK, PARTS
 
@@ -70,6 +71,8 @@ def read_run_config(run: str | Path) -> RunConfig:
             bundle cannot hold.
     """
     path = Path(run) / "hyperparams.yaml"
+    if reason := why_unreadable(path):
+        raise UserError(f"{path} cannot be read as a run's hyperparams.yaml: {reason}.")
     try:
         document = ruamel.yaml.YAML().load(path.read_text(encoding="utf-8"))
         missing = [key for key in (*FEATURES, *PARTS["ctc"]) if key not in document]

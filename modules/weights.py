@@ -20,7 +20,9 @@ def load_model_weights(module: torch.nn.Module, path: Path, where: str = "checkp
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} is not a file of model weights: {error}") from None
+        # What torch says is for programmers, and may be nothing.
+        kind = type(error).__name__
+        raise UserError(f"{path} is not a file of model weights, or damaged ({kind}).") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} is not a file of model weights: it holds no dict of tensors")
     own = module.state_dict()

@@ -12,6 +12,7 @@ from inference import Recognizer
 from inference.scoring.reports import read_hypotheses, read_results
 from tests.inference.command_lines import assert_answers_without_torch
 from tests.inference.runs import make_run
+from tools.make_ngram import main as make_ngram
 from training.compare import compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,6 +198,9 @@ def test_mistakes_do_not_wait_for_torch(tmp_path, tone_corpus):
     (tmp_path / "folder").mkdir()
     training = tmp_path / "training"
     shutil.copytree(tone_corpus / "dev-clean", training / "train-clean-5")
+    (tmp_path / "letters.txt").write_text("O N E T W O", encoding="utf-8")
+    letters = tmp_path / "letters.arpa"
+    assert make_ngram([str(tmp_path / "letters.txt"), "--output", str(letters)]) == 0
     cases = [
         (["--help"], 0, ""),
         ([model], 2, "required: CORPUS_OR_MANIFEST"),
@@ -213,6 +217,7 @@ def test_mistakes_do_not_wait_for_torch(tmp_path, tone_corpus):
         ([model, tmp_path / "columns.csv"], 2, "has the columns"),
         ([model, empty], 2, "has no utterances"),
         ([model, tone_corpus, "--kenlm_model_path", "none"], 2, "none: there is no such file"),
+        ([model, tone_corpus, "--kenlm_model_path", letters], 2, "an n-gram of characters"),
     ]
     assert_answers_without_torch("evaluate", cases)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from decoding.ctc_beam_search.hypothesis import WORD_MARK, Vocabulary
 from decoding.ctc_beam_search.ngram import Ngram, first_words
@@ -37,13 +38,28 @@ def check_words(ngram: Ngram, vocabulary: Vocabulary) -> None:
             f"{ngram.path} is written in {case} case, as in {words[0]!r}, and the model's tokens "
             "are not: it knows no word. Make it from text in the case of the transcripts."
         )
-    if sum(len(word) > 1 for word in words) < NEXT_TO_NONE * len(words):
+    if is_of_characters(words):
         if signs := [sign for sign in _SEPARATORS if sign in ngram]:
             raise ValueError(
                 f"{ngram.path} is an n-gram of characters, with {signs[0]!r} between words. "
                 f"{WANTED}"
             )
         logger.warning("All words of %s are single characters. %s", ngram.path, WANTED)
+
+
+def check_characters(path: str | Path, words: Iterable[str]) -> None:
+    """Refuses an ARPA file of single characters where references have longer words.
+
+    Raises:
+        ValueError: it is one; or as of `first_words`.
+    """
+    if is_of_characters(first_words(path)) and any(len(word) > 1 for word in words):
+        raise ValueError(f"{path} is an n-gram of characters. {WANTED}")
+
+
+def is_of_characters(words: Sequence[str]) -> bool:
+    """Whether next to no word has more than one character."""
+    return sum(len(word) > 1 for word in words) < NEXT_TO_NONE * len(words)
 
 
 def refuse_tokens(ngram: object, pieces: Iterable[str], name: object) -> None:
