@@ -94,7 +94,7 @@ def test_a_data_root_that_looks_like_the_placeholder_is_kept(corpus):
     ("content", "message"),
     [
         (None, "Run without --skip_prep"),
-        ("", "columns"),
+        ("", "it is empty"),
         ("id,text\n", "columns"),
         ("ID,duration,wav,spk_id,wrd\n", "has no utterances"),
         ("ID,duration,wav,spk_id,wrd\na,long,b,c,d\n", "line 2"),
