@@ -80,8 +80,9 @@ class _Sizes(NamedTuple):
         xz_BTF, directions = arguments.xz_BTF, arguments.directions
         first = directions[0]
         batch, time, _ = xz_BTF.shape
+        inner, rank = first.dt_proj.shape
         return cls(
-            xz_BTF.device, xz_BTF.dtype, len(directions), batch, time, *first.dt_proj.shape,
+            xz_BTF.device, xz_BTF.dtype, len(directions), batch, time, inner, rank,
             first.A_log.shape[1], first.conv_weight.shape[1], arguments.chunk_size,
         )  # fmt: skip
 
@@ -313,7 +314,10 @@ def _backward(
     first, second = directions[0], directions[-1]
     conv_parts = new_float(ways, batch, plans.conv.grid[1], width + 1, inner)
     conv_parts_of_ways = conv_parts.unbind()
-    grad_conv_initial = None if conv_state is None else new_float(conv_state.shape)
+    grad_conv_initial = None
+    if conv_state is not None:
+        # Autograd converts it.
+        grad_conv_initial = new_float(conv_state.shape)
     launch(
         causal_conv1d_backward_kernel, plans.conv, Sequence(of_ways[0], *strides),
         float32(grad_conv_state), Sequence(xz_BTF, *plans.strides_of_half), first.conv_weight,
@@ -338,7 +342,7 @@ def _backward(
     of_directions = zip(*(grad.unbind() for grad in of_parameters), strict=True)
     return (
         None, None, grad_xz_BTF, None,
-        None if grad_conv_initial is None else grad_conv_initial.to(conv_state.dtype),
+        grad_conv_initial,
         # Of the forward way, which enters with the first piece.
         None if ssm_state is None else parts[0, :, 0, -num_states:].transpose(1, 2),
         *itertools.chain(*of_directions),
