@@ -30,6 +30,7 @@ def nothing_built(monkeypatch, tmp_path):
     """As in a new process on a machine with an empty cache; the old state returns afterwards."""
     monkeypatch.setattr(build, "_libraries", {})
     monkeypatch.setattr(build, "_failure", None)
+    monkeypatch.setattr(backends, "_passed", set())
     monkeypatch.setenv("MAMBA_ASR_CACHE", str(tmp_path / "cache"))
     backends._tell_what_is_missing.cache_clear()
     yield tmp_path / "cache"
