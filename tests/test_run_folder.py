@@ -78,6 +78,15 @@ def test_another_tokenizer_in_its_place_is_refused(copy, tone_corpus, capsys):
     assert "a run with the tokenizer" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_not_scored_as_one_of_another_seed(copy, tone_corpus, capsys):
+    before = files_of(copy)
+    seed = json.loads((copy / "results.json").read_text(encoding="utf-8"))["run"]["seed"]
+    assert train(as_trained(tone_corpus, copy, seed=seed + 1)) == EXIT_USER_ERROR
+    assert f"a finished run of seed {seed}; now it is {seed + 1}" in capsys.readouterr().err
+    assert files_of(copy) == before
+    assert train(as_trained(tone_corpus, copy, seed=seed)) == 0
+
+
 def test_a_second_run_in_a_folder_is_refused_until_the_first_has_died(copy, tone_corpus, capsys):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(copy)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True

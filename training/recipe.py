@@ -34,6 +34,7 @@ from training.checkpoints.fingerprint import (
     VALIDATION_DATA,
     Described,
     check_same,
+    check_seed_of_scores,
     file_described,
     read_fingerprint,
     rows_digest,
@@ -383,6 +384,8 @@ def prepare_training(line: CommandLine, hparams: dict) -> int:
             else. The run's files are as they were, then.
     """
     folder, earlier = Path(hparams["output_folder"]), _fingerprint_of_checkpoints(hparams)
+    if earlier:
+        check_seed_of_scores(folder, hparams["seed"])
     if earlier and not hparams["skip_prep"]:
         splits = [*hparams["train_splits"], *hparams["dev_splits"], *hparams["test_splits"]]
         names = [train_manifest(hparams), *(f"{split}.csv" for split in splits)]

@@ -10,6 +10,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import atomic_write, file_digest
 from corpora.manifest import ManifestRow
+from inference.scoring.reports import read_results
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,24 @@ def check_same(
                 "another --output_folder; --init_from FILE starts there from this run's weights. "
                 f"Where you know that it should go on nonetheless, delete {FINGERPRINT_FILE}."
             )
+
+
+def check_seed_of_scores(folder: str | Path, seed: int) -> None:
+    """Refuse to score a finished run as one of another seed.
+
+    Raises:
+        UserError: names both, and the ways out.
+    """
+    try:
+        scored = (read_results(folder).get("run") or {}).get("seed", seed)
+    except (OSError, ValueError):
+        return
+    if scored != seed:
+        raise UserError(
+            f"{folder} holds a finished run of seed {scored}; now it is {seed}, with which nothing "
+            "would be trained and the scores be taken for those of another run. Give its own "
+            "seed, or another --output_folder."
+        )
 
 
 def warn_of_other_validation(
