@@ -149,13 +149,15 @@ def load_recognizer(arguments: argparse.Namespace) -> Any:
     Raises:
         UserError: there is none, or not on such a device.
     """
+    import torch
+
     from inference import Recognizer
 
+    if arguments.threads is not None:
+        # Here, because reading a model computes.
+        torch.set_num_threads(arguments.threads)
     return Recognizer.from_pretrained(
-        arguments.model,
-        device=arguments.device,
-        precision=arguments.precision,
-        threads=arguments.threads,
+        arguments.model, device=arguments.device, precision=arguments.precision
     )
 
 
