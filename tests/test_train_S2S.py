@@ -15,7 +15,7 @@ import train_S2S
 from common.errors import UserError
 from corpora.manifest import read_manifest
 from decoding.pretrained_lm import LM_FILE, TOKENIZER_FILE
-from tests.ctc_runs import large_ones_slow, quick_runs
+from tests.ctc_runs import command_line, large_ones_slow, quick_runs, train
 from text.tokenizer import train_tokenizer
 from training.brains.optimization import count_parameters
 from training.launch.command_line import load_hparams
@@ -124,6 +124,24 @@ def test_a_run_leaves_its_files(trained):
     log = (trained / "train_log.txt").read_text()
     assert "valid ACC" in log
     assert "valid WER" in log
+
+
+@pytest.mark.parametrize("decoder_module", ["transformer", "mamba"])
+def test_a_joint_model_begins_with_what_a_ctc_run_learnt(decoder_module, tone_corpus, tmp_path):
+    keys = {"number_of_epochs": 1, "test_splits": "[]", "held_out_speakers": "[]"}
+    keys |= {"num_encoder_layers": 2, "inter_ctc_layers": "[1]", "dev_splits": "[dev-clean]"}
+    ctc_yaml = FOLDER.parent / "CTC" / "an4.yaml"
+    assert train(command_line(tone_corpus, tmp_path / "ctc", ctc_yaml, **keys)) == 0
+    first = tmp_path / "ctc" / "save" / "averaged" / "model.ckpt"
+    keys |= {"num_decoder_layers": 1, "decoder_module": decoder_module, "lr_adam": 0.0}
+    joint = command_line(tone_corpus, tmp_path / "joint", FOLDER / "an4.yaml", **keys)
+    assert train([*joint, "--init_from", str(tmp_path / "ctc")], train_S2S.main) == 0
+    (checkpoint,) = (tmp_path / "joint" / "save").glob("CKPT+*")
+    begun = torch.load(checkpoint / "model.ckpt", weights_only=True)
+    for name, value in torch.load(first, weights_only=True).items():
+        assert torch.equal(begun.pop(name.replace("2.w.", "3.w.")), value), name
+    assert begun
+    assert all(name.startswith(("1.decoder.", "1.custom_tgt_module.", "2.w.")) for name in begun)
 
 
 def test_the_ctc_branch_cuts_the_speech_for_splicing(trained):

@@ -19,7 +19,7 @@ from common.files import file_digest
 from decoding.pretrained_lm import TOKENIZER_FILE, fetch_pretrained
 from decoding.searches import check_known_words
 from inference.scoring.reports import results_table
-from modules.weights import load_model_weights
+from modules.weights import load_weights, read_weights, with_new_decoder
 from text.tokenizer import (
     MOST_CHARACTERS,
     TOKENIZER_SETTINGS,
@@ -312,7 +312,11 @@ def _run(
     )
     if line.init_from is not None and not test_only:
         check_tokens_of_weights(line.init_from, loaders.tokenizer)
-        load_model_weights(hparams["model"], Path(line.init_from), "file")
+        first, model = Path(line.init_from), hparams["model"]
+        state = read_weights(first)
+        if "seq_lin" in hparams:
+            state = with_new_decoder(state, model)
+        load_weights(model, state, first, "file")
     brain = brain_class(
         modules=hparams["modules"],
         opt_class=hparams["opt_class"],

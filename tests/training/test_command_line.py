@@ -109,6 +109,15 @@ def test_own_options_are_no_overrides():
     assert not {"resume", "init_from"} & line.run_options.keys()
 
 
+@pytest.mark.parametrize("left", ["save/averaged/model.ckpt", "lm/lm.ckpt"])
+def test_a_finished_run_stands_for_its_weights(left, tmp_path):
+    weights = tmp_path / left
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    line = parse_command_line(["m.yaml", "--init_from", str(tmp_path)], "")
+    assert line.init_from == str(weights)
+
+
 def options_of(arguments, hparams):
     return run_options(parse_command_line(["m.yaml", *arguments], ""), hparams)
 

@@ -70,8 +70,8 @@ def check_same(
             raise UserError(
                 f"{folder} holds a run with the {name} {_named(recorded)}; now it is "
                 f"{_named(part)}. Nothing was changed. Give the one that the run began with, or "
-                "another --output_folder; --init_from FILE starts there from this run's weights. "
-                f"Where you know that it should go on nonetheless, delete {FINGERPRINT_FILE}."
+                f"another --output_folder; --init_from {folder} starts there from this run's "
+                f"weights. Where you know that it should go on, delete {FINGERPRINT_FILE}."
             )
 
 

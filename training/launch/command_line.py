@@ -73,7 +73,7 @@ class CommandLine:
         run_options: SpeechBrain's run options (device, precision, ...) that were given.
         overrides: YAML keys to replace, already parsed as YAML values.
         resume: a checkpoint folder to go on from instead of the latest of the run.
-        init_from: a file of model weights to start from.
+        init_from: a file of model weights to start from; a run stands for its own.
         eval_name: what an evaluation is called.
     """
 
@@ -109,8 +109,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--init_from",
-        metavar="FILE",
-        help="Start from the model weights in this file (a model.ckpt); a resumed run ignores it.",
+        metavar="WEIGHTS",
+        help="Start from the model weights in this file (a model.ckpt), or of this run; those of a "
+        "CTC run also start the encoder of a joint model. A resumed run ignores it.",
     )
     parser.add_argument(
         "--eval_name",
@@ -183,7 +184,7 @@ def parse_command_line(argv: Sequence[str], description: str) -> CommandLine:
         run_options=given,
         overrides=overrides,
         resume=resume,
-        init_from=init_from,
+        init_from=init_from and _weights_of(init_from),
         eval_name=eval_name,
     )
 
@@ -197,6 +198,12 @@ def _recipe_of(run: str) -> str:
             f"version: name a YAML file instead, and --output_folder {run}."
         )
     return path
+
+
+def _weights_of(path: str) -> str:
+    """The file of weights that a path names, or that the run which it names has left."""
+    left = (os.path.join(path, name) for name in ("save/averaged/model.ckpt", "lm/lm.ckpt"))
+    return next((file for file in left if Path(file).is_file()), path)
 
 
 def check_arguments(description: str, argv: Sequence[str] | None = None) -> None:
@@ -233,7 +240,7 @@ def check_init_from(line: CommandLine) -> None:
         UserError: it cannot be read.
     """
     if line.init_from is not None:
-        advice = "Give a file of model weights, such as save/averaged/model.ckpt of a run."
+        advice = "Give a finished run, or a file of weights such as its save/averaged/model.ckpt."
         require_file("--init_from", line.init_from, advice)
 
 
