@@ -10,6 +10,7 @@ import pytest
 import ruamel.yaml
 
 from modules.Transformer import ENCODERS
+from modules.weights import with_new_decoder
 from tests.ctc_runs import REPOSITORY, TINY, command_line, large_ones_slow, metrics, train
 from training.brains.optimization import count_parameters
 from training.launch.command_line import load_hparams
@@ -112,6 +113,14 @@ def test_twins_are_of_equal_size(name, most, tmp_path):
     sizes = [parameters_of(each, tmp_path) for each in (name, f"{name}_conformer")]
     assert max(sizes) <= most
     assert max(sizes) / min(sizes) < 1.02
+
+
+@pytest.mark.parametrize("name", ["an4", "mini_librispeech"])
+def test_the_joint_model_can_begin_with_the_ctc_model(name, tmp_path):
+    options = {"data_folder": "x", "output_folder": str(tmp_path)}
+    files = (FOLDER / f"{name}.yaml", FOLDER.parent / "S2S" / f"{name}.yaml")
+    ctc, joint = (load_hparams(str(file), options)["model"] for file in files)
+    joint.load_state_dict(with_new_decoder(ctc.state_dict(), joint))
 
 
 def test_consistency_changes_nothing_of_the_published_network(tmp_path):
