@@ -109,10 +109,10 @@ def test_own_options_are_no_overrides():
     assert not {"resume", "init_from"} & line.run_options.keys()
 
 
-@pytest.mark.parametrize("left", ["save/averaged/model.ckpt", "lm/lm.ckpt"])
-def test_a_finished_run_stands_for_its_weights(left, tmp_path):
+@pytest.mark.parametrize("left", ["save/averaged/model.ckpt", "lm/lm.ckpt", "model.ckpt"])
+def test_a_run_or_a_checkpoint_stands_for_its_weights(left, tmp_path):
     weights = tmp_path / left
-    weights.parent.mkdir(parents=True)
+    weights.parent.mkdir(parents=True, exist_ok=True)
     weights.touch()
     line = parse_command_line(["m.yaml", "--init_from", str(tmp_path)], "")
     assert line.init_from == str(weights)

@@ -201,9 +201,9 @@ def _recipe_of(run: str) -> str:
 
 
 def _weights_of(path: str) -> str:
-    """The file of weights that a path names, or that the run which it names has left."""
-    left = (os.path.join(path, name) for name in ("save/averaged/model.ckpt", "lm/lm.ckpt"))
-    return next((file for file in left if Path(file).is_file()), path)
+    """The file of weights that a path names, or that the run or checkpoint which it names has."""
+    names = ("save/averaged/model.ckpt", "lm/lm.ckpt", "model.ckpt")
+    return next((file for name in names if Path(file := os.path.join(path, name)).is_file()), path)
 
 
 def check_arguments(description: str, argv: Sequence[str] | None = None) -> None:
