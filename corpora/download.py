@@ -172,7 +172,7 @@ def unpack(
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".unpack-"))
     try:
-        _extract(archive, scratch, noprogressbar)
+        extract(archive, scratch, noprogressbar=noprogressbar)
         unpacked = scratch / "LibriSpeech"
         if not (unpacked / split).is_dir():
             raise DownloadError(f"{archive} holds no LibriSpeech/{split}")
@@ -185,7 +185,14 @@ def unpack(
         shutil.rmtree(scratch)
 
 
-def _extract(archive: Path, scratch: Path, noprogressbar: bool) -> None:
+def extract(archive: str | Path, folder: str | Path, *, noprogressbar: bool = False) -> None:
+    """Unpack a gzipped tar file of plain files and folders into a folder of yours.
+
+    Raises:
+        DownloadError: the archive is damaged, or holds links, devices or paths that lead out of
+            the folder. What came before stays in the folder.
+    """
+    archive, folder = Path(archive), Path(folder)
     try:
         with (
             tarfile.open(archive, mode="r|gz") as tar,
@@ -201,7 +208,7 @@ def _extract(archive: Path, scratch: Path, noprogressbar: bool) -> None:
                         f"{archive} holds {member.name!r}, which is no plain file inside the"
                         " archive's folder: not unpacked"
                     )
-                target = scratch.joinpath(*path.parts)
+                target = folder.joinpath(*path.parts)
                 if member.isdir():
                     target.mkdir(parents=True, exist_ok=True)
                     continue
