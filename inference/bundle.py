@@ -204,9 +204,15 @@ def is_bundle(folder: Path) -> bool:
 def _read_run(run: Path) -> _RunModel:
     missing = [name for name in RUN_FILES if not (run / name).is_file()]
     if missing:
+        what_to_do = _HOW_TO_GET_ONE
+        if any(run.glob("save/CKPT*")):
+            what_to_do = (
+                f"It has checkpoints: train_CTC.py {run} --test_only (or train_S2S.py) scores "
+                "their mean and leaves it, also while the run trains."
+            )
         raise UserError(
             f"{run} is not the folder of an evaluated run: {', '.join(missing)} is missing. "
-            + _HOW_TO_GET_ONE
+            + what_to_do
         )
     found = read_run_config(run)
     config = found.config

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import EXIT_USER_ERROR
+from common.errors import EXIT_USER_ERROR, UserError
+from inference import Recognizer
 from inference.scoring.reports import SplitScore, record_evaluation
 from tests.ctc_runs import REPOSITORY, command_line, train
 from tests.generated_corpus import make_corpus
@@ -62,6 +63,16 @@ def test_a_corpus_that_was_moved_is_the_same(copy, tone_corpus, tmp_path):
     fingerprint = json.loads((copy / "fingerprint.json").read_text(encoding="utf-8"))
     assert fingerprint["training data"]["corpus"] == str(moved)
     assert {"tokenizer", "hyperparameters", "test split test-clean"} <= fingerprint.keys()
+
+
+def test_a_run_in_training_is_a_recogniser_once_it_is_scored(copy, tone_corpus):
+    shutil.rmtree(copy / "save" / "averaged")
+    shutil.rmtree(copy / "bundle")
+    (copy / "results.json").unlink()
+    with pytest.raises(UserError, match=re.escape(f"train_CTC.py {copy} --test_only")):
+        Recognizer.from_run(copy)
+    assert train([str(copy), "--test_only", "--device=cpu", "--noprogressbar"]) == 0
+    Recognizer.from_run(copy)
 
 
 def test_other_validation_data_are_said(copy, tone_corpus):
