@@ -22,7 +22,7 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL("libc.so.6")
     largest_block_bytes = 2**30
-    never = 2**31 - 1
+    never = -1
     return bool(
         libc.mallopt(_MMAP_THRESHOLD, largest_block_bytes) and libc.mallopt(_TRIM_THRESHOLD, never)
     )
