@@ -569,7 +569,8 @@ def test_a_run_may_begin_with_splicing(run, tone_corpus, tmp_path):
     assert read_segments(folder / "save" / "segments.json")[0]
     statistics = torch.load(checkpoints(folder)[-1] / "normalizer.ckpt", weights_only=True)
     heard = torch.load(checkpoints(run)[-1] / "normalizer.ckpt", weights_only=True)
-    torch.testing.assert_close(statistics["glob_mean"], heard["glob_mean"], rtol=0.1, atol=1.0)
+    # Spliced utterances have the same words in other proportions.
+    assert (statistics["glob_mean"] - heard["glob_mean"]).abs().mean() < 0.5
 
 
 def test_a_corpus_of_8_khz_is_trained_at_its_rate_or_resampled(run, tmp_path, capsys):

@@ -13,7 +13,8 @@ from modules.frontend import ConvolutionFrontEnd
 from tests.ctc_runs import CONMAMBA, CONMAMBAMAMBA, TINY_S2S, command_line, train
 from tests.modules.networks import assert_same_gradients, gradients, padded_batch, small_network
 from training.brains import asr_brain
-from training.brains.graphs import GraphedEncoder, GraphedFrontEnd, check_graphs, rounded_up
+from training.brains.graphs import GraphedEncoder, GraphedFrontEnd, check_graphs
+from training.shapes import rounded_up
 
 LENGTHS = [37, 20, 9]
 
@@ -153,9 +154,11 @@ def test_evaluation_and_inner_outputs_go_the_plain_way():
 
 def test_shapes_are_few_and_little_is_padded():
     counts = range(1, 3001)
-    rounded = [rounded_up(count) for count in counts]
-    assert all(count <= up <= 1.125 * count for count, up in zip(counts, rounded, strict=True))
-    assert len(set(rounded)) <= 16 + 8 * 8
+    for per_octave in (8, 16):
+        rounded = [rounded_up(count, per_octave) for count in counts]
+        most = 1 + 1 / per_octave
+        assert all(count <= up <= most * count for count, up in zip(counts, rounded, strict=True))
+        assert len(set(rounded)) <= 2 * per_octave + per_octave * 8
 
 
 @pytest.mark.parametrize(("recipe", "keys"), [("CTC", {}), ("S2S", TINY_S2S)], ids=["CTC", "S2S"])

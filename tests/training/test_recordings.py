@@ -20,6 +20,7 @@ from training.data.recordings import (
     evaluation_batches,
     leave_out,
     make_dataset,
+    pad_right,
     read_rows,
     sorted_by_duration,
     training_batches,
@@ -27,6 +28,7 @@ from training.data.recordings import (
     with_characters,
 )
 from training.launch.command_line import run_script
+from training.shapes import rounded_up
 
 RATE = 16000
 TEXTS = ["ONE TWO", "THREE", "FOUR FIVE SIX", "SEVEN", "EIGHT NINE", "ZERO", "TEN", "TWO TWO"]
@@ -276,7 +278,7 @@ def test_batches_are_padded_with_zeros_and_know_their_lengths(rows, tokenizer):
     sampler, loader = loader_of(dataset, hparams(dynamic_batching=False, batch_size=8))
     del sampler
     (batch,) = loader
-    assert batch.sig.data.shape == (8, int(1.4 * RATE))
+    assert batch.sig.data.shape == (8, rounded_up(int(1.4 * RATE), per_octave=16))
     for row, (utterance, samples) in enumerate(zip(batch.id, batch.num_samples, strict=True)):
         assert samples == round(rows[utterance]["duration"] * RATE)
         assert batch.sig.data[row, samples:].abs().sum() == 0
@@ -336,6 +338,16 @@ def test_utterances_with_given_characters_are_named():
     rows = {"a": {"wrd": "CAFÉ"}, "b": {"wrd": "ONE"}, "c": {"wrd": "ßÉ"}}
     reasons = with_characters(rows, {"É", "ß"})
     assert reasons == {"a": "unknown characters: É", "c": "unknown characters: É ß"}
+
+
+def test_batches_of_many_lengths_have_few_shapes():
+    lengths = range(30_000, 240_000, 500)
+    padded = [pad_right([torch.ones(length), torch.ones(9)]) for length in lengths]
+    assert len({wav_BS.shape for wav_BS, _ in padded}) <= 16 * 4
+    assert sum(wav_BS.shape[1] for wav_BS, _ in padded) < 1.03 * sum(lengths)
+    for length, (wav_BS, relative_B) in zip(lengths, padded, strict=True):
+        assert (relative_B * wav_BS.shape[1]).round().tolist() == [length, 9]
+        assert wav_BS.sum(1).tolist() == [length, 9]
 
 
 def test_a_batch_of_empty_transcripts_is_a_batch():

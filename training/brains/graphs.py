@@ -22,12 +22,14 @@ from modules.layer_stack import LayerStack
 from modules.Transformer import ENCODERS
 from modules.TransformerASR import ATTENTION_ENCODERS
 from training.brains.cast_weights import CastWeights
+from training.shapes import rounded_up
 
 Work = Callable[[], tuple[Tensor, ...]]
 Record = Callable[[Work], tuple[tuple[Tensor, ...], Callable[[], None]]]
 """Does the work once and gives its results, and what does it again into the same results."""
 
 WARM_UPS = 2
+_PER_OCTAVE = 8
 
 
 class GraphedCalls:
@@ -70,7 +72,7 @@ class GraphedCalls:
         if not (self.module.training and torch.is_grad_enabled()):
             return None
         (batch, frames), rest = x.shape[:2], x.shape[2:]
-        shape = rounded_up(batch), rounded_up(frames), *rest
+        shape = rounded_up(batch, _PER_OCTAVE), rounded_up(frames, _PER_OCTAVE), *rest
         more = shape[0] - batch, shape[1] - frames
         padded = F.pad(about, (0, more[1]) * (about.dim() - 1) + (0, more[0]), value=filler)
         step = self._step(shape, x, padded)
@@ -348,16 +350,6 @@ class CudaRecorder:
         ):
             results = work()
         return results, graph.replay
-
-
-def rounded_up(count: int) -> int:
-    """The next of eight numbers to the octave; small ones stay.
-
-    >>> [rounded_up(count) for count in (1, 15, 17, 100, 1000)]
-    [1, 15, 18, 104, 1024]
-    """
-    grain = 1 << max(count.bit_length() - 4, 0)
-    return -(-count // grain) * grain
 
 
 def check_graphs(hparams: Any, options: Any) -> None:

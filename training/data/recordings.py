@@ -10,6 +10,7 @@ from pathlib import Path
 
 import sentencepiece as spm
 import torch
+import torch.nn.functional as F
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.sampler import DynamicBatchSampler, ReproducibleRandomSampler
@@ -26,6 +27,7 @@ from training.data.augmentation import SpeedPerturbation
 from training.data.epoch_batches import EpochBatches
 from training.data.preparation import manifest_rows
 from training.launch.interrupts import UndisturbedWorker
+from training.shapes import rounded_up
 from training.splicing.splice import Splicing
 
 logger = logging.getLogger(__name__)
@@ -213,10 +215,19 @@ def _duration(row: Mapping) -> float:
 
 
 def pad_right(tensors: list[torch.Tensor], **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """SpeechBrain's padding, which divides by zero where every item is empty."""
-    if any(len(tensor) for tensor in tensors):
-        return batch_pad_right(tensors, **options)
-    return tensors[0].new_zeros(len(tensors), 1), torch.zeros(len(tensors))
+    """SpeechBrain's padding, which divides by zero where every item is empty.
+
+    Waveforms get some two per cent more. Of lengths that are hardly ever the same the C library
+    keeps thousands of free blocks, and searches them for every tensor: a fifth of a step on a CPU.
+    """
+    if not any(len(tensor) for tensor in tensors):
+        return tensors[0].new_zeros(len(tensors), 1), torch.zeros(len(tensors))
+    padded, lengths = batch_pad_right(tensors, **options)
+    if not padded.is_floating_point():
+        return padded, lengths
+    longest = padded.shape[1]
+    rounded = rounded_up(longest, per_octave=16)
+    return F.pad(padded, (0, rounded - longest)), lengths * (longest / rounded)
 
 
 ON_THE_DEVICE = ("sig", "tokens", "tokens_bos", "tokens_eos")
