@@ -7,7 +7,8 @@
 #                                                             last, train a recipe for 300 seconds
 #   benchmarks/gpu_check.sh --parts '' --train hparams/CTC/mini_librispeech.yaml 480 --data_folder \
 #     mini_librispeech/LibriSpeech --max_batch_length_train 160 --lr_adam 0.001 --n_warmup_steps 250 \
-#     --n_hold_steps 1600 --ema_decay 0.995       nothing but a training that fits into eight minutes
+#     --n_hold_steps 1600 --ema_decay 0.995 --number_of_epochs 24 --augment_from_epoch 4
+#                                                             nothing but a training of eight minutes
 #   benchmarks/gpu_check.sh --dry                             all of it, small, on a CPU
 #
 # Each part has its own time limit and may fail; the others go on. Rows come as they are measured.
@@ -27,7 +28,7 @@ while [ $# -gt 0 ]; do
     --parts) PARTS=$2; shift ;;
     --limit) LIMIT_S=$2; shift ;;
     --train) TRAIN_YAML=$2 TRAIN_S=$3; TRAIN_ARGS=("${@:4}"); break ;;
-    *) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
   shift
 done
