@@ -6,8 +6,9 @@
 #   benchmarks/gpu_check.sh --train hparams/CTC/an4.yaml 300 --data_folder an4/LibriSpeech
 #                                                             last, train a recipe for 300 seconds
 #   benchmarks/gpu_check.sh --parts '' --train hparams/CTC/mini_librispeech.yaml 480 --data_folder \
-#     mini_librispeech/LibriSpeech --max_batch_length_train 160 --lr_adam 0.001 --n_warmup_steps 250 \
-#     --n_hold_steps 1600 --ema_decay 0.995 --number_of_epochs 24 --augment_from_epoch 4
+#     mini_librispeech/LibriSpeech --number_of_epochs 30 --augment_from_epoch 4 --num_workers 2 \
+#     --max_batch_length_train 160 --num_bucket 12 --lr_adam 0.0015 --n_warmup_steps 300 \
+#     --n_hold_steps 2000 --ema_decay 0.995 --cuda_graphs 80
 #                                                             nothing but a training of eight minutes
 #   benchmarks/gpu_check.sh --dry                             all of it, small, on a CPU
 #
@@ -28,7 +29,7 @@ while [ $# -gt 0 ]; do
     --parts) PARTS=$2; shift ;;
     --limit) LIMIT_S=$2; shift ;;
     --train) TRAIN_YAML=$2 TRAIN_S=$3; TRAIN_ARGS=("${@:4}"); break ;;
-    *) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,22s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
   shift
 done
