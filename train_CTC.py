@@ -14,7 +14,6 @@ if __name__ == "__main__":
     check_arguments(__doc__)
 
 import speechbrain as sb
-import torch
 from sentencepiece import SentencePieceProcessor
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.dynamic_chunk_training import (
@@ -47,42 +46,19 @@ class ASR(ASRBrain):
     best_is = "min"
 
     def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> CTCOutputs:
-        """Waveforms to log probabilities.
-
-        Each of two copies draws its own chunks: where one sees the whole utterance and the other
-        chunks, consistency teaches the network to say in chunks what it says offline.
-        """
+        """Waveforms to log probabilities."""
         batch = batch.to(self.device, non_blocking=True)
         front_end = self.front_end(batch, stage)
-        frames_BTFC, num_frames_B = front_end.frames_BTFC, front_end.num_frames_B
-        chunks = [self.draw_chunks(stage) for _ in range(front_end.copies)]
-        if all(of_copy == chunks[0] for of_copy in chunks):
-            log_probs = self._log_probs(frames_BTFC, num_frames_B, stage, chunks[0])
-            return CTCOutputs(log_probs, front_end)
-        of_copies = [
-            self._log_probs(*copy, stage, of_copy)
-            for *copy, of_copy in zip(
-                frames_BTFC.chunk(len(chunks)),
-                num_frames_B.chunk(len(chunks)),
-                chunks,
-                strict=True,
-            )
-        ]
-        log_probs = [torch.cat(of_layer) for of_layer in zip(*of_copies, strict=True)]
-        return CTCOutputs(log_probs, front_end)
+        return CTCOutputs(self._log_probs(front_end, stage, self.draw_chunks(stage)), front_end)
 
     def _log_probs(
-        self,
-        frames_BTFC: Tensor,
-        num_frames_B: Tensor,
-        stage: sb.Stage,
-        chunks: DynChunkTrainConfig | None,
+        self, front_end: FrontEndOutput, stage: sb.Stage, chunks: DynChunkTrainConfig | None
     ) -> list[Tensor]:
         inner_layers = self.inner_layers(stage)
         encoded, _ = self.modules.Transformer(
-            frames_BTFC,
+            front_end.frames_BTFC,
             None,
-            num_frames_B,
+            front_end.num_frames_B,
             dynchunktrain_config=chunks,
             intermediate_layers=inner_layers,
         )
@@ -90,7 +66,7 @@ class ASR(ASRBrain):
         return self.ctc_log_probs(encoder_BTD, inner)
 
     def draw_chunks(self, stage: sb.Stage) -> DynChunkTrainConfig | None:
-        """What a copy of a training batch is cut into; None shows a frame the whole utterance."""
+        """What a training batch is cut into; None shows every frame the whole utterance."""
         sampler = self._chunk_sampler()
         return sampler(stage) if sampler is not None and stage == sb.Stage.TRAIN else None
 
@@ -111,9 +87,7 @@ class ASR(ASRBrain):
         if sampler is None or stage != sb.Stage.VALID or sampler.valid_config is None:
             return
         front_end = outputs.front_end
-        log_probs = self._log_probs(
-            front_end.frames_BTFC, front_end.num_frames_B, stage, sampler.valid_config
-        )
+        log_probs = self._log_probs(front_end, stage, sampler.valid_config)
         hypotheses = self.decode(CTCOutputs(log_probs, front_end), batch, stage)
         self.chunked_wer_stats.append(
             list(batch.id),
