@@ -106,6 +106,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         normalize_before: LayerNorm before (True) or after attention and feed-forward; Conformer
             wants True, Mamba layers always have it before.
         kernel_size: taps of the convolution in Conformer, ConMamba and Branchformer; None is 31.
+            Other encoders have none.
         bias: whether the convolution module of Conformer and ConMamba has biases; None is True.
         encoder_module: name in ``modules.Transformer.ENCODERS``.
         decoder_module: name in ``modules.Transformer.DECODERS``.
@@ -263,8 +264,9 @@ class TransformerASR(SpeechBrainTransformerASR):
             "conditioned_layers": inter_ctc_layers if self_conditioning else (),
             "num_tokens": tgt_vocab,
         }
+        if kernel_size is not None:
+            shared["kernel_size"] = kernel_size
         particular = {
-            "kernel_size": kernel_size,
             "bias": bias,
             "conformer_activation": conformer_activation,
             "conmamba_activation": conmamba_activation,

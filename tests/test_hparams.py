@@ -206,6 +206,8 @@ STREAMING = {
     "left_context_chunks",
     "causal",
     "Transformer.causal",
+    "kernel_size",
+    "Transformer.kernel_size",
     "dynchunktrain_config_sampler",
     "compute_features",
     "CNN",

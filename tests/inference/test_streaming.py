@@ -113,7 +113,7 @@ def test_every_size_of_chunks_and_the_beam_search(runs, offline, model, chunk_ms
 
 
 def test_ngram_and_hotwords_go_on_from_chunk_to_chunk(runs, offline, tmp_path):
-    wav_S = noise(4)
+    wav_S = noise(12)
     plain = offline["conmamba"].transcribe(wav_S, chunk_ms=640, beam_size=8)
     words = sorted({word.text for word in plain.words})
     make_ngram_of(tmp_path / "words.arpa", words)

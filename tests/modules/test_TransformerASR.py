@@ -239,7 +239,6 @@ def test_contradictions_are_errors_at_construction(options, message):
 
 
 PARTICULAR = {
-    "kernel_size": (5, {"branchformer", "conformer", "conmamba"}),
     "bias": (True, {"conformer", "conmamba"}),
     "conformer_activation": (nn.ReLU, {"conformer"}),
     "conmamba_activation": (nn.ReLU, {"conmamba"}),

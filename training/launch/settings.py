@@ -212,6 +212,7 @@ SETTINGS: dict[str, Setting] = {
     "chunk_size_max": _COUNT,
     "valid_chunk_size": _COUNT,
     "left_context_chunks": Setting("integer", low=0),
+    "kernel_size": _COUNT,
     # Of language models.
     "text_parts": _COUNT,
     "max_sentence_tokens": _COUNT,
