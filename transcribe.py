@@ -32,6 +32,8 @@ from inference.command_line import (
 from inference.formats import FORMATS
 from inference.sources import Source, find_sources
 
+_MAX_SEGMENT_S = 30.0
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -59,10 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--max_segment_s",
         type=float,
-        default=30.0,
         metavar="S",
         help="longer recordings are cut in their pauses into segments of so many seconds "
-        "(default: 30)",
+        f"(default: {_MAX_SEGMENT_S:g}; of --stream: 20)",
     )
     add(
         "--whole",
@@ -77,7 +78,6 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--speed",
         type=_speed,
-        default=1.0,
         metavar="X",
         help="of --stream: how fast the recording is played (default: 1), or max",
     )
@@ -111,6 +111,10 @@ def transcribe(arguments: argparse.Namespace) -> int:
         raise UserError(f"--channel is {arguments.channel}; channels are counted from 0.")
     if arguments.microphone and (arguments.audio or not arguments.stream):
         raise UserError("--microphone goes with --stream and without recordings.")
+    if arguments.stream and arguments.whole:
+        raise UserError("--whole and --stream exclude each other: a stream is encoded in chunks.")
+    if arguments.speed is not None and not arguments.stream:
+        raise UserError("--speed is of --stream: without it nothing is played.")
     if not arguments.microphone and not arguments.audio:
         raise UserError("There is nothing to transcribe: name recordings, or use --microphone.")
     check_model(arguments.model)
@@ -147,12 +151,13 @@ def _transcribed(
     sources: Sequence[Source], arguments: argparse.Namespace, search: Mapping[str, Any]
 ) -> Iterator[tuple[Source, Transcript | AudioError]]:
     recognizer = load_recognizer(arguments)
+    longest_s = arguments.max_segment_s
     transcribe_all = functools.partial(
         recognizer.transcribe_many,
         [source.audio for source in sources],
         batch_seconds=arguments.batch_seconds,
         channel=arguments.channel,
-        max_segment_s=arguments.max_segment_s,
+        max_segment_s=_MAX_SEGMENT_S if longest_s is None else longest_s,
         whole=arguments.whole,
         chunk_ms=arguments.chunk_ms,
         **search,
@@ -169,10 +174,15 @@ def _streamed(
     from inference.audio import load_audio
     from inference.live import listen, microphone, played
     from inference.streaming import StreamingRecognizer
+    from inference.streaming_text import Endpoints
 
+    endpoints = Endpoints()
+    if arguments.max_segment_s is not None:
+        endpoints = Endpoints(max_segment_s=arguments.max_segment_s)
     recognizer = StreamingRecognizer.from_pretrained(
         arguments.model,
         chunk_ms=arguments.chunk_ms or 640.0,
+        endpoints=endpoints,
         search=dict(search),
         device=arguments.device,
         precision=arguments.precision,
@@ -190,7 +200,7 @@ def _streamed(
         except AudioError as error:
             yield source, error
             continue
-        pieces = played(wav_S, recognizer.sample_rate, arguments.speed)
+        pieces = played(wav_S, recognizer.sample_rate, arguments.speed or 1.0)
         transcript, interrupted = listen(recognizer, pieces, recognizer.sample_rate, shows_partial)
         yield source, transcript
         if interrupted:

@@ -43,11 +43,15 @@ _VARIABLE = re.compile(r"\$[\w.]+")
 
 
 class Problem(NamedTuple):
-    """Something wrong with one utterance. ``path`` is relative to the data root."""
+    """Something wrong with one utterance. ``path`` is relative to the data root.
+
+    A row of a table has its ``speaker``; in LibriSpeech's layout the path tells.
+    """
 
     path: str
     utterance_id: str
     reason: str
+    speaker: str = ""
 
 
 class Utterance(NamedTuple):

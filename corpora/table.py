@@ -113,10 +113,11 @@ def read_table(
         elif not said:
             reason = "missing transcript: the cell is empty"
         reason = unusable_name(key) or unusable_name(audio) or reason
-        if reason:
-            part.problems.append(Problem(printable(audio) or place, printable(key), reason))
-            continue
         speaker = values.get("speaker") or key
+        if reason:
+            shown = printable(audio) or place
+            part.problems.append(Problem(shown, printable(key), reason, speaker))
+            continue
         part.utterances.append(Utterance(key, speaker, audio, size, said))
     if repeated := [key for key, count in numbers.items() if count > 1]:
         hint = "" if "id" in names else " Give them a column id."
@@ -257,17 +258,16 @@ def _hold_out(
                 f"held_out_speakers needs a column of speakers, and {table} has none. It may be "
                 f"called {', '.join(COLUMNS['speaker'])}."
             )
-        found |= {utterance.speaker for utterance in part.utterances}
+        found |= {item.speaker for item in [*part.utterances, *part.problems]}
         kept = [u for u in part.utterances if (u.speaker in speakers) == is_new]
         if part.utterances and not kept:
             which = "none" if is_new else "every speaker"
             raise ValueError(f"held_out_speakers names {which} of {table}; {name} would be empty.")
-        # What is wrong is said of the table once.
-        parts[name] = (
-            table,
-            replace(part, utterances=kept, problems=[] if is_new else part.problems),
-        )
-    if missing := sorted(speakers - found):
+        problems = [p for p in part.problems if (p.speaker in speakers) == is_new]
+        parts[name] = table, replace(part, utterances=kept, problems=problems)
+    missing = sorted(speakers - found)
+    # What is scored alone may have some of the speakers that a training left out.
+    if missing and (training or not found):
         raise ValueError(
             f"held_out_speakers names {', '.join(missing)}, no speaker of the training splits; "
             f"these have {', '.join(sorted(found)[:8])}{', ...' if len(found) > 8 else ''}."

@@ -10,8 +10,6 @@ from common.errors import UserError
 from inference.model import Model
 
 CHUNK_MS = 640.0
-LEFT_CONTEXT_CHUNKS = 8
-"""As the recipes train with."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,15 @@ class Chunks:
 
 
 def chunks_of(
-    model: Model, chunk_ms: float = CHUNK_MS, left_context_chunks: int = LEFT_CONTEXT_CHUNKS
+    model: Model, chunk_ms: float = CHUNK_MS, left_context_chunks: int | None = None
 ) -> Chunks:
     """The chunks of so many milliseconds.
 
     Args:
         model: that is to hear in them.
         chunk_ms: a multiple of an encoder frame.
-        left_context_chunks: chunks before its own that a frame sees, in an encoder that attends.
+        left_context_chunks: chunks before its own that a frame sees, in an encoder that attends;
+            None: as many as in training.
 
     Raises:
         UserError: the model cannot, or not in such chunks; the message says what can be done.
@@ -47,6 +46,8 @@ def chunks_of(
             f"chunk_ms is {chunk_ms:g}; it must be a multiple of {frame_ms:g} ms, the distance of "
             "this model's frames."
         )
+    if left_context_chunks is None:
+        left_context_chunks = model.left_context_chunks
     if left_context_chunks < 0:
         raise UserError(f"left_context_chunks is {left_context_chunks}; it cannot be negative.")
     causal = model.encoder.Transformer.causal

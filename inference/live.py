@@ -38,7 +38,8 @@ def listen(
         nonlocal shown
         recognizer.accept(stream, piece_S)
         if not shows_partial:
-            recognizer.step()
+            while recognizer.step():
+                pass
             return
         text = recognizer.result(stream).text
         if text != shown:

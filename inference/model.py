@@ -1,5 +1,7 @@
 """A recogniser in parts, from its description and its weights."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,9 @@ from inference.config import FEATURES
 from inference.weights import NORMALIZER
 from modules.lengths import relative_lengths
 from modules.speech_encoder import SpeechEncoder
+
+LEFT_CONTEXT_CHUNKS = 8
+"""Of a model that does not say how many it was trained with."""
 
 STATISTICS = ("count", "glob_mean", "glob_std")
 """Of a normaliser."""
@@ -57,6 +62,11 @@ class Model:
         return self.encoder.stride_samples / self.sample_rate
 
     @property
+    def left_context_chunks(self) -> int:
+        """Chunks before its own that a frame sees where the encoder attends, as in training."""
+        return self.config.get("streaming", {}).get("left_context_chunks", LEFT_CONTEXT_CHUNKS)
+
+    @property
     def min_samples(self) -> int:
         """Samples of a frame of the filterbank: what is shorter holds no text."""
         return self.encoder.compute_features.compute_STFT.win_length
@@ -71,6 +81,24 @@ class Model:
             "lm": self.lm,
         }
         return {name: module for name, module in found.items() if module is not None}
+
+    def digest(self) -> str:
+        """SHA-256 of all that log probabilities and their search follow from."""
+        kept = ("kind", "features", "network", "tokens", "search", "streaming")
+        described = {key: self.config.get(key) for key in kept}
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        digest.update(self.tokenizer.serialized_model_proto())
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, part in self.parts().items()
+            for key, tensor in part.state_dict().items()
+        }
+        for name in STATISTICS:
+            tensors[NORMALIZER + name] = torch.as_tensor(getattr(self.encoder.normalize, name, 0))
+        for name, tensor in tensors.items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def to(self, device: torch.device) -> None:
         """Moves all parts."""

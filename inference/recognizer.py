@@ -57,6 +57,9 @@ class Recognizer:
         UserError: a device or a precision that is not to be had here.
     """
 
+    # Of what is transcribed in chunks.
+    endpoints: Endpoints | None = Endpoints()
+
     def __init__(
         self,
         model: Model,
@@ -317,8 +320,8 @@ class Recognizer:
     def _transcribe_in_chunks(
         self, waveforms: Mapping[int, np.ndarray], chunk_ms: float, how: "_How"
     ) -> dict[int, Transcript]:
-        chunks = chunks_of(self.model, chunk_ms)
-        search = StreamSearch(self._search, how.options, Endpoints(), self.model.frame_s)
+        chunks = self._chunks_of(chunk_ms)
+        search = StreamSearch(self._search, how.options, self.endpoints, self.model.frame_s)
         transcripts = {}
         for i, wav_S in waveforms.items():
             duration_s, text = len(wav_S) / self.sample_rate, search.start()
@@ -328,6 +331,9 @@ class Recognizer:
             transcripts[i] = search.transcript(text, duration_s)
             how.progress(1.0, duration_s)
         return transcripts
+
+    def _chunks_of(self, chunk_ms: float) -> Chunks:
+        return chunks_of(self.model, chunk_ms)
 
     def _log_probs_in_chunks(
         self, wav_S: np.ndarray, chunks: Chunks, batch_seconds: float

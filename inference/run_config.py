@@ -114,6 +114,7 @@ class _Reader:
                 "blank": _plain(document["blank_index"], "blank_index"),
             },
             "search": search,
+            **self._streaming(),
             **({} if self.found.lm is None else {"lm": self.found.lm}),
             "left_out": self.left_out,
             "training": self._training(),
@@ -123,6 +124,13 @@ class _Reader:
 
     def _part(self, key: str) -> Any:
         return self._translate(self.document[key], {}, f"{self.path}: {key}")
+
+    def _streaming(self) -> dict[str, Any]:
+        """What a model that is trained for chunks expects of them."""
+        key = "left_context_chunks"
+        if key not in self.document:
+            return {}
+        return {"streaming": {key: _plain(self.document[key], key)}}
 
     def _training(self) -> dict[str, Any]:
         document = self.document

@@ -7,7 +7,9 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from decoding.ctc_beam_search import CTCToken
-from inference.chunks import CHUNK_MS, LEFT_CONTEXT_CHUNKS, chunks_of
+from inference.chunks import CHUNK_MS, Chunks, chunks_of
 from inference.model import Model
 from inference.recognizer import Recognizer
 from inference.search import options_of
@@ -36,9 +38,11 @@ from modules.Conmamba import for_streams
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "1"
+_FORMAT = "2"
 _MAX_BATCH = 16
 _ENDPOINTS = Endpoints()
+# Others get their turn between the chunks of a stream that is behind.
+_TURN_S = 1e-4
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ class StreamingRecognizer(Recognizer):
     Args:
         model: as in `Recognizer`; trained for chunks.
         chunk_ms: length of a chunk, which is the latency; a multiple of the model's frames.
-        left_context_chunks: chunks before its own that a frame sees, in an encoder that attends.
+        left_context_chunks: chunks before its own that a frame sees, in an encoder that attends;
+            None: as many as in training.
         endpoints: where the text is cut into segments; None: nowhere.
         max_batch: streams that are encoded at once.
         search: see ``SearchOptions``, as a mapping.
@@ -129,7 +134,7 @@ class StreamingRecognizer(Recognizer):
         model: Model,
         *,
         chunk_ms: float = CHUNK_MS,
-        left_context_chunks: int = LEFT_CONTEXT_CHUNKS,
+        left_context_chunks: int | None = None,
         endpoints: Endpoints | None = _ENDPOINTS,
         max_batch: int = _MAX_BATCH,
         search: dict[str, Any] | None = None,
@@ -139,7 +144,8 @@ class StreamingRecognizer(Recognizer):
         if max_batch < 1:
             raise UserError(f"max_batch is {max_batch}; it must be at least 1.")
         self.chunk_ms, self.endpoints, self.max_batch = chunk_ms, endpoints, max_batch
-        self._chunks = chunks_of(model, chunk_ms, left_context_chunks)
+        self._left_context_chunks = left_context_chunks
+        self._chunks = self._chunks_of(chunk_ms)
         if model.kind == "s2s":
             logger.warning(
                 "The decoder of this model reads whole utterances: streams have the text of its "
@@ -157,6 +163,9 @@ class StreamingRecognizer(Recognizer):
         self._streams: list[Stream] = []
         self._lock = threading.RLock()
         self._model_id: str | None = None
+
+    def _chunks_of(self, chunk_ms: float) -> Chunks:
+        return chunks_of(self.model, chunk_ms, self._left_context_chunks)
 
     @property
     def num_streams(self) -> int:
@@ -227,9 +236,7 @@ class StreamingRecognizer(Recognizer):
         Raises:
             UserError: the stream is finished, or of another recogniser.
         """
-        with self._lock:
-            self._check(stream)
-            self._encode_full(stream)
+        with self._encoded(stream):
             stable, unstable = self._texts.words(stream._text)
             return StreamResult(
                 " ".join(stable),
@@ -244,9 +251,7 @@ class StreamingRecognizer(Recognizer):
         Raises:
             UserError: the stream is finished, or of another recogniser.
         """
-        with self._lock:
-            self._check(stream)
-            self._encode_full(stream)
+        with self._encoded(stream):
             return self._ended(stream)
 
     def finish(self, stream: Stream) -> Transcript:
@@ -255,8 +260,8 @@ class StreamingRecognizer(Recognizer):
         Raises:
             UserError: the stream is finished, or of another recogniser.
         """
-        with self._lock:
-            transcript = self.flush(stream)
+        with self._encoded(stream):
+            transcript = self._ended(stream)
             stream.is_finished = True
             self._streams.remove(stream)
             self._free.append(stream._row)
@@ -268,9 +273,7 @@ class StreamingRecognizer(Recognizer):
         Raises:
             UserError: the stream is finished, or of another recogniser.
         """
-        with self._lock:
-            self._check(stream)
-            self._encode_full(stream)
+        with self._encoded(stream):
             text, samples = stream._text, stream._samples.state
             row = self._state.select(self._rows([stream]))
             closed = [token for segment in text.closed for token in segment.tokens]
@@ -372,12 +375,23 @@ class StreamingRecognizer(Recognizer):
     def _put(self, streams: Sequence[Stream], rows: Any) -> None:
         self._state.put(self._rows(streams), rows)
 
-    def _encode_full(self, stream: Stream) -> None:
-        while stream._num_waiting >= self._chunk_samples:
-            if stream in self._streams[self.max_batch :]:
-                self._streams.remove(stream)
-                self._streams.insert(0, stream)
-            self.step()
+    @contextmanager
+    def _encoded(self, stream: Stream) -> Iterator[None]:
+        """Holds the lock where no full chunk of the stream waits any more."""
+        while True:
+            with self._lock:
+                self._check(stream)
+                if stream._num_waiting < self._chunk_samples:
+                    yield
+                    return
+                if stream in self._streams[self.max_batch :]:
+                    self._streams.remove(stream)
+                    self._streams.insert(0, stream)
+                self.step()
+                is_behind = stream._num_waiting >= self._chunk_samples
+            if is_behind:
+                # A lock that is taken again at once is never given to another thread.
+                time.sleep(_TURN_S)
 
     @torch.inference_mode()
     def _encode(self, batch: Sequence[Stream]) -> None:
@@ -386,13 +400,15 @@ class StreamingRecognizer(Recognizer):
         is_all = [stream._row for stream in batch] == list(range(self._state.batch_size))
         state = self._state if is_all else self._state.select(self._rows(batch))
         log_probs_BTV, state = self._forward(wav_BS, state, None)
-        for stream in batch:
-            stream._drop(self._chunk_samples)
+        texts = [stream._text.copy() for stream in batch]
+        self._texts.advance(texts, list(log_probs_BTV))
         if is_all:
             self._state = state
         else:
             self._put(batch, state)
-        self._texts.advance([stream._text for stream in batch], list(log_probs_BTV))
+        for stream, text in zip(batch, texts, strict=True):
+            stream._drop(self._chunk_samples)
+            stream._text = text
 
     @torch.inference_mode()
     def _ended(self, stream: Stream) -> Transcript:
@@ -432,15 +448,11 @@ class StreamingRecognizer(Recognizer):
     def _description(self) -> dict[str, str]:
         """What must be the same where a stream goes on."""
         if self._model_id is None:
-            digest = hashlib.sha256()
-            for name, part in self.model.parts().items():
-                for key, tensor in part.state_dict().items():
-                    digest.update(f"{name}.{key}".encode())
-                    digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            self._model_id = digest.hexdigest()
+            self._model_id = self.model.digest()
         endpoints = None if self.endpoints is None else dataclasses.asdict(self.endpoints)
         return {
             "model": self._model_id,
+            "precision": self.precision,
             "chunks": repr(self._chunks),
             "search": repr(self._options),
             "endpoints": json.dumps(endpoints),

@@ -198,15 +198,19 @@ class StreamSearch:
         silence_s = (frames - (words[-1].end_frame if words else 0)) * self._frame_s
         if silence_s >= (rules.pause_s if words else rules.silence_s):
             ((final, *_),) = self._search.finish(state.search)
-            self._close(state, final.tokens, frames)
+            spoken = final.tokens[-1].end_frame if final.tokens else 0
+            # Within the silence: a word may begin at the end of these frames.
+            self._close(state, final.tokens, (spoken + frames) // 2)
         elif frames * self._frame_s >= rules.max_segment_s and words:
             # The last word may go on: the next segment begins with it.
             last = best.tokens.index(words[-1].tokens[0])
             if last and not self._search.vocabulary.spelling[best.tokens[last - 1].id]:
                 last -= 1
-            start = best.tokens[last].start_frame
-            if last or start:
-                self._close(state, best.tokens[:last], start)
+            before = best.tokens[last - 1].end_frame if last else 0
+            # The word may have been probable before its most probable frames.
+            frame = (before + best.tokens[last].start_frame) // 2
+            if frame:
+                self._close(state, best.tokens[:last], frame)
             elif frames * self._frame_s >= 2 * rules.max_segment_s:
                 self._close(state, best.tokens, frames)
 

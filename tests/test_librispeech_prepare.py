@@ -152,6 +152,14 @@ def test_held_out_speakers_are_a_split_of_their_own(three_speakers, save):
     assert speakers_of(save, "train-clean-100") == {"101", "7", "8"}
 
 
+def test_scored_alone_a_held_out_split_may_lack_some_of_the_speakers(three_speakers, save):
+    alone = {"tr_splits": [], "dev_splits": [HELD_OUT]}
+    prepare(three_speakers, save, **alone, held_out_speakers=[7, "of another split"])
+    assert speakers_of(save, HELD_OUT) == {"7"}
+    with pytest.raises(ValueError, match=f"{HELD_OUT} is empty"):
+        prepare(three_speakers, save, **alone, held_out_speakers=["of another split"])
+
+
 def test_utterances_of_held_out_speakers_count_in_the_size_of_a_split(
     three_speakers, save, monkeypatch, caplog
 ):

@@ -117,6 +117,10 @@ def finished(tmp_path_factory):
         number_of_epochs=EPOCHS,
         dynamic_batching=False,
         batch_size=1,
+        # Old checkpoints are deleted beside another process.
+        ckpt_interval_minutes=0,
+        ckpt_interval_steps=1,
+        avg_checkpoints=1,
         speed_perturb="null",
         spliced_share=1.0,
         splice_from_epoch=EPOCHS,

@@ -519,6 +519,31 @@ def test_checkpoints_keep_the_tokens_that_they_were_trained_with(copy, tone_corp
     assert (copy / "save" / "tokenizer.model").read_bytes() != tokenizer
 
 
+def test_another_runs_checkpoint_is_resumed_with_its_tokens_alone(
+    run, tone_corpus, tmp_path, capsys
+):
+    flags = ["--resume", str(run)]
+    keys = {"number_of_epochs": 9, "test_splits": "[]", "token_type": "bpe", "output_neurons": 31}
+    other = command_line(tone_corpus, tmp_path / "other", flags=flags, **keys)
+    assert train(other) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert "--resume" in error
+    assert "each output would stand for another token" in error
+
+
+def test_a_run_that_has_reached_its_limit_trains_no_further(tone_corpus, tmp_path):
+    keys = {"number_of_epochs": 9, "test_splits": "[]", "batch_size": 1, "dynamic_batching": False}
+    command = command_line(tone_corpus, tmp_path, **keys, optimizer_step_limit=1)
+    assert train(command) == 0
+    ends = [path.name for path in checkpoints(tmp_path)]
+    assert len(ends) == 1
+    assert train(command) == 0
+    assert [path.name for path in checkpoints(tmp_path)] == ends
+    assert [entry["epoch"] for entry in metrics(tmp_path) if "valid_loss" in entry] == [1]
+    assert train(command_line(tone_corpus, tmp_path, **keys, optimizer_step_limit=2)) == 0
+    assert [entry["epoch"] for entry in metrics(tmp_path) if "valid_loss" in entry] == [1, 2]
+
+
 def test_a_word_ngram_decides_between_what_the_audio_leaves_open(run, tone_corpus, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("ONE TWO\nONE TWO THREE\n", encoding="utf-8")
@@ -619,6 +644,11 @@ def test_a_corpus_of_tables_is_trained_on_where_it_is(tmp_path, capsys):
     keys |= {"train_splits": "[one, two]", "test_splits": "[]", "skip_prep": True}
     assert train(command_line(tables, other, **keys)) == 0
     assert len(read_manifest(other / "train.csv")) == 4
+    # What was made of other splits is not taken for theirs.
+    keys["train_splits"] = "[one]"
+    capsys.readouterr()
+    assert train(command_line(tables, other, **keys)) == EXIT_USER_ERROR
+    assert "train.csv (4 utterances) is not what one.csv holds" in capsys.readouterr().err
 
 
 def test_the_folder_of_a_run_is_all_that_its_command_needs(tmp_path, monkeypatch, capsys):

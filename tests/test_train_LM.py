@@ -94,6 +94,13 @@ class TestRun:
         assert sorted(path.name for path in exported.iterdir()) == ["lm.ckpt", "tokenizer.ckpt"]
         assert (exported / "tokenizer.ckpt").read_bytes() == (files / "tok.model").read_bytes()
 
+    @pytest.mark.parametrize("key", ["valid_text", "test_text"])
+    def test_a_text_in_another_letter_case_scores_nothing(self, key, files, tmp_path):
+        lower = tmp_path / "lower.txt"
+        lower.write_text("one two three\n" * 9, encoding="utf-8")
+        with pytest.raises(UserError, match=f"{key} is in another letter case"):
+            run(files, tmp_path / "run", "transformer_small", f"--{key}", str(lower))
+
     def test_a_run_stopped_inside_an_epoch_ends_where_the_unbroken_one_ends(
         self, files, tmp_path, monkeypatch
     ):

@@ -1,5 +1,6 @@
 """transcribe.py --stream: text while the recording is played, or while one speaks."""
 
+import json
 import signal
 import sys
 import time
@@ -11,7 +12,7 @@ import soundfile
 
 import transcribe
 from common.errors import EXIT_USER_ERROR
-from inference import Recognizer, live
+from inference import Recognizer, StreamingRecognizer, live
 from tests.inference.runs import make_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,6 +58,39 @@ def test_the_text_is_that_of_the_whole_in_chunks(run, recording, wanted):
         assert (status, out) == (0, f"{wanted}\n")
     _, out, _ = run(recording, recording, "--stream", "--speed", "max")
     assert out == f"{recording}\t{wanted}\n" * 2
+
+
+def test_short_chunks_do_not_pile_up(model):
+    search = {"search": "greedy"}
+    asr = StreamingRecognizer.from_run(model, device="cpu", chunk_ms=40, search=search)
+    wav_S, waiting = np.zeros(16_000, np.float32), []
+
+    def pieces():
+        for piece_S in live.played(wav_S, 16_000, float("inf")):
+            yield piece_S
+            waiting.append(asr._streams[0]._num_waiting)
+
+    live.listen(asr, pieces(), 16_000, shows_partial=False)
+    assert max(waiting) < 640
+
+
+def test_options_that_do_nothing_together_are_refused(run, recording):
+    for options, message in (
+        (["--stream", "--whole"], "exclude each other"),
+        (["--speed", "2"], "--speed is of --stream"),
+        (["--stream", "--max_segment_s", "0"], "max_segment_s is 0"),
+    ):
+        status, out, err = run(recording, *options)
+        assert (status, out) == (EXIT_USER_ERROR, "")
+        assert message in err
+
+
+def test_the_length_of_segments_can_be_given(run, recording):
+    status, out, _ = run(
+        recording, "--stream", "--speed", "max", "--format", "json", "--max_segment_s", "0.5"
+    )
+    assert status == 0
+    assert len(json.loads(out)["segments"]) > 1
 
 
 def test_a_recording_is_played_in_real_time(run, recording, monkeypatch):

@@ -310,8 +310,11 @@ def _run(
         words,
         f"kenlm_model_path {hparams.get('kenlm_model_path')}",
     )
+    if line.resume is not None:
+        weights = checkpointer.checkpoint_at(line.resume).paramfiles["model"]
+        check_tokens_of_weights("--resume", weights, loaders.tokenizer)
     if line.init_from is not None and not test_only:
-        check_tokens_of_weights(line.init_from, loaders.tokenizer)
+        check_tokens_of_weights("--init_from", line.init_from, loaders.tokenizer)
         first, model = Path(line.init_from), hparams["model"]
         state = read_weights(first)
         if "seq_lin" in hparams:

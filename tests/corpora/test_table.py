@@ -257,6 +257,28 @@ class TestHeldOut:
         assert tables["train-held-out"].name == "train-held-out.csv"
         assert self.prepared(folder, [], tables) == [["anna", "ben, jr", "anna"], ["anna"]]
 
+    @pytest.mark.parametrize("together", [False, True])
+    def test_a_lost_recording_of_theirs_is_said(self, folder, together):
+        rows = [*ROWS, {**ROWS[1], "path": "clips/gone.wav"}]
+        tables = self.tables(folder, rows)
+        names = tables if together else ["train-held-out"]
+        with pytest.raises(PreparationError, match=r"gone\.wav"):
+            prepare_tables(
+                {name: tables[name] for name in names},
+                folder / "out",
+                merge_lst=["train"] if together else [],
+                held_out_speakers=["ben, jr"],
+            )
+
+    def test_scored_alone_a_split_may_lack_some_of_them(self, folder):
+        tables = self.tables(folder)
+        only = {"train-held-out": tables["train-held-out"]}
+        prepare_tables(only, folder / "out", held_out_speakers=["anna", "of another table"])
+        rows = read_manifest(folder / "out" / "train-held-out.csv")
+        assert {row.spk_id for row in rows} == {"anna"}
+        with pytest.raises(ValueError, match=r"names none of .*train-held-out would be empty"):
+            prepare_tables(only, folder / "out", held_out_speakers=["of another table"])
+
     @pytest.mark.parametrize(
         ("speakers", "names", "message"),
         [

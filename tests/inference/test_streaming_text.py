@@ -23,15 +23,23 @@ def texts(tmp_path_factory) -> TextSearch:
     return TextSearch(read_run(make_run(tmp_path_factory.mktemp("run") / "run", "CTC/demo")))
 
 
-def frames_of(texts: TextSearch, spoken, noise: float = 0.5) -> np.ndarray:
-    """Log probabilities of words with so many blank frames before each, one frame a letter."""
+def frames_of(texts: TextSearch, spoken, noise: float = 0.5, spread: int = 1) -> np.ndarray:
+    """Log probabilities of words with so many blank frames before each.
+
+    Args:
+        spread: frames of a letter; in two of them none is more probable than the blank, and all
+            together it is.
+    """
     ids = []
     for silence, word in spoken:
         ids += [0] * silence
         for character in f"▁{word}":
-            ids += [texts.vocabulary.index(character), 0]
+            ids += [texts.vocabulary.index(character)] * spread + [0]
     logits_TV = np.random.default_rng(len(ids)).normal(0, noise, (len(ids), len(texts.vocabulary)))
     logits_TV[np.arange(len(ids)), ids] += 8
+    if spread > 1:
+        # 0.55 of the blank and 0.45 of the letter.
+        logits_TV[np.arange(len(ids)), 0] = logits_TV[np.arange(len(ids)), ids] + 0.2
     return (logits_TV - np.log(np.exp(logits_TV).sum(1, keepdims=True))).astype(np.float32)
 
 
@@ -103,10 +111,21 @@ def test_each_rule_ends_a_segment(texts):
     assert segments((0, "ONE"), (5, "TWO"))[0] == []
     closed, state = segments((50, "ONE"))
     assert closed == []
-    assert state.first_frame == 48  # the end of a chunk
+    assert state.first_frame == 24  # half of what was silent at the end of a chunk
     closed, _ = segments(*[(4, "SEVEN")] * 12)
     assert closed
     assert all(text.split() == ["SEVEN"] * len(text.split()) for text in closed)
+
+
+@pytest.mark.parametrize("rules", [Endpoints(), Endpoints(max_segment_s=1.0)])
+@settings(max_examples=25, deadline=None)
+@given(spoken=st.lists(st.tuples(st.integers(2, 70), WORDS), min_size=1, max_size=6))
+def test_endpoints_cut_no_letter_that_two_frames_share(texts, rules, spoken):
+    frames_TV = frames_of(texts, spoken, noise=0.0, spread=2)
+    whole, cut = (StreamSearch(texts, SEARCHES[1], r, FRAME_S) for r in (None, rules))
+    wanted = whole.transcript(heard(whole, frames_TV), 1e3)
+    assert wanted.text == " ".join(word for _, word in spoken)
+    assert cut.transcript(heard(cut, frames_TV), 1e3).text == wanted.text
 
 
 def test_options_that_cannot_be_say_so(texts):

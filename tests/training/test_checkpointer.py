@@ -274,6 +274,17 @@ def test_the_best_and_the_two_latest_are_kept(checkpointer):
     assert kept == {60.0, None}
 
 
+def test_one_process_alone_deletes(checkpointer, monkeypatch):
+    for wer in (30.0, 10.0, 20.0, 40.0):
+        save(checkpointer, wer, WER=wer)
+    with monkeypatch.context() as other:
+        other.setattr("training.checkpoints.checkpointer.if_main_process", lambda: False)
+        checkpointer.keep_best(1, min_key="WER")
+    assert len(checkpointer.list_checkpoints()) == 4
+    checkpointer.keep_best(1, min_key="WER")
+    assert len(checkpointer.list_checkpoints()) == 3
+
+
 def test_a_given_checkpoint_can_be_taken(checkpointer, model):
     first = save(checkpointer, 1.0)
     save(checkpointer, 2.0)

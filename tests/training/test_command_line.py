@@ -11,6 +11,7 @@ from speechbrain.utils.run_opts import RunOptions
 from common.errors import EXIT_USER_ERROR, Interrupted, UserError
 from tests.ctc_runs import REPOSITORY
 from training.launch.command_line import (
+    check_keys,
     load_hparams,
     parse_command_line,
     parse_overrides,
@@ -95,6 +96,36 @@ def test_options_and_overrides_are_told_apart():
     assert line.overrides == {"batch_size": 4, "lr_adam": 0.1}
     assert line.run_options == {"param_file": "m.yaml", "precision": "fp32", "test_only": True}
     assert (line.resume, line.init_from) == (None, None)
+
+
+@pytest.mark.parametrize("option", ["--resume", "--init_from"])
+def test_what_is_of_training_is_not_given_with_an_evaluation(option):
+    with pytest.raises(UserError, match=f"{option} is for training"):
+        parse_command_line(["run.yaml", "--test_only", option, "save/CKPT+1"], "")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("LM/transformer_small", "consistency_weight", 0.2),
+        ("LM/mamba_small", "held_out_speakers", [1]),
+        ("CTC/demo", "decoder_token_noise", 0.3),
+    ],
+)
+def test_a_key_that_the_script_does_not_read_is_refused(name, key, value):
+    needed = {"data_folder": "x"} if name.startswith("CTC") else {"train_text": "x"}
+    needed |= {"valid_text": "y"} if "train_text" in needed else {}
+    script = "train_LM.py" if name.startswith("LM") else "train_CTC.py"
+    with pytest.raises(UserError, match=f"{script} does nothing with {key}"):
+        check_keys(f"hparams/{name}.yaml", needed | {key: value})
+    check_keys(f"hparams/{name}.yaml", needed | {"ema_decay": 0.99})
+
+
+def test_a_schedule_without_warmup_is_refused_where_it_needs_one(tmp_path):
+    needed = {"data_folder": "x", "output_folder": str(tmp_path), "n_warmup_steps": 0}
+    with pytest.raises(UserError, match=r"n_warmup_steps is 0; .*at least 1"):
+        load_hparams("hparams/CTC/conmamba_small.yaml", needed)
+    assert load_hparams("hparams/CTC/demo.yaml", needed)["noam_scheduler"].n_warmup_steps == 0
 
 
 def test_a_key_that_begins_like_an_option_is_a_key():

@@ -104,6 +104,7 @@ class RunBrain(sb.Brain):
         self.weight_average: WeightAverage | None = None
         self._void_window = False
         self._window_batches = 0
+        self._ended_before = False
         self._train_loader: DataLoader | None = None
         self._amount = 0.0
         self._stage_started = 0.0
@@ -544,6 +545,16 @@ class RunBrain(sb.Brain):
         """
         with self.stop_request:
             super().fit(*args, **kwargs)
+
+    def _fit_train(self, train_set, epoch, enable):
+        # What a run that has reached its limit goes on to is no epoch, unless it was left within.
+        self._ended_before = self._optimizer_step_limit_exceeded and not self.step
+        if not self._ended_before:
+            super()._fit_train(train_set, epoch, enable)
+
+    def _fit_valid(self, valid_set, epoch, enable):
+        if not self._ended_before:
+            super()._fit_valid(valid_set, epoch, enable)
 
     def make_dataloader(self, dataset, stage, ckpt_prefix=None, **loader_kwargs):
         """As SpeechBrain's, whose record of the position would be a count of batches."""

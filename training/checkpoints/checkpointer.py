@@ -257,18 +257,18 @@ class RunCheckpointer(Checkpointer):
 
         Two, so that a run whose latest is damaged loses no more than one interval.
         """
-        keep = set(self.find_checkpoints(importance_key=ckpt_recency, max_num_checkpoints=2))
-        if min_key or max_key:
-            keep |= set(
-                self.find_checkpoints(
+        ddp_barrier()
+        # A folder can be renamed once: by one of the processes.
+        if if_main_process():
+            keep = self.find_checkpoints(importance_key=ckpt_recency, max_num_checkpoints=2)
+            if min_key or max_key:
+                keep += self.find_checkpoints(
                     min_key=min_key, max_key=max_key, max_num_checkpoints=num_best
                 )
-            )
-        kept_paths = {checkpoint.path for checkpoint in keep}
-        ddp_barrier()
-        for checkpoint in self.list_checkpoints():
-            if checkpoint.path not in kept_paths:
-                self._delete_checkpoint(checkpoint, verbosity=logging.DEBUG)
+            kept_paths = {checkpoint.path for checkpoint in keep}
+            for checkpoint in self.list_checkpoints():
+                if checkpoint.path not in kept_paths:
+                    self._delete_checkpoint(checkpoint, verbosity=logging.DEBUG)
         ddp_barrier()
 
     def go_back_to(self, folder: str) -> Checkpoint:

@@ -80,8 +80,13 @@ def tokenizer_of_weights(file: str | Path, token_type: str) -> Path | None:
     return model_file
 
 
-def check_tokens_of_weights(file: str | Path, tokenizer: SentencePieceProcessor) -> None:
-    """Refuse first weights whose outputs stand for other tokens than the run's.
+def check_tokens_of_weights(
+    option: str, file: str | Path, tokenizer: SentencePieceProcessor
+) -> None:
+    """Refuse weights whose outputs stand for other tokens than the run's.
+
+    Args:
+        option: that names the file, for the message.
 
     Raises:
         UserError: names both tokenizers.
@@ -91,7 +96,7 @@ def check_tokens_of_weights(file: str | Path, tokenizer: SentencePieceProcessor)
         return
     if vocabulary(load_tokenizer(theirs, MOST_CHARACTERS)) != vocabulary(tokenizer):
         raise UserError(
-            f"--init_from {file} has the tokens of {theirs}, and this run has others: each output "
+            f"{option} {file} has the tokens of {theirs}, and this run has others: each output "
             "would stand for another token. Let the run have that tokenizer."
         )
 

@@ -61,11 +61,8 @@ def prepare_manifests(hparams: Mapping[str, Any], folder: str | Path, test_only:
     tables = tables_of(hparams["data_folder"], [*train, *dev, *test])
     try:
         if hparams["skip_prep"]:
-            parts = [Path(folder) / f"{split}.csv" for split in train]
-            # Manifests made elsewhere are those of the splits.
-            is_missing = merged and not (Path(folder) / merged).is_file()
-            if is_missing and all(path.is_file() for path in parts):
-                merge_manifests(parts, Path(folder) / merged)
+            if merged:
+                _merge_found([Path(folder) / f"{split}.csv" for split in train], folder, merged)
         elif tables:
             if Path(hparams["output_folder"]).resolve() == Path(hparams["data_folder"]).resolve():
                 raise ValueError("The manifests would replace the tables: give an --output_folder.")
@@ -81,6 +78,28 @@ def prepare_manifests(hparams: Mapping[str, Any], folder: str | Path, test_only:
             )
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _merge_found(parts: Sequence[Path], folder: str | Path, merged: str) -> None:
+    """Manifests made elsewhere are those of the splits: the one of all is made from them.
+
+    Raises:
+        ValueError: there is one that holds something else.
+    """
+    whole = Path(folder) / merged
+    if whole in parts or not all(path.is_file() for path in parts):
+        return
+    if not whole.is_file():
+        merge_manifests(parts, whole)
+        return
+    found, wanted = set(read_manifest(whole)), {row for p in parts for row in read_manifest(p)}
+    if found != wanted:
+        raise ValueError(
+            f"{whole} ({len(found)} utterances) is not what "
+            f"{' and '.join(path.name for path in parts)} "
+            f"{'hold' if len(parts) > 1 else 'holds'} ({len(wanted)}). Delete it, and it is made "
+            f"from them; or train on it as it is with --train_splits '[{whole.stem}]'."
+        )
 
 
 def tables_of(data_folder: str | Path, splits: Iterable[str]) -> dict[str, Path]:

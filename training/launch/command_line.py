@@ -28,6 +28,7 @@ from training.launch.settings import (
     DEFAULTS,
     NEEDED_OBJECTS,
     SETTINGS,
+    UNREAD,
     VERBATIM,
     check_inputs,
     check_places,
@@ -170,6 +171,12 @@ def parse_command_line(argv: Sequence[str], description: str) -> CommandLine:
         raise UserError(
             "--eval_name names an evaluation of a trained run: give --test_only with it."
         )
+    if given.get("test_only") and (resume is not None or init_from is not None):
+        option = "--init_from" if resume is None else "--resume"
+        raise UserError(
+            f"{option} is for training; --test_only evaluates the mean of the run's best "
+            "checkpoints. Leave one of the two out."
+        )
     if given.get("ckpt_interval_steps", 0) > 0:
         # SpeechBrain refuses both; the interval that was typed replaces the one of the YAML file.
         given.setdefault("ckpt_interval_minutes", 0)
@@ -261,6 +268,8 @@ def check_keys(param_file: str, overrides: dict, script: str | None = None) -> d
     wanted = next((name for key, name in RECIPE_SCRIPTS.items() if key in written), script)
     if script in RECIPE_SCRIPTS.values() and wanted != script:
         raise UserError(f"{param_file} is trained by {wanted}, not by {script}.")
+    if unread := sorted((written.keys() | overrides.keys()) & UNREAD.get(wanted or "", set())):
+        raise UserError(f"{param_file}: {wanted} does nothing with {', '.join(unread)}.")
     for key, value in overrides.items():
         if key not in written and key not in DEFAULTS:
             raise UserError(f"{param_file} has no key {key!r}.{describe_unknown(key, written)}")
@@ -346,6 +355,12 @@ def load_hparams(param_file: str, overrides: dict) -> dict:
     for name, part in (hparams.get("modules") or {}).items():
         if not hasattr(part, "state_dict"):
             raise UserError(f"{param_file}: modules.{name} is {part!r}; it must be a network.")
+    schedule = hparams.get("noam_scheduler")
+    if type(schedule).__name__ == "NoamScheduler" and schedule.n_warmup_steps < 1:
+        raise UserError(
+            f"{param_file}: n_warmup_steps is {schedule.n_warmup_steps}; the NoamScheduler of this "
+            "file needs at least 1."
+        )
     return DEFAULTS | hparams
 
 

@@ -252,6 +252,12 @@ DEFAULTS = {
 """Keys that a file may lack, and what holds then."""
 
 
+UNREAD = {
+    "train_LM.py": DEFAULTS.keys() - {"ema_decay"},
+    "train_CTC.py": {"decoder_token_noise"},
+}
+"""Those of them that a script does nothing with."""
+
 _TEXT = "Give text with one sentence per line, plain or .gz, or a manifest (.csv)."
 INPUT_FILES = {
     "kenlm_model_path": "Give an n-gram of words as an ARPA file (python -m tools.make_ngram makes "

@@ -109,8 +109,11 @@ def _run(
         hparams["checkpointer"].check_architecture()
         on_main(record_training, line, hparams, tokenizer_file)
     tokenizer = load_tokenizer(tokenizer_file, hparams["output_neurons"])
+    if line.resume is not None:
+        weights = hparams["checkpointer"].checkpoint_at(line.resume).paramfiles["model"]
+        check_tokens_of_weights("--resume", weights, tokenizer)
     if line.init_from is not None and not options.test_only:
-        check_tokens_of_weights(line.init_from, tokenizer)
+        check_tokens_of_weights("--init_from", line.init_from, tokenizer)
         load_model_weights(hparams["model"], Path(line.init_from), "file")
     brain = LMBrain(
         modules=hparams["modules"],
@@ -133,8 +136,12 @@ def _run(
         if paths
     }
     for name, paths in texts.items():
-        if paths and next(read_sentences(paths), None) is None:
+        if not paths:
+            continue
+        sample = list(islice(read_sentences(paths), SAMPLE_SENTENCES))
+        if not sample:
             raise UserError(f"{name}_text: {', '.join(paths)} has no sentence: nothing to score.")
+        check_letter_case(tokenizer, sample, f"{name}_text")
     if not options.test_only:
         if "valid" not in held_out:
             raise UserError(
