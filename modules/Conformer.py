@@ -42,6 +42,7 @@ class ConformerEncoderLayer(SpeechBrainConformerEncoderLayer):
         dropout: float = 0.0,
         causal: bool = False,
         attention_type: str = "RelPosMHAXL",
+        causal_convolution: bool = False,
     ):
         super().__init__(
             d_model=d_model,
@@ -55,7 +56,7 @@ class ConformerEncoderLayer(SpeechBrainConformerEncoderLayer):
             attention_type=attention_type,
         )
         self.convolution_module = ConvolutionModule(
-            d_model, kernel_size, bias, activation, dropout, causal=causal
+            d_model, kernel_size, bias, activation, dropout, causal=causal or causal_convolution
         )
         self.ffn_module1 = feed_forward_module(d_model, d_ffn, dropout, activation)
         self.ffn_module2 = feed_forward_module(d_model, d_ffn, dropout, activation)

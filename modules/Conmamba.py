@@ -44,6 +44,7 @@ class ConmambaEncoderLayer(nn.Module):
         bias: whether the convolution module has biases.
         dropout: in the feed-forward and convolution modules; there is none after the mixer.
         causal: no frame sees a later one.
+        causal_convolution: none does in the convolution.
         mamba_config: options of the mixer, see ``mixer_options``.
 
     Paper: arXiv:2407.09732.
@@ -61,12 +62,13 @@ class ConmambaEncoderLayer(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         causal: bool = False,
+        causal_convolution: bool = False,
         mamba_config: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.mamba = Mamba(d_model=d_model, **mixer_options(mamba_config, causal))
         self.convolution_module = ConvolutionModule(
-            d_model, kernel_size, bias, activation, dropout, causal=causal
+            d_model, kernel_size, bias, activation, dropout, causal=causal or causal_convolution
         )
         self.ffn_module1 = feed_forward_module(d_model, d_ffn, dropout, activation)
         self.ffn_module2 = feed_forward_module(d_model, d_ffn, dropout, activation)

@@ -134,6 +134,8 @@ class TransformerASR(SpeechBrainTransformerASR):
             ``modules.self_conditioning``.
         signed_positions: relative positions tell before from after, see ``modules.positions``; of
             attention with RelPosMHAXL. Published models do without.
+        causal_convolution: in the convolution of Conformer and ConMamba no frame sees a later one,
+            so that the end of a chunk changes nothing in it.
 
     Raises:
         ValueError: an unknown name, options that contradict each other, or one that the encoder
@@ -178,6 +180,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         inter_ctc_layers: Sequence[int] = (),
         self_conditioning: bool = False,
         signed_positions: bool = False,
+        causal_convolution: bool = False,
     ):
         lookup(ENCODERS, encoder_module, "encoder_module")
         decoder_class = lookup(DECODERS, decoder_module, "decoder_module")
@@ -198,6 +201,8 @@ class TransformerASR(SpeechBrainTransformerASR):
             raise ValueError(
                 "A Conformer normalises before its modules: set normalize_before: True."
             )
+        if encoder_module == "branchformer" and causal_convolution:
+            raise ValueError("A Branchformer's convolution cannot be causal_convolution.")
         attends = encoder_module in ATTENTION_ENCODERS
         if attends and causal and attention_type == "hypermixing":
             raise ValueError(
@@ -259,6 +264,7 @@ class TransformerASR(SpeechBrainTransformerASR):
             "mamba_config": mamba_config,
             "attention_type": attention_type,
             "causal": causal,
+            "causal_convolution": causal_convolution,
             "layerdrop_prob": layerdrop_prob,
             "gradient_checkpointing": gradient_checkpointing,
             "conditioned_layers": inter_ctc_layers if self_conditioning else (),

@@ -87,17 +87,13 @@ class ConvolutionModule(SpeechBrainConvolutionModule):
         Args:
             mask: (batch, time, 1), True where a frame is padding.
             dynchunktrain_config: cuts time into chunks; a frame then sees those before its own
-                chunk as far as the taps reach, its chunk, and nothing behind it.
-
-        Raises:
-            ValueError: a causal module is given chunks.
+                chunk as far as the taps reach, its chunk, and nothing behind it. A causal module
+                sees nothing behind a frame anyway.
         """
         gated_BTD = self._gated(x, mask)
-        if dynchunktrain_config is None:
+        if dynchunktrain_config is None or self.causal:
             # A causal module is padded at both ends as well; what the right end gives is cut off.
             out = self._depthwise(gated_BTD, self.padding)[:, : x.shape[1]]
-        elif self.causal:
-            raise ValueError("A causal convolution module takes no chunks; leave out the chunking.")
         else:
             out = self._depthwise_in_chunks(gated_BTD, dynchunktrain_config.chunk_size)
         return self._after(out, mask)

@@ -208,6 +208,8 @@ STREAMING = {
     "Transformer.causal",
     "kernel_size",
     "Transformer.kernel_size",
+    "causal_convolution",
+    "Transformer.causal_convolution",
     "dynchunktrain_config_sampler",
     "compute_features",
     "CNN",

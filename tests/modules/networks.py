@@ -24,7 +24,17 @@ ENCODER_OPTIONS = {
         "csgu_linear_units": 12,
         "use_linear_after_conv": True,
     },
+    "conformer-causal-convolution": {
+        "encoder_module": "conformer",
+        "kernel_size": 7,
+        "causal_convolution": True,
+    },
     "conmamba": {"encoder_module": "conmamba", "kernel_size": 7},
+    "conmamba-causal-convolution": {
+        "encoder_module": "conmamba",
+        "kernel_size": 7,
+        "causal_convolution": True,
+    },
     "conmamba-sine": {
         "encoder_module": "conmamba",
         "kernel_size": 7,

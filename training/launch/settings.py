@@ -213,6 +213,7 @@ SETTINGS: dict[str, Setting] = {
     "valid_chunk_size": _COUNT,
     "left_context_chunks": Setting("integer", low=0),
     "kernel_size": _COUNT,
+    "causal_convolution": _SWITCH,
     # Of language models.
     "text_parts": _COUNT,
     "max_sentence_tokens": _COUNT,
