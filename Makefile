@@ -58,4 +58,4 @@ bench: venv
 	done
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) results/demo

@@ -10,6 +10,7 @@ import csv
 import functools
 import io
 import itertools
+import json
 import math
 import os
 import sys
@@ -100,7 +101,7 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             check_characters(search["ngram"], said)
         except ValueError as error:
             raise UserError(f"--kenlm_model_path: {error}") from None
-    folder = made_folder(Path(arguments.output_dir or default_folder(arguments)))
+    folder = made_folder(Path(arguments.output_dir or default_folder(arguments, search)))
     recognizer = load_recognizer(arguments)
 
     from inference.chunks import chunks_of
@@ -118,6 +119,7 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         device=str(recognizer.device),
         command=command,
     )
+    record["corpus"] = str(Path(arguments.corpus).resolve())
     scores: dict[str, SplitScore] = {}
     skipped: dict[str, str] = {}
     for chunk_ms, split in itertools.product(lengths, splits):
@@ -144,14 +146,37 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     return report_failures([f"{name}: {why}" for name, why in skipped.items()], "scored")
 
 
-def default_folder(arguments: argparse.Namespace) -> Path:
-    """``evaluations/<corpus>`` in the model's folder, or a folder here."""
+def default_folder(arguments: argparse.Namespace, search: Mapping[str, Any]) -> Path:
+    """``evaluations/<corpus>`` in the model's folder, or a folder here; of each search its own.
+
+    A corpus whose name another one has taken gets a number.
+    """
     corpus, model = Path(arguments.corpus).resolve(), Path(arguments.model)
     # Many corpora in LibriSpeech's layout are folders of that name.
-    name = corpus.parent.name if corpus.name == "LibriSpeech" else corpus.stem
+    named = corpus.parent if corpus.name == "LibriSpeech" else corpus
+    files = {"hotwords": arguments.hotwords, "ngram": arguments.kenlm_model_path}
+    parts = [named.name if corpus.is_dir() else corpus.stem]
+    for key, value in search.items():
+        if (key, value) != ("search", "beam"):
+            parts.append(f"{key}-{Path(files[key]).stem if key in files else value}")
+    name = "_".join([*parts, *(["ignore_case"] if arguments.ignore_case else [])])
+    first = Path(f"evaluation_{model.resolve().name}_{name}")
     if model.is_dir() and os.access(model, os.W_OK):
-        return model / "evaluations" / name
-    return Path(f"evaluation_{model.resolve().name}_{name}")
+        first = model / "evaluations" / name
+    numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    folders = itertools.chain([first], numbered)
+    return next(folder for folder in folders if _corpus_of(folder) in (None, str(corpus)))
+
+
+def _corpus_of(folder: Path) -> str | None:
+    """What the evaluation in a folder was of; None where there is none, or it does not say."""
+    for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))):
+        try:
+            corpus = json.loads(path.read_text(encoding="utf-8"))["run"]["corpus"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return str(corpus)
+    return None
 
 
 def recognize(

@@ -140,7 +140,7 @@ def main() -> None:
         rates[name] = options.num_files / cpu_s
         row = [name, f"{wall_s:.2f}", f"{cpu_s:.2f}"]
         rows.append([*row, f"{options.num_files / wall_s:,.0f}", f"{rates[name]:,.0f}"])
-    command = f"python -m benchmarks.bench_prepare --num_files {options.num_files}"
+    command = " ".join(["python -m benchmarks.bench_prepare", *sys.argv[1:]])
     header = ["", "wall s", "CPU s", "files/s", "files per CPU s"]
     write_report(
         "prepare",

@@ -163,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ["", "measured", "target", "met"], list(itertools.chain(rows[:1], others, rows[1:]))
     )
     if arguments.report:
-        command = "python -m benchmarks.bench_streaming --report"
+        given = sys.argv[1:] if argv is None else argv
+        command = " ".join(["python -m benchmarks.bench_streaming", *given])
         text = f"# Streaming\n\n{__doc__}\n{table}\n\n{origin(command, ['torch', 'numpy'])}"
         write_report(f"streaming_{machine_slug()}", text)
     else:

@@ -100,14 +100,19 @@ class TimedBrain(ASRBrain):
 
     def encoder_seconds(self) -> float:
         """Seconds that the encoder alone takes to train on what it got."""
-        network = self.modules.Transformer
+        network, inner_layers = self.modules.Transformer, self.inner_layers(sb.Stage.TRAIN)
         optimizer = self.opt_class(network.parameters())
 
         def train(number: int, shape: torch.Size, num_frames_B: torch.Tensor) -> None:
             cast = nullcontext() if self.cast_weights is None else self.cast_weights.in_place()
             with self.training_ctx, cast:
                 frames_BTFC = torch.randn(shape, device=self.device)
-                loss = network.encode(frames_BTFC, num_frames_B).float().square().mean()
+                # As the recipe calls it: a captured encoder knows its inner layers.
+                encoded, _ = network(
+                    frames_BTFC, None, num_frames_B, intermediate_layers=inner_layers
+                )
+                encoder_BTD = encoded[0] if inner_layers else encoded
+                loss = encoder_BTD.float().square().mean()
             self.scaler.scale(loss).backward()
             if number % self.grad_accumulation_factor == 0:
                 self.scaler.step(optimizer)

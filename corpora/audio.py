@@ -55,7 +55,7 @@ def check_audio(
             if verify:
                 _decode(audio)
             return round(audio.frames * sample_rate / audio.samplerate)
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise AudioFileError(f"unreadable: {_reason(error, path)}") from error
 
 
@@ -84,7 +84,7 @@ def read_audio(
 
             whole, rate = soundfile.read(wav, dtype="float32")
             return soxr.resample(whole, rate, sample_rate)[start:stop]
-    except (soundfile.SoundFileError, OSError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise UserError(f"{utterance_id}: {wav} cannot be read: {_reason(error, wav)}") from None
     if rate != sample_rate or samples.ndim != 1:
         channels = 1 if samples.ndim == 1 else samples.shape[1]

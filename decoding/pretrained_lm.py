@@ -36,8 +36,9 @@ def fetch_pretrained(source: str, name: str, folder: str | Path) -> Path:
             f"pretrained_lm_tokenizer_path {source} has no {name}; it needs {LM_FILE} and "
             f"{TOKENIZER_FILE}, as train_LM.py leaves them."
         )
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return Path(fetch(name, source, savedir=str(folder)))
+        return Path(fetch(name, source, savedir=str(path.parent)))
     except Exception as error:
         raise UserError(
             f"pretrained_lm_tokenizer_path {source!r} is no folder here and its {name} could not "
@@ -47,8 +48,10 @@ def fetch_pretrained(source: str, name: str, folder: str | Path) -> Path:
 
 
 def pretrained_file(source: str, name: str, folder: str | Path) -> Path:
-    """Where `fetch_pretrained` leaves a file."""
-    return Path(source if Path(source).is_dir() else folder) / name
+    """Where `fetch_pretrained` leaves a file: of each repository in a folder of its own."""
+    if Path(source).is_dir():
+        return Path(source) / name
+    return Path(folder) / source.replace("/", "--") / name
 
 
 class PretrainedLM:

@@ -39,6 +39,8 @@ HEADROOM = 2.0**-40
 _MAX_OGG_PAGE_BYTES = 65_307
 # A decoder may keep a little to itself at the end of a whole file.
 _MAX_MISSING_S = 0.1
+# Silence that a container's times ask for; more in one place is a damaged time.
+_MIN_GAP_S, _MAX_GAP_S = 0.1, 3600.0
 # libsndfile's number for a file whose length nothing tells is the highest of 64 bits.
 _KNOWN_FRAMES = 1 << 62
 # Sizes from here on stand in headers written before the length was known.
@@ -75,7 +77,8 @@ def load_audio(
 
     try:
         return _read_with_soundfile(file, name, size_bytes, waveform)
-    except (soundfile.SoundFileError, OSError, MemoryError) as error:
+    # A TypeError of a file that is called .raw, whatever is in it.
+    except (soundfile.SoundFileError, OSError, MemoryError, TypeError) as error:
         return _read_with_av(file, name, error, waveform)
 
 
@@ -206,6 +209,11 @@ class _Waveform:
         self._peak = max(self._peak, peak)
         self._append(wav_S)
 
+    def add_silence(self, samples: int) -> None:
+        """Takes so many zeros."""
+        for start in range(0, samples, _BLOCK_VALUES):
+            self._append(np.zeros(min(_BLOCK_VALUES, samples - start), np.float32))
+
     def finish(self) -> np.ndarray:
         """All samples (S,), float32; full scale is 1."""
         self._append(np.zeros(0, np.float32), last=True)
@@ -334,11 +342,21 @@ def _read_with_av(
             if stream.codec_context is None or not stream.rate:
                 raise ValueError("an unknown codec")
             rate = stream.rate
+            begin_s = (container.start_time or 0) / av.time_base
+            longest_s = (container.duration or 0) / av.time_base
             if stream.duration and stream.time_base:
                 promised_s = float(stream.duration * stream.time_base)
             # Interleaved: of eight channels in a plane each, PyAV 18 reads a ninth, and crashes.
             resampler = av.AudioResampler(format="flt", rate=rate)
             for frame in itertools.chain(container.decode(stream), [None]):
+                if frame is not None and frame.time is not None:
+                    # The sound of a video may begin later than it, or have a gap.
+                    at_s = min(frame.time - begin_s, longest_s)
+                    missing = round((at_s - count / rate) * rate)
+                    if _MIN_GAP_S * rate < missing < _MAX_GAP_S * rate:
+                        found = found or waveform(rate, len(frame.layout.channels))
+                        found.add_silence(missing)
+                        count += missing
                 for part in resampler.resample(frame):
                     block_SC = part.to_ndarray().reshape(part.samples, -1)
                     found = found or waveform(rate, block_SC.shape[1])

@@ -128,6 +128,9 @@ def write_bundle(
         if model.lm_tensors is not None:
             save_file(pack(model.lm_tensors, precision), new / LM_WEIGHTS_FILE)
         shutil.copyfile(model.tokenizer_file, new / TOKENIZER_FILE)
+        for path in new.glob("*.safetensors"):
+            # safetensors makes files that their owner alone can read.
+            shutil.copymode(new / TOKENIZER_FILE, path)
         _write_json(new / CONFIG_FILE, config)
         with atomic_write(new / SPEECHBRAIN_FILE) as stream:
             stream.write(speechbrain_yaml(config))

@@ -8,7 +8,7 @@ from inference.transcript import Transcript, Word
 
 MAX_LINE_CHARACTERS = 42
 MAX_SUBTITLE_S = 6.0
-MIN_SUBTITLE_S = 1.0
+LINGER_S = 1.0
 PAUSE_S = 1.0
 """A silence between two words after which a new subtitle begins."""
 
@@ -26,15 +26,16 @@ def subtitles_of(transcript: Transcript) -> list[Subtitle]:
     """Lines of whole words in their order, one at a time.
 
     A line has up to 42 characters, unless a single word is longer, and spans up to six seconds and
-    no pause. It is shown while its words are spoken, and for a second where the next one or the end
-    of the audio leaves time for it.
+    no pause. It is shown while its words are spoken and a second longer, up to six seconds in all,
+    where the next one or the end of the audio leaves time for it.
     """
     lines = list(_lines_of(transcript.words))
     limits_s = [line[0].start_s for line in lines[1:]] + [transcript.duration_s]
     subtitles = []
     for line, limit_s in zip(lines, limits_s, strict=False):
         start_s = line[0].start_s
-        end_s = max(line[-1].end_s, min(start_s + MIN_SUBTITLE_S, limit_s))
+        longest_s = min(start_s + MAX_SUBTITLE_S, limit_s)
+        end_s = max(line[-1].end_s, min(line[-1].end_s + LINGER_S, longest_s))
         # Words without a place may have no time at all, but players want some.
         end_s = max(end_s, start_s + 0.001)
         subtitles.append(Subtitle(" ".join(word.text for word in line), start_s, end_s))

@@ -1,5 +1,6 @@
 """Recordings too long to be recognised at once: cut in their pauses, put together again."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ _QUIET_DB = 9.0
 _OVERLAP_S = 3.0
 # One word in two pieces has its middle at times that differ by less.
 _SAME_WORD_S = 0.5
+_ROUNDING_S = 1e-6
 # Rates that silero-vad takes, in Hz.
 _SILERO_RATES = (8000, 16000)
 
@@ -195,10 +197,14 @@ def join(
         tokens = [_shifted(token, offset_s) for token in transcript.tokens]
         if before is not None and before.stop > piece.start:
             until_s, from_s = _join_at(parts[-1][0], words, before.cut / sample_rate)
-            for part in parts[-1]:
-                part[:] = [item for item in part if _middle(item) < until_s]
+            earlier, their_tokens = parts[-1]
+            earlier[:] = [word for word in earlier if _middle(word) < until_s]
             words = [word for word in words if _middle(word) >= from_s]
-            tokens = [token for token in tokens if _middle(token) >= from_s]
+            # A token goes with its word, wherever its own middle is.
+            last_s = earlier[-1].end_s if earlier else -math.inf
+            first_s = words[0].start_s if words else math.inf
+            their_tokens[:] = [t for t in their_tokens if t.end_s <= last_s + _ROUNDING_S]
+            tokens = [t for t in tokens if t.start_s >= first_s - _ROUNDING_S]
         parts.append((words, tokens))
     segments = []
     cut = 0
@@ -227,7 +233,11 @@ def _join_at(left: Sequence[Word], right: Sequence[Word], cut_s: float) -> tuple
     ]
     if not common:
         return cut_s, cut_s
-    a, b = min(common, key=lambda pair: abs(_middle(pair[0]) - cut_s))
+    # Of a word that is said twice in a row, the one that is nearer in time is the same.
+    a, b = min(
+        common,
+        key=lambda pair: (abs(_middle(pair[0]) - cut_s), abs(_middle(pair[0]) - _middle(pair[1]))),
+    )
     # The left piece has the common word, the right one what follows it.
     return float(np.nextafter(_middle(a), np.inf)), float(np.nextafter(_middle(b), np.inf))
 

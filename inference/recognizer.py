@@ -310,9 +310,7 @@ class Recognizer:
                 wav_S, lambda share: how.progress(share, share * duration_s)
             )
             pieces = encoder_out_TD.split(_WHOLE_PIECE_FRAMES)
-            log_probs = (
-                self.model.ctc_lin(piece_TD[None])[0].float().log_softmax(-1) for piece_TD in pieces
-            )
+            log_probs = (self._log_probs(self.model.ctc_lin(p_TD[None])[0]) for p_TD in pieces)
             found = self._search.in_pieces(log_probs, how.options)
         return self._transcript(found, duration_s)
 
@@ -359,7 +357,7 @@ class Recognizer:
                     chunks.mask,
                 )
                 logits_1TV = self.model.ctc_lin(encoder_out_1TD)
-            yield logits_1TV[0, :count].float().log_softmax(-1)
+            yield self._log_probs(logits_1TV[0, :count])
 
     def transcribe_batch(self, waveforms: Sequence[np.ndarray], **search: Any) -> list[Transcript]:
         """Transcripts of waveforms (S,) at the model's rate, encoded at once.
@@ -404,7 +402,7 @@ class Recognizer:
                 encoder_out_1TD = self._encode_in_pieces(waveforms[0])[None]
                 logits_1TV = self.model.ctc_lin(encoder_out_1TD)
             num_frames_1 = torch.tensor([encoder_out_1TD.shape[1]], device=self.device)
-            return encoder_out_1TD.float(), logits_1TV.float().log_softmax(-1), num_frames_1
+            return encoder_out_1TD.float(), self._log_probs(logits_1TV), num_frames_1
         wav_BS = torch.zeros(len(waveforms), max([1, *lengths]))
         for row_S, wav_S in zip(wav_BS, waveforms, strict=True):
             row_S[: len(wav_S)] = torch.from_numpy(wav_S)
@@ -414,7 +412,21 @@ class Recognizer:
                 wav_BS.to(self.device), num_samples_B, None if chunks is None else chunks.mask
             )
             logits_BTV = self.model.ctc_lin(encoder_out_BTD)
-        return encoder_out_BTD.float(), logits_BTV.float().log_softmax(-1), num_frames_B
+        return encoder_out_BTD.float(), self._log_probs(logits_BTV), num_frames_B
+
+    def _log_probs(self, logits: Tensor) -> Tensor:
+        """Log probabilities in float32, which a search can rely on.
+
+        Raises:
+            UserError: they are no numbers.
+        """
+        log_probs = logits.float().log_softmax(-1)
+        if not bool(log_probs.isfinite().all()):
+            hint = "" if self.precision == "fp32" else " Use --precision fp32."
+            raise UserError(
+                f"The output of the network is not finite with precision {self.precision}.{hint}"
+            )
+        return log_probs
 
     @property
     def _can_in_pieces(self) -> bool:

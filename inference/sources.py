@@ -61,9 +61,10 @@ def find_sources(arguments: Sequence[str]) -> tuple[list[Source], list[str]]:
         for path in paths:
             if not os.path.isdir(path):
                 # Of a folder that is not there, nothing follows the last slash.
-                found.append((path, PurePath(os.path.basename(path.rstrip(os.sep)) or "audio")))
+                name = os.path.basename(os.path.normpath(path))
+                found.append((path, PurePath("audio" if name in ("", ".", "..") else name)))
                 continue
-            below = sorted(_recordings_below(path))
+            below = sorted(_recordings_below(path, problems))
             found += [(os.path.join(path, name), PurePath(name)) for name in below]
             if not below:
                 problems.append(f"{_printable(path)}: no audio in this folder")
@@ -92,9 +93,17 @@ def unique_stems(paths: Sequence[PurePath]) -> list[str]:
     return stems
 
 
-def _recordings_below(folder: str) -> Iterator[str]:
-    """Relative paths of the audio files in a folder and its subfolders, hidden ones left out."""
-    for parent, folders, files in os.walk(folder):
+def _recordings_below(folder: str, problems: list[str]) -> Iterator[str]:
+    """Relative paths of the audio files in a folder and its subfolders, hidden ones left out.
+
+    Args:
+        problems: gets the subfolders that cannot be read.
+    """
+
+    def cannot_read(error: OSError) -> None:
+        problems.append(f"{_printable(error.filename)}: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=cannot_read):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:

@@ -122,11 +122,17 @@ def parallel_for_address() -> int:
 
 
 def cache_folder() -> Path:
-    """Where builds are kept: $MAMBA_ASR_CACHE, or mamba_asr in the user's cache folder."""
-    if folder := os.environ.get("MAMBA_ASR_CACHE"):
-        return Path(folder).expanduser()
+    """Where builds are kept: $MAMBA_ASR_CACHE, or mamba_asr in the user's cache folder.
+
+    Raises:
+        OSError: there is no such folder, since the user has no home.
+    """
+    folder = os.environ.get("MAMBA_ASR_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "mamba_asr"
+    try:
+        return Path(folder).expanduser() if folder else Path(base).expanduser() / "mamba_asr"
+    except RuntimeError as error:
+        raise OSError(f"{error} MAMBA_ASR_CACHE may name a folder.") from error
 
 
 def _load(

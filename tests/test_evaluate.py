@@ -51,7 +51,7 @@ def test_a_run_scores_as_in_its_own_evaluation(run, tiny_run, tone_corpus, tmp_p
     assert (status, error) == (0, "")
     results, trained = read_results(tmp_path), read_results(tiny_run)
     assert results["model"] == trained["model"]
-    assert results["run"].keys() == trained["run"].keys()
+    assert results["run"].keys() == trained["run"].keys() | {"corpus"}
     assert results["intervals"] == trained["intervals"]
     for split in ("test-clean", "test-other"):
         assert without_time(results, split) == without_time(trained, split)
@@ -88,10 +88,31 @@ def test_all_splits_but_those_for_training_are_the_default(run, tiny_bundle, ton
     bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     status, out, _ = run(bundle, tone_corpus, "--search", "greedy")
     assert status == 0
-    folder = bundle / "evaluations" / tone_corpus.parent.name
+    folder = bundle / "evaluations" / f"{tone_corpus.parent.name}_search-greedy"
     assert f"Reports: {folder}" in out
     assert list(read_results(folder)["splits"]) == ["dev-clean", "test-clean", "test-other"]
     assert Recognizer.from_bundle(bundle, device="cpu").sample_rate == 16000
+
+
+def test_other_corpora_and_searches_have_folders_of_their_own(
+    run, tiny_bundle, tone_corpus, tmp_path
+):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    tables = []
+    for number, name in enumerate(("calls.v1", "meetings")):
+        (tmp_path / name).mkdir()
+        tables.append(write_table(tmp_path / name / "test.csv", [audio_row(tone_corpus, number)]))
+    for table in (tables[0], *tables):
+        assert run(bundle, table)[0] == 0
+    assert run(bundle, tables[0], "--search", "greedy", "--ignore_case")[0] == 0
+    corpus = shutil.copytree(tone_corpus, tmp_path / "tones.v1")
+    assert run(bundle, corpus, "--split", "test-clean", "--search", "greedy")[0] == 0
+    assert sorted(path.name for path in (bundle / "evaluations").iterdir()) == [
+        "test",
+        "test-2",
+        "test_search-greedy_ignore_case",
+        "tones.v1_search-greedy",
+    ]
 
 
 def test_where_the_model_cannot_be_written_reports_are_here(

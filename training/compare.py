@@ -12,6 +12,7 @@ Bootstrap over utterances, paired differences and probability of improvement: se
 """
 
 import argparse
+import math
 import os
 import re
 import statistics
@@ -216,8 +217,11 @@ def _resampled(recipe: Recipe, split: str, samples: int, seed: int) -> np.ndarra
     )
     # Utterances are those of the other recipes, seeds are not: their draws follow from the errors.
     generator = np.random.default_rng([seed, zlib.crc32(rates_RN.tobytes())])
-    drawn_RN = generator.integers(len(rates_RN), size=rates_RN.shape)
-    return np.take_along_axis(rates_RN, drawn_RN, axis=0).mean(axis=0)
+    num_seeds = len(rates_RN)
+    drawn_RN = generator.integers(num_seeds, size=rates_RN.shape)
+    mean_N, drawn_N = rates_RN.mean(axis=0), np.take_along_axis(rates_RN, drawn_RN, 0).mean(axis=0)
+    # Drawn again from R seeds, they vary by (R - 1) / R of what seeds vary by.
+    return mean_N + math.sqrt(num_seeds / max(num_seeds - 1, 1)) * (drawn_N - mean_N)
 
 
 def _plot(recipes: Sequence[Recipe], rates: dict, path: str | os.PathLike) -> None:

@@ -21,8 +21,8 @@ class HotwordTree:
 
     Args:
         boosts: nats by phrase, in the spelling of the vocabulary.
-        refund: nats that the end of a word costs because the n-gram does not know it; a phrase
-            gets them back.
+        refund: nats that the end of a word costs because the n-gram does not know it; a word of a
+            phrase gets them back, once for each time that it is said.
 
     Attributes:
         edges: of each state, the next state by symbol.
@@ -41,7 +41,11 @@ class HotwordTree:
         self.gains = [0.0]
         self.advances = [0.0]
         for phrase, boost in boosts.items():
-            self._add(phrase.split(), boost, refund)
+            self._add(phrase.split(), boost)
+        for word in dict.fromkeys(word for phrase in boosts for word in phrase.split()):
+            # Not with the phrases: several may have the word.
+            if cost := refund(word):
+                self.gains[self._add([word], 0.0)] += cost
         self._link()
         self.start = self.step(self.ROOT, WORD_END)
 
@@ -51,18 +55,17 @@ class HotwordTree:
             state = self.failures[state]
         return self.edges[state].get(symbol, self.ROOT)
 
-    def _add(self, words: list[str], boost: float, refund: Callable[[str], float]) -> None:
+    def _add(self, words: list[str], boost: float) -> int:
+        """The state in which a phrase ends."""
         num_symbols = sum(len(word) + 1 for word in words)
-        state, done, refunded = self._child(self.ROOT, WORD_END), 0, 0.0
+        state, done = self._child(self.ROOT, WORD_END), 0
         for word in words:
             for symbol in (*word, WORD_END):
                 state, done = self._child(state, symbol), done + 1
-                if symbol == WORD_END:
-                    refunded += refund(word)
                 if done < num_symbols:
-                    advance = boost * done / num_symbols + refunded
-                    self.advances[state] = max(self.advances[state], advance)
-        self.gains[state] += boost + refunded
+                    self.advances[state] = max(self.advances[state], boost * done / num_symbols)
+        self.gains[state] += boost
+        return state
 
     def _child(self, state: int, symbol: str) -> int:
         child = self.edges[state].setdefault(symbol, len(self.edges))

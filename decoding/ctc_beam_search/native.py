@@ -203,6 +203,7 @@ class NativeSearch:
 
     def _native_hotwords(self, tree: HotwordTree) -> _Hotwords:
         if tree not in self._hotwords:
+            # Of two threads that come first, the arrays of one are in use and must stay.
             edges = [sorted((ord(symbol), to) for symbol, to in of.items()) for of in tree.edges]
             arrays = (
                 np.cumsum([0, *map(len, edges)], dtype=np.int32),
@@ -213,7 +214,7 @@ class NativeSearch:
                 np.array(tree.advances, np.float64),
             )
             structure = _Hotwords(tree.start, *(array.ctypes.data for array in arrays))
-            self._hotwords[tree] = structure, arrays
+            self._hotwords.setdefault(tree, (structure, arrays))
         return self._hotwords[tree][0]
 
 

@@ -19,7 +19,7 @@ from decoding.ctc_beam_search.hypothesis import (
     CTCToken,
     Vocabulary,
 )
-from decoding.ctc_beam_search.ngram import Ngram, ReferenceNgram
+from decoding.ctc_beam_search.ngram import UNKNOWN_LOG10_PROB, Ngram, ReferenceNgram
 from decoding.ctc_beam_search.ngram_kind import check_words
 from decoding.ctc_beam_search.reference import ReferenceSearch
 from decoding.ctc_beam_search.settings import Job, Settings, Wanted
@@ -180,7 +180,11 @@ class CTCBeamSearch:
     def _cost_of_unknown(self, word: str) -> float:
         if self.ngram is None or word in self.ngram:
             return 0.0
-        return self.settings.word_score(0.0, True) - self.settings.word_score(0.0, False)
+        (log10_prob,) = self.ngram.log10_probs([word], in_sentence=False)
+        if log10_prob > UNKNOWN_LOG10_PROB:
+            # The file has <unk>, and what it says of it counts.
+            log10_prob = 0.0
+        return self.settings.word_score(0.0, True) - self.settings.word_score(log10_prob, False)
 
     def __call__(
         self,

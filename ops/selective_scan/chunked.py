@@ -52,7 +52,7 @@ def forward(arguments: ScanArguments, save: bool) -> tuple[Tensor, list[Tensor],
     last_states, saved = [], []
     for way in arguments.ways:
         way_y, last_state, segment_starts = _forward_way(_Call(arguments, way), save)
-        y = way_y if y is None else y.lerp_(way_y, 0.5)
+        y = way_y if y is None else y.lerp_(way_y.to(y.dtype), 0.5)
         last_states.append(last_state)
         saved.append(segment_starts)
     assert y is not None

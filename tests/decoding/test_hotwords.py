@@ -1,5 +1,6 @@
 """Hotwords gain where they are said, and take back what they advanced where they are not."""
 
+import re
 import string
 
 import numpy as np
@@ -136,6 +137,41 @@ def test_what_the_ngram_takes_for_unknown_words_is_given_back(backend, tmp_path)
     assert plain.text == boosted.text == f"{known} {name} {known}"
     offset = 0.5 * 10 / np.log10(np.e)
     assert boosted.lm_score == pytest.approx(plain.lm_score + offset + 1.0 + 2 * 2.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_unknown_word_of_several_phrases_is_given_back_once(backend, tmp_path):
+    name, known = "KUZUFI", LEXICON[0]
+    tokens = spelled(f"{known} {name} {known}", CHARACTERS)
+    log_probs_TV = ctc_log_probs(tokens, len(CHARACTERS), doubt=0)
+    arpa = write_ngram(tmp_path / "words.arpa")
+    searcher = CTCBeamSearch(CHARACTERS, ngram=arpa, beta=0.0, backend=backend)
+    ((plain,),) = searcher(log_probs_TV[None])
+    phrases = {name: 1.0, f"{known} {name}": 1.0, f"{name} {known}": 1.0}
+    offset = 0.5 * 10 / np.log10(np.e)
+    for count in (1, 2, 3):
+        hotwords = dict(list(phrases.items())[:count])
+        ((boosted,),) = searcher(log_probs_TV[None], hotwords=hotwords)
+        assert boosted.lm_score == pytest.approx(plain.lm_score + offset + count)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_file_without_unk_takes_is_given_back(backend, tmp_path):
+    name, known = "KUZUFI", LEXICON[0]
+    text = write_ngram(tmp_path / "words.arpa").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if "<unk>" not in line]
+    assert len(lines) < len(text.splitlines())
+    count = int(re.search(r"ngram 1=(\d+)", text)[1])
+    arpa = tmp_path / "without.arpa"
+    without = "\n".join(lines).replace(f"ngram 1={count}", f"ngram 1={count - 1}")
+    arpa.write_text(f"{without}\n", encoding="utf-8")
+    tokens = spelled(f"{known} {name} {known}", CHARACTERS)
+    log_probs_TV = ctc_log_probs(tokens, len(CHARACTERS), doubt=0)
+    searcher = CTCBeamSearch(CHARACTERS, ngram=arpa, beta=0.0, backend=backend)
+    ((plain,),) = searcher(log_probs_TV[None])
+    ((boosted,),) = searcher(log_probs_TV[None], hotwords={name: 1.0})
+    cost = 0.5 * (10 + 100) / np.log10(np.e)
+    assert boosted.lm_score == pytest.approx(plain.lm_score + cost + 1.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

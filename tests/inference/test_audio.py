@@ -82,6 +82,45 @@ def test_a_name_that_is_no_text(tmp_path, suffix):
         load_audio(path, SAMPLE_RATE)
 
 
+@pytest.mark.parametrize("content", ["wav", "noise"])
+def test_a_file_called_raw_is_read_or_refused(tmp_path, content):
+    # libsndfile's binding asks for a sampling rate, whatever is in it.
+    path = tmp_path / "a.raw"
+    path.write_bytes(wav_bytes(PCM) if content == "wav" else bytes(range(256)) * 9)
+    if content == "wav":
+        pytest.importorskip("av", reason="needs pip install -e '.[media]'")
+        assert len(load_audio(path, SAMPLE_RATE)) == len(WAVE)
+    else:
+        with pytest.raises(AudioError, match=r"a\.raw: cannot be read"):
+            load_audio(path, SAMPLE_RATE)
+
+
+@pytest.mark.parametrize("late_s", [0.0, 2.0])
+def test_sound_is_where_the_times_of_a_container_have_it(tmp_path, late_s):
+    av = pytest.importorskip("av", reason="needs pip install -e '.[media]'")
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        picture = container.add_stream("mpeg4", rate=10)
+        picture.width = picture.height = 32
+        picture.pix_fmt = "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout="mono")
+        black = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        container.mux(picture.encode(black))
+        for at_s in (late_s, late_s + 3.0):
+            samples = np.full((1, SAMPLE_RATE), 8192, np.int16)
+            block = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+            block.sample_rate, block.pts = SAMPLE_RATE, round(at_s * SAMPLE_RATE)
+            container.mux(sound.encode(block))
+        container.mux(picture.encode(None))
+        container.mux(sound.encode(None))
+    wav_S = load_audio(tmp_path / "a.mkv", SAMPLE_RATE)
+    is_loud = wav_S > 0.1
+    wanted = np.zeros(round((late_s + 4) * SAMPLE_RATE), bool)
+    for at_s in (late_s, late_s + 3.0):
+        wanted[round(at_s * SAMPLE_RATE) :][:SAMPLE_RATE] = True
+    assert len(wav_S) == len(wanted)
+    assert (is_loud != wanted).mean() < 0.01
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_named_pipe_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")

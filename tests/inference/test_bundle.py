@@ -63,6 +63,11 @@ def test_the_text_is_that_of_the_runs_evaluation(run, recognizers, tone_corpus):
         assert recognizer.transcribe(path).text == hypothesis
 
 
+def test_all_files_can_be_read_by_whom_one_can(bundle):
+    modes = {path.stat().st_mode & 0o777 for path in bundle.iterdir() if path.is_file()}
+    assert len(modes) == 1
+
+
 def test_all_statistics_of_the_normaliser_are_kept(tmp_path):
     run = make_run(
         tmp_path / "run", "CTC/an4", d_ffn=16, inter_ctc_layers=[], self_conditioning=False

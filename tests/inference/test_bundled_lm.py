@@ -1,6 +1,7 @@
 """The language model of a joint search is part of its bundle: the text is the run's."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hyperpyyaml import load_hyperpyyaml
 
 import train_S2S
 from common.errors import UserError
+from decoding import pretrained_lm
 from decoding.pretrained_lm import LM_FILE, TOKENIZER_FILE
 from inference import Recognizer
 from inference.bundle import read_bundle, write_bundle
@@ -106,3 +108,16 @@ def test_its_file_is_checked_like_the_others(run, tmp_path):
         stream.write(b"x")
     with pytest.raises(UserError, match=r"lm\.safetensors is not the file"):
         read_bundle(bundle)
+
+
+def test_language_models_of_two_repositories_do_not_meet(tmp_path, monkeypatch):
+    def fetch(name, source, savedir):
+        path = Path(savedir) / name
+        path.write_text(source, encoding="utf-8")
+        return path
+
+    monkeypatch.setattr(pretrained_lm, "fetch", fetch)
+    for source in ("ours/lm", "theirs/lm", "ours/lm"):
+        found = pretrained_lm.fetch_pretrained(source, "lm.ckpt", tmp_path)
+        assert found.read_text(encoding="utf-8") == source
+        assert found == pretrained_lm.pretrained_file(source, "lm.ckpt", tmp_path)

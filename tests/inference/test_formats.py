@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from inference.formats import (
     FORMATS,
+    LINGER_S,
     MAX_LINE_CHARACTERS,
     MAX_SUBTITLE_S,
-    MIN_SUBTITLE_S,
     subtitles_of,
 )
 from inference.transcript import Segment, Token, Transcript, Word
@@ -37,13 +37,13 @@ EMPTY = Transcript("", duration_s=0.05)
         ("txt", "HELLO R&B\n", "\n"),
         (
             "srt",
-            "1\n00:00:00,200 --> 00:00:01,200\nHELLO\n\n2\n01:01:01,000 --> 01:01:02,000\nR&B\n\n",
+            "1\n00:00:00,200 --> 00:00:01,500\nHELLO\n\n2\n01:01:01,000 --> 01:01:02,250\nR&B\n\n",
             "",
         ),
         (
             "vtt",
-            "WEBVTT\n\n00:00:00.200 --> 00:00:01.200\nHELLO\n"
-            "\n01:01:01.000 --> 01:01:02.000\nR&amp;B\n",
+            "WEBVTT\n\n00:00:00.200 --> 00:00:01.500\nHELLO\n"
+            "\n01:01:01.000 --> 01:01:02.250\nR&amp;B\n",
             "WEBVTT\n",
         ),
         (
@@ -77,9 +77,13 @@ def test_subtitles_break_where_a_line_is_full_long_or_followed_by_a_pause():
     assert [s.text for s in subtitles_of(pause)] == ["A B", "C"]
 
 
-def test_a_short_subtitle_stays_until_the_next_one_or_the_end():
+def test_a_subtitle_stays_a_second_where_the_next_one_or_the_end_leaves_it():
     close = transcript_of(("A" * 42, 0.0, 0.2), ("B", 0.5, 0.6), duration_s=1.0)
     assert [(s.start_s, s.end_s) for s in subtitles_of(close)] == [(0.0, 0.5), (0.5, 1.0)]
+    alone = transcript_of(("A", 0.0, 2.0), ("B", 2.5, 3.0), duration_s=60.0)
+    assert [s.end_s for s in subtitles_of(alone)] == [3.0 + LINGER_S]
+    long = transcript_of(("A", 0.0, 3.0), ("B", 3.5, 5.5), duration_s=60.0)
+    assert [s.end_s for s in subtitles_of(long)] == [MAX_SUBTITLE_S]
 
 
 @given(
@@ -100,7 +104,7 @@ def test_subtitles_hold_every_word_once_and_never_overlap(steps):
         assert subtitle.start_s < subtitle.end_s
         assert alone or len(subtitle.text) <= MAX_LINE_CHARACTERS
         assert alone or subtitle.end_s - subtitle.start_s <= MAX_SUBTITLE_S + 1e-6
-        assert subtitle.end_s <= max(time_s, subtitle.start_s + MIN_SUBTITLE_S)
+        assert subtitle.end_s <= time_s + 0.001
     for earlier, later in itertools.pairwise(subtitles):
         assert earlier.end_s <= later.start_s + 0.002
 

@@ -127,7 +127,8 @@ def words_between(texts, times, start, stop, jitter):
 )
 def test_no_word_is_lost_or_doubled_where_pieces_overlap(gaps, cuts, jitter):
     times = np.cumsum(gaps)
-    texts = [f"W{i % 7}" for i in range(len(times))]
+    # Of few words: some are said twice in a row.
+    texts = np.random.default_rng(len(gaps)).choice(["NOW", "OWN", "SOW"], len(gaps)).tolist()
     end_s = times[-1] + 1.0
     marks = sorted({round(cut * end_s, 2) for cut in cuts})
     marks = [m for i, m in enumerate(marks) if i == 0 or m - marks[i - 1] > 7]
@@ -140,13 +141,32 @@ def test_no_word_is_lost_or_doubled_where_pieces_overlap(gaps, cuts, jitter):
     transcripts = []
     for piece in pieces:
         words = words_between(texts, times, piece.start / RATE, piece.stop / RATE, jitter)
-        tokens = tuple(Token(w.text, w.start_s, w.end_s, w.confidence) for w in words)
+        tokens = tuple(
+            Token(f"{'▁' * (i == 0)}{letter}", w.start_s + 0.1 * i, w.start_s + 0.1 * (i + 1), 0.9)
+            for w in words
+            for i, letter in enumerate(w.text)
+        )
         transcripts.append(Transcript(" ".join(w.text for w in words), words, tokens))
     joined = join(pieces, transcripts, RATE)
     assert joined.text.split() == texts
-    assert [token.text for token in joined.tokens] == texts
+    assert "".join(token.text for token in joined.tokens) == "".join(f"▁{text}" for text in texts)
     assert " ".join(segment.text for segment in joined.segments) == joined.text
     np.testing.assert_allclose([word.start_s for word in joined.words], times, atol=0.101)
+
+
+def test_tokens_go_with_their_words():
+    def heard(text, start_s, *starts_s):
+        ends_s = (*starts_s[1:], start_s + 1.0)
+        placed = zip(f"▁{text}", starts_s, ends_s, strict=True)
+        tokens = tuple(Token(letter, a, b, 1.0) for letter, a, b in placed)
+        return Transcript(text, (Word(text, start_s, start_s + 1.0, 1.0),), tokens)
+
+    # The cut, at 10 s, goes through the word, which one piece hears later.
+    pieces = [Piece(0, 13000, 10000), Piece(7000, 20000, 20000)]
+    left, right = heard("AB", 9.4, 9.4, 9.6, 10.2), heard("CD", 2.45, 2.45, 2.6, 3.25)
+    joined = join(pieces, [left, right], RATE)
+    assert joined.text == "AB"
+    assert "".join(token.text for token in joined.tokens) == "▁AB"
 
 
 def test_without_a_common_word_each_side_of_the_cut_gives_its_own():

@@ -123,3 +123,16 @@ def test_searches_are_kept_but_not_without_end(recognizers, waveforms):
     for beam_size in range(2, 14):
         recognizer.transcribe(waveforms[0], beam_size=beam_size)
     assert len(recognizer._search._ctc_searches) == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"whole": True}, {"search": "greedy"}])
+def test_a_network_whose_output_is_no_number_is_refused(recognizers, waveforms, options):
+    recognizer = recognizers["ctc"]
+    bias = recognizer.model.ctc_lin.w.bias
+    kept = bias[1].item()
+    try:
+        bias[1] = float("inf")
+        with pytest.raises(UserError, match="not finite with precision fp32"):
+            recognizer.transcribe(waveforms[0], **options)
+    finally:
+        bias[1] = kept

@@ -52,6 +52,25 @@ def test_arguments_that_mean_nothing_are_told(folder):
     ]
 
 
+def test_a_place_without_a_name_has_results(folder):
+    sources, _ = find_sources(["missing/.", "missing/.."])
+    assert [source.stem for source in sources] == ["missing", "audio"]
+
+
+def test_a_subfolder_that_cannot_be_read_is_told(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    names, problems = found("in")
+    assert "in/sub/c.m4a" not in names
+    assert problems == ["in/sub: Permission denied"]
+
+
 def test_results_never_share_a_name():
     paths = ["a.wav", "a.mp3", "b.wav", "sub/a.wav", "A.wav", "a.wav", "a.mp3-2"]
     stems = unique_stems([PurePath(path) for path in paths])

@@ -221,6 +221,10 @@ def test_narrower_vectors_give_the_same_numbers(monkeypatch, flags):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def _unknown_user(uid):
+    raise KeyError(uid)
+
+
 def test_the_cache_follows_the_environment(monkeypatch):
     monkeypatch.setenv("MAMBA_ASR_CACHE", "/somewhere")
     assert build.cache_folder() == Path("/somewhere")
@@ -229,3 +233,8 @@ def test_the_cache_follows_the_environment(monkeypatch):
     assert build.cache_folder() == Path("/else/mamba_asr")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert build.cache_folder() == Path(os.path.expanduser("~/.cache/mamba_asr"))
+    # An arbitrary user of a container has no home.
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", _unknown_user)
+    with pytest.raises(OSError, match="MAMBA_ASR_CACHE may name a folder"):
+        build.cache_folder()

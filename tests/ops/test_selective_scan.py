@@ -442,6 +442,20 @@ def test_both_directions_at_once_are_the_mean_of_two_scans(
     assert_close(gradients(y, (one, other)), wanted, 1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_two_directions_may_differ_in_their_types(backend):
+    one, other = random_inputs(9, seed=1), random_inputs(9, seed=2)
+    for inputs in (one, other):
+        del inputs["initial_state"]
+    ways = [way_of(one), way_of(other, reverse=True)]
+    wanted = bidirectional_scan_fn(*ways, one["z"], True, backend=backend)
+    other["u"] = other["u"].bfloat16()
+    ways = [way_of(one), way_of(other, reverse=True)]
+    found = bidirectional_scan_fn(*ways, one["z"], True, backend=backend)
+    assert found.dtype == wanted.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
+
+
 @all_backends
 @pytest.mark.parametrize("constant", ["", "C", "BC"])
 @pytest.mark.parametrize("reverse", [False, True])

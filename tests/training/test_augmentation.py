@@ -105,3 +105,17 @@ def test_every_speed_is_drawn(perturbation):
 
 def test_one_epoch_has_several_speeds(perturbation):
     assert len({perturbation(torch.ones(1100), f"u{i}").shape[0] for i in range(20)}) == 3
+
+
+def test_copies_are_augmented_anew_and_warped_in_time_alike(augmentation):
+    frames, ids = [200, 150], IDS[:2]
+    ramp_BTM = torch.arange(200.0)[None, :, None].repeat(2, 1, 20)
+    warp, *drops = augmentation.augmentations
+    warped = SpectrogramAugmentation([warp], seed=7).copies(ramp_BTM, frames, ids, 1, 2)
+    assert torch.equal(*warped.chunk(2))
+    assert not torch.equal(warped[:2], ramp_BTM)
+    dropped = SpectrogramAugmentation(drops, seed=7).copies(ramp_BTM, frames, ids, 1, 2)
+    assert not torch.equal(*dropped.chunk(2))
+    # One copy alone is augmented in the order of the file.
+    alone = augmentation.copies(ramp_BTM, frames, ids, 1, 1)
+    assert torch.equal(alone, augmentation(ramp_BTM, frames, ids, 1))

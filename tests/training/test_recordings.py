@@ -235,6 +235,17 @@ def test_another_seed_gives_another_order(rows, tokenizer):
     assert len(set(orders)) > 1
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_neighbouring_seeds_have_batches_of_their_own(rows, tokenizer, dynamic):
+    dataset = make_dataset(rows, tokenizer, RATE)
+    found = []
+    for seed, epoch in ((1, 2), (2, 1)):
+        sampler, loader = loader_of(dataset, hparams(seed=seed, dynamic_batching=dynamic))
+        sampler.set_epoch(epoch)
+        found.append(batches_of(loader))
+    assert found[0] != found[1]
+
+
 def test_dynamic_batches_keep_within_their_seconds(rows, tokenizer):
     dataset = make_dataset(rows, tokenizer, RATE)
     sampler, loader = loader_of(dataset, hparams())

@@ -127,11 +127,8 @@ class ASRBrain(RunBrain):
         feats_BTM, num_frames_B = self.features(batch, self.epoch)
         if self.augments(stage):
             copies = 2 if hparams.consistency_weight else 1
-            feats_BTM = torch.cat(
-                [
-                    self.spectrogram_augmentation(feats_BTM, lengths, batch.id, self.epoch, view)
-                    for view in range(copies)
-                ]
+            feats_BTM = self.spectrogram_augmentation.copies(
+                feats_BTM, lengths, batch.id, self.epoch, copies
             )
             num_frames_B = num_frames_B.repeat(copies)
         # From here on only dropout draws random numbers.

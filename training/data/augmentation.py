@@ -4,9 +4,11 @@ The augmenters are SpeechBrain's; each utterance is augmented by itself, over it
 that neither the batch it landed in nor its padding nor an interruption changes what is trained on.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
+from speechbrain.augment.freq_domain import Warping
 
 from training.data.batched_augmentation import augment_batch, batched_forms
 from training.seeding import derive_seed, seeded
@@ -77,3 +79,28 @@ class SpectrogramAugmentation:
                     item_1TM = augment(item_1TM)
                 out_BTM[row, :frames] = item_1TM[0].to(out_BTM)
         return out_BTM
+
+    def copies(
+        self,
+        feats_BTM: torch.Tensor,
+        lengths: Sequence[int],
+        ids: Sequence[str],
+        epoch: int,
+        count: int,
+    ) -> torch.Tensor:
+        """So many copies below one another, (count B, T, M), each augmented anew.
+
+        Time is warped in all of them alike, first: CR-CTC compares them frame by frame
+        (arXiv:2410.05101).
+        """
+        warps, others = self._parts if count > 1 else (None, self)
+        if warps is not None and warps.augmentations:
+            feats_BTM = warps(feats_BTM, lengths, ids, epoch)
+        return torch.cat([others(feats_BTM, lengths, ids, epoch, view) for view in range(count)])
+
+    @functools.cached_property
+    def _parts(self) -> tuple["SpectrogramAugmentation", "SpectrogramAugmentation"]:
+        """What warps time, and the rest."""
+        warps = [a for a in self.augmentations if isinstance(a, Warping) and a.dim == 1]
+        others = [a for a in self.augmentations if a not in warps]
+        return SpectrogramAugmentation(warps, self.seed), SpectrogramAugmentation(others, self.seed)

@@ -27,6 +27,7 @@ from training.data.augmentation import SpeedPerturbation
 from training.data.epoch_batches import EpochBatches
 from training.data.preparation import manifest_rows
 from training.launch.interrupts import UndisturbedWorker
+from training.seeding import derive_seed
 from training.shapes import rounded_up
 from training.splicing.splice import Splicing
 
@@ -257,7 +258,9 @@ def training_batches(dataset: DynamicItemDataset, hparams: Mapping) -> tuple[Epo
 
     ``sorting`` is random, ascending or descending (by duration).
     """
-    sorting, seed = hparams["sorting"], hparams["seed"]
+    sorting = hparams["sorting"]
+    # The samplers add the number of the epoch: neighbouring seeds would have the same batches.
+    seed = derive_seed(hparams["seed"], "batches") % 2**32
     batches: DynamicBatchSampler | BatchSampler
     if hparams["dynamic_batching"]:
         batches = DynamicBatchSampler(
