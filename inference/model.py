@@ -18,6 +18,7 @@ from inference.config import FEATURES
 from inference.weights import NORMALIZER
 from modules.lengths import relative_lengths
 from modules.speech_encoder import SpeechEncoder
+from modules.weights import digest_of
 
 LEFT_CONTEXT_CHUNKS = 8
 """Of a model that does not say how many it was trained with."""
@@ -95,9 +96,7 @@ class Model:
         }
         for name in STATISTICS:
             tensors[NORMALIZER + name] = torch.as_tensor(getattr(self.encoder.normalize, name, 0))
-        for name, tensor in tensors.items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(digest_of(tensors).encode())
         return digest.hexdigest()
 
     def to(self, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """Weights from a file into a network, with an error that says what does not fit."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -78,3 +79,12 @@ def load_weights(
             + ". Use the YAML and overrides that it was trained with, or another output_folder."
         )
     module.load_state_dict(state)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -503,6 +503,22 @@ def test_the_runs_own_evaluation_can_be_repeated(copy, tone_corpus):
     assert (copy / "hyp_test-clean.tsv").is_file()
 
 
+def test_a_path_that_was_relative_in_the_training_is_still_the_runs_own(
+    tone_corpus, tmp_path, monkeypatch
+):
+    (tmp_path / "text.txt").write_text("ONE TWO THREE\n" * 9, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert make_ngram(["text.txt", "--output", "words.arpa"]) == 0
+    keys = {"number_of_epochs": 1, "test_splits": "[test-clean]", "test_beam_size": 2}
+    keys["kenlm_model_path"] = "words.arpa"
+    assert train(command_line(tone_corpus, tmp_path / "run", **keys)) == 0
+    report = tmp_path / "run" / "wer_test-clean.txt"
+    monkeypatch.chdir("/")
+    report.unlink()
+    assert train([str(tmp_path / "run"), "--test_only", "--device=cpu", "--noprogressbar"]) == 0
+    assert report.is_file()
+
+
 def test_checkpoints_keep_the_tokens_that_they_were_trained_with(copy, tone_corpus, capsys):
     tokenizer = (copy / "save" / "tokenizer.model").read_bytes()
     more = {"number_of_epochs": 50, "test_splits": "[]"}

@@ -213,6 +213,16 @@ class TestRun:
         assert results["evaluations"]["other"]["splits"]["valid"]["sentences"] == 1
         results = run(files, tmp_path, "transformer_small", *scored, "--eval_name", "mine")
         assert results["evaluations"].keys() == {"other", "mine"}
+        # The model itself stays, whatever an evaluation averages.
+        before = (tmp_path / "lm" / "lm.ckpt").read_bytes()
+        more = run(files, tmp_path, "transformer_small", *scored, "--avg_checkpoints", "2")
+        assert more["evaluations"].keys() == {"other", "mine", "other_best2"}
+        assert (tmp_path / "lm" / "lm.ckpt").read_bytes() == before
+        with pytest.raises(UserError, match="mine is another evaluation of this run"):
+            run(
+                *(files, tmp_path, "transformer_small", *scored),
+                *("--avg_checkpoints", "2", "--eval_name", "mine"),
+            )
 
     def test_a_tokenizer_is_trained_where_none_is_given(self, files, tmp_path):
         setting = ["--tokenizer_path", "null", "--token_type", "char", "--number_of_epochs", "1"]

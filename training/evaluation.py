@@ -24,7 +24,7 @@ from inference.scoring.reports import (
     update_results,
     write_split_report,
 )
-from modules.weights import load_model_weights
+from modules.weights import digest_of, load_model_weights
 from training.brains.asr_brain import ASRBrain
 from training.brains.optimization import count_parameters
 from training.checkpoints.checkpointer import mean_weights
@@ -51,12 +51,15 @@ class BestWeights:
     described: list[dict[str, Any]]
 
 
-def average_best(brain: ASRBrain, num_best: int, keep: bool = True) -> None:
+def average_best(brain: ASRBrain, num_best: int, keep: bool = True) -> str:
     """Load the mean of the best checkpoints, or without any that of an earlier evaluation.
 
     Args:
         num_best: checkpoints.
         keep: leave the mean as ``save/averaged``, the model that the run's scores are of.
+
+    Returns:
+        digest of the weights.
 
     Raises:
         UserError: the run has neither, or they are damaged or belong to another architecture.
@@ -77,6 +80,7 @@ def average_best(brain: ASRBrain, num_best: int, keep: bool = True) -> None:
     normalize._load_statistics_dict(
         {key: _moved(value, normalize.device) for key, value in best.normalizer.items()}
     )
+    return digest_of(best.model)[:16]
 
 
 def best_weights(brain: ASRBrain, num_best: int) -> BestWeights | None:
@@ -175,15 +179,19 @@ def evaluate_split(
         batches = batches[brain.rank :: torch.distributed.get_world_size()]
     loader_kwargs["batch_sampler"] = batches
     started = time.perf_counter()
-    brain.last_test_loss = brain.evaluate(dataset, test_loader_kwargs=loader_kwargs)
+    loss = brain.evaluate(dataset, test_loader_kwargs=loader_kwargs)
     decode_s = time.perf_counter() - started
     transcripts, num_cut = brain.transcripts, brain.num_cut
     if is_distributed_initialized():
         shares = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(shares, (transcripts, decode_s, num_cut))
-        transcripts = {key: value for share, _, _ in shares for key, value in share.items()}
-        decode_s = max(seconds for _, seconds, _ in shares)
-        num_cut = sum(cut for _, _, cut in shares)
+        mine = {"texts": transcripts, "s": decode_s, "cut": num_cut}
+        torch.distributed.all_gather_object(shares, mine | {"loss": loss, "n": len(batches)})
+        transcripts = {key: value for share in shares for key, value in share["texts"].items()}
+        decode_s, num_cut = max(s["s"] for s in shares), sum(s["cut"] for s in shares)
+        # A process may have had no batch, whose mean is no loss.
+        losses = [(share["loss"], share["n"]) for share in shares if share["n"]]
+        loss = sum(of_one * n for of_one, n in losses) / max(sum(n for _, n in losses), 1)
+    brain.last_test_loss = loss
     if not if_main_process():
         return None
     ids = sorted(transcripts)
@@ -224,13 +232,14 @@ def evaluate_splits(
     """
     brain.unwrap_modules()
     is_own = evaluation is None or evaluation.is_own
-    average_best(brain, brain.hparams.avg_checkpoints, keep=is_own)
+    weights = average_best(brain, brain.hparams.avg_checkpoints, keep=is_own)
     run = Path(brain.hparams.output_folder)
     folders = [run] if is_own else []
     if evaluation is not None:
         folders.append(evaluation.folder)
     meta = {} if is_own else {"evaluation": evaluation.name}
     scores = {}
+    brain.stop_request.what_follows = "stopping after this batch"
     with brain.stop_request:
         for split, dataset in datasets.items():
             score = evaluate_split(brain, split, dataset, folders)
@@ -245,14 +254,14 @@ def evaluate_splits(
                     command=command,
                 )
                 if is_own:
-                    model = describe_model(brain)
+                    model = describe_model(brain) | {"weights": weights}
                     update_results(
                         run, {split: score}, model, record if evaluation is None else None
                     )
                 if evaluation is not None:
                     record_evaluation(
                         *(evaluation.place, evaluation.name, {split: score}),
-                        *(evaluation.settings, record),
+                        *(evaluation.settings, record | {"weights": weights}),
                     )
                 stats = {"loss": brain.last_test_loss, "WER": score.wer, "CER": score.cer}
             # On every process: a logger writes on the main one and then waits for the others.

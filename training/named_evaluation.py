@@ -13,6 +13,8 @@ from common.errors import UserError
 from inference.scoring.reports import read_results
 from training.checkpoints.fingerprint import read_fingerprint, rows_digest
 from training.data.preparation import beside, manifest_rows, move_manifests, prepare_manifests
+from training.launch.settings import PATHS
+from training.launch.start import from_anywhere
 
 EVAL_FOLDER = "eval"
 SEARCH_KEYS = (
@@ -112,9 +114,9 @@ def plan_evaluation(
         earlier = _earlier_evaluations(place)
         if eval_name is None:
             name = _distinguishing(splits, search, eval_precision, own)
-            name = _free_name(name, settings, earlier)
+            name = free_name(name, settings, earlier)
         else:
-            name = _checked_name(eval_name, settings, earlier)
+            name = checked_name(eval_name, settings, earlier)
         folder = place / EVAL_FOLDER / name
         manifests = run if is_own or hparams["skip_prep"] else folder
         if not hparams["skip_prep"]:
@@ -125,14 +127,16 @@ def plan_evaluation(
 def _search_settings(resolved: str) -> dict[str, Any]:
     """Those of ``SEARCH_KEYS`` that a file has, as JSON values."""
     document = ruamel.yaml.YAML().load(io.StringIO(resolved))
-    return {key: _plain(document[key]) for key in SEARCH_KEYS if key in document}
+    # Wherever it is begun from, a run's own files are the same ones.
+    paths = {str(document[key]): from_anywhere(document[key]) for key in PATHS & document.keys()}
+    return {key: _plain(document[key], paths) for key in SEARCH_KEYS if key in document}
 
 
-def _plain(node: Any) -> Any:
+def _plain(node: Any, paths: Mapping[str, Any]) -> Any:
     if isinstance(node, Mapping):
-        return {str(key): _plain(value) for key, value in node.items()}
+        return {str(key): _plain(value, paths) for key, value in node.items()}
     if isinstance(node, Sequence) and not isinstance(node, str):
-        return [_plain(value) for value in node]
+        return [_plain(value, paths) for value in node]
     if isinstance(node, bool) or node is None:
         return node
     if isinstance(node, (int, float)):
@@ -140,7 +144,7 @@ def _plain(node: Any) -> Any:
         return int(node) if node == int(node) else float(node)
     # An object of the file is told by its tag; its arguments are keys of their own.
     tag = getattr(getattr(node, "tag", None), "value", None)
-    return str(tag or node)
+    return str(tag or paths.get(str(node), node))
 
 
 def _settings_of_run(run: Path) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def _settings_of_run(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"search": None, "splits": [], "eval_precision": None}
     try:
         text = (run / "hyperparams.yaml").read_text(encoding="utf-8")
-        splits = _plain(ruamel.yaml.YAML().load(text)["test_splits"])
+        splits = _plain(ruamel.yaml.YAML().load(text)["test_splits"], {})
         found["splits"] = [splits] if isinstance(splits, str) else splits
         found["search"] = _search_settings(text)
         found["eval_precision"] = read_results(run)["run"].get("eval_precision")
@@ -189,7 +193,7 @@ def _distinguishing(
     return re.sub(r"[^\w.+-]+", "-", "_".join(parts)).strip("-.")[:_LONGEST_NAME] or "none"
 
 
-def _free_name(name: str, settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> str:
+def free_name(name: str, settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> str:
     """The name, with a number where another evaluation has it."""
     number, candidate = 1, name
     while not _is_same(earlier.get(candidate), settings):
@@ -198,7 +202,12 @@ def _free_name(name: str, settings: Mapping[str, Any], earlier: Mapping[str, Any
     return candidate
 
 
-def _checked_name(name: str, settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> str:
+def checked_name(name: str, settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> str:
+    """A name that the user chose.
+
+    Raises:
+        UserError: no folder can have it, or an evaluation with other settings has it.
+    """
     if not re.fullmatch(r"[\w+-][\w.+-]*", name):
         raise UserError(
             f"--eval_name {name!r} is to be the name of a folder: letters, digits and . _ + - only."

@@ -198,8 +198,9 @@ def update_results(
 
     Args:
         output_folder: the run's folder.
-        splits: scores of the splits evaluated now; those evaluated earlier stay.
-        model: facts about the model (``parameters``, ...); replaces the earlier ones.
+        splits: scores of the splits evaluated now; those evaluated earlier stay, unless they are of
+            other ``weights``.
+        model: facts about the model (``parameters``, ``weights``, ...); replaces the earlier ones.
         run: see :func:`run_record`; replaces the earlier one. None keeps it.
         test_only: keep the earlier ``run``, of the training; ``run`` goes to ``evaluations``, split
             by split.
@@ -213,6 +214,8 @@ def update_results(
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone_with(path):
         earlier = _earlier_results(path)
+        if _are_others(earlier.get("model"), model):
+            earlier = {k: v for k, v in earlier.items() if k != "intervals"} | {"splits": {}}
         results = dict(earlier)
         results["splits"] = earlier["splits"] | {n: score.as_json() for n, score in splits.items()}
         results["model"] = dict(model)
@@ -248,7 +251,7 @@ def record_evaluation(
     Args:
         output_folder: the run's folder.
         name: of an evaluation beside the run's own one.
-        splits: scores of the splits evaluated now; those of the same settings stay.
+        splits: scores of the splits evaluated now; those of the same settings and weights stay.
         settings: what the scores depend on.
         run: see :func:`run_record`.
     """
@@ -258,6 +261,7 @@ def record_evaluation(
         evaluations = results.setdefault("evaluations", {})
         earlier = evaluations.get(name) or {}
         same = earlier.get("settings") == dict(settings)
+        same = same and not _are_others(earlier.get("run"), run)
         entry = {
             "splits": dict(earlier["splits"]) if same else {},
             "intervals": dict(earlier.get("intervals", {})) if same else {},
@@ -269,6 +273,12 @@ def record_evaluation(
         evaluations[name] = entry
         _write_results(path, results)
     return path
+
+
+def _are_others(earlier: object, now: Mapping) -> bool:
+    """Whether these are records of other weights, as far as both tell theirs."""
+    then = earlier.get("weights") if isinstance(earlier, Mapping) else None
+    return None not in (then, now.get("weights")) and then != now["weights"]
 
 
 def _earlier_results(path: Path) -> dict:

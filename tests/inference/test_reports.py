@@ -9,6 +9,7 @@ from inference.scoring.reports import (
     SplitScore,
     read_hypotheses,
     read_results,
+    record_evaluation,
     results_table,
     run_record,
     update_results,
@@ -356,3 +357,17 @@ def test_it_is_said_where_words_differ_in_letter_case_alone():
     texts = [("one two", "ONE TWO"), ("three", "FOUR")]
     assert "WER would be 33.33 % instead of 100.00 %" in case_hint(texts, 100.0)
     assert case_hint([("ONE TWO", "ONE"), ("three", "four")], 50.0) is None
+
+
+def test_scores_of_other_weights_do_not_stay(tmp_path):
+    update_results(tmp_path, {"a": score(), "b": score()}, {"weights": "one"}, {})
+    update_results(tmp_path, {"a": score(wer=5.0)}, {"weights": "one"}, {})
+    assert read_results(tmp_path)["splits"].keys() == {"a", "b"}
+    update_results(tmp_path, {"a": score(wer=3.0)}, {"weights": "two"}, {})
+    results = read_results(tmp_path)
+    assert results["splits"].keys() == {"a"}
+    assert "b" not in results.get("intervals", {})
+    for weights, kept in (("two", {"a"}), ("two", {"a", "b"}), ("three", {"c"})):
+        split = sorted(kept)[-1]
+        record_evaluation(tmp_path, "lm", {split: score()}, {"beam": 1}, {"weights": weights})
+        assert read_results(tmp_path)["evaluations"]["lm"]["splits"].keys() == kept

@@ -98,6 +98,16 @@ def test_options_and_overrides_are_told_apart():
     assert (line.resume, line.init_from) == (None, None)
 
 
+def test_the_interval_that_is_typed_replaces_the_other():
+    for typed, other in (("minutes", "steps"), ("steps", "minutes")):
+        line = parse_command_line(["m.yaml", f"--ckpt_interval_{typed}", "5"], "")
+        assert line.run_options[f"ckpt_interval_{typed}"] == 5
+        assert line.run_options[f"ckpt_interval_{other}"] == 0
+    both = ["--ckpt_interval_minutes", "5", "--ckpt_interval_steps", "5"]
+    with pytest.raises(UserError, match="exclude each other"):
+        parse_command_line(["m.yaml", *both], "")
+
+
 @pytest.mark.parametrize("option", ["--resume", "--init_from"])
 def test_what_is_of_training_is_not_given_with_an_evaluation(option):
     with pytest.raises(UserError, match=f"{option} is for training"):
@@ -338,14 +348,17 @@ def test_an_accumulation_over_no_batch_is_an_error():
         options_of(["--grad_accumulation_factor", "0"], {})
 
 
-def test_an_interruption_before_training_has_the_documented_status(capsys):
+def test_an_interruption_has_the_documented_status(capsys):
     def main(argv):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as ended:
         run_script(main, [])
     assert ended.value.code == 130
-    assert capsys.readouterr().err.count("\n") == 1
+    # It may have come in a training, too: a second Ctrl-C does not wait for a checkpoint.
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "repeat the command to go on from the last checkpoint" in error
 
 
 FILE = "hparams/CTC/conmamba_small.yaml"

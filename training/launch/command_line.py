@@ -177,9 +177,13 @@ def parse_command_line(argv: Sequence[str], description: str) -> CommandLine:
             f"{option} is for training; --test_only evaluates the mean of the run's best "
             "checkpoints. Leave one of the two out."
         )
-    if given.get("ckpt_interval_steps", 0) > 0:
-        # SpeechBrain refuses both; the interval that was typed replaces the one of the YAML file.
-        given.setdefault("ckpt_interval_minutes", 0)
+    intervals = ("ckpt_interval_steps", "ckpt_interval_minutes")
+    typed = [name for name in intervals if given.get(name, 0) > 0]
+    if len(typed) == 2:
+        raise UserError(f"--{typed[0]} and --{typed[1]} exclude each other: give one.")
+    for name in typed:
+        # The interval that was typed replaces the other one of the YAML file.
+        given.setdefault(intervals[1 - intervals.index(name)], 0)
     overrides = parse_overrides(rest, [a.dest for a in parser._actions if a.nargs == 0])
     if Path(given["param_file"]).is_dir():
         run = given["param_file"]
@@ -451,7 +455,10 @@ def _status_of(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> in
             print(f"{interrupted.what_is_left}; repeat the command to go on")
         return interrupted.exit_status
     except KeyboardInterrupt:
-        print("interrupted before training began; nothing to go on from", file=sys.stderr)
+        print(
+            "interrupted; repeat the command to go on from the last checkpoint, if there is one",
+            file=sys.stderr,
+        )
         return 128 + signal.SIGINT
     return 0
 

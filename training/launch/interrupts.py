@@ -15,12 +15,17 @@ class StopRequest:
     """Remembers the first SIGINT or SIGTERM; a second one has its usual effect at once.
 
     Use as a context manager around training; outside it the signals are untouched.
+
+    Attributes:
+        signal_number: that of the signal; 0 before.
+        what_follows: what the first signal is answered with.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
         self.signal_number = 0
+        self.what_follows = "saving a checkpoint after this step, then stopping"
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -41,8 +46,7 @@ class StopRequest:
         self.signal_number = number
         self._restore()
         logger.warning(
-            "%s: saving a checkpoint after this step, then stopping. Again to stop at once.",
-            signal.Signals(number).name,
+            "%s: %s. Again to stop at once.", signal.Signals(number).name, self.what_follows
         )
 
     def _restore(self) -> None:

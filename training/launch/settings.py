@@ -214,6 +214,8 @@ SETTINGS: dict[str, Setting] = {
     "left_context_chunks": Setting("integer", low=0),
     "kernel_size": _COUNT,
     "causal_convolution": _SWITCH,
+    "causal": _SWITCH,
+    "remove_utterance_mean": _SWITCH,
     # Of language models.
     "text_parts": _COUNT,
     "max_sentence_tokens": _COUNT,
@@ -373,6 +375,10 @@ def check_together(values: Mapping[str, Any], where: str) -> None:
         )
 
     has = values.keys().__ge__
+    if values.get("ckpt_interval_steps") and values.get("ckpt_interval_minutes"):
+        raise UserError(
+            f"{where}ckpt_interval_steps and ckpt_interval_minutes are both above 0: give one."
+        )
     attends = values.get("encoder_module") in ATTENTION_ENCODERS or (
         values.get("decoder_module") == "transformer" and values.get("num_decoder_layers")
     )

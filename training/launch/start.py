@@ -115,17 +115,18 @@ def write_hyperparams(line: CommandLine, folder: str | Path) -> None:
     settings = {k: v for k, v in line.run_options.items() if k not in OF_ONE_START}
     recipe = with_overrides(line.param_file, line.overrides | settings)
     for key in PATHS & recipe.keys():
-        recipe[key] = _from_anywhere(recipe[key])
+        recipe[key] = from_anywhere(recipe[key])
     with atomic_write(Path(folder) / RECIPE_FILE) as stream:
         stream.write(as_text(recipe))
     with atomic_write(Path(folder) / "hyperparams.yaml") as stream:
         stream.write(f"# From {Path(line.param_file).absolute()}\n# yamllint disable\n")
-        stream.write(resolved_text(line.param_file, line.overrides))
+        overrides = {k: from_anywhere(v) if k in PATHS else v for k, v in line.overrides.items()}
+        stream.write(resolved_text(line.param_file, overrides))
 
 
-def _from_anywhere(path: Any) -> Any:
+def from_anywhere(path: Any) -> Any:
     """A path, or a list of them, that means the same in every working directory."""
     if isinstance(path, list):
-        return [_from_anywhere(part) for part in path]
+        return [from_anywhere(part) for part in path]
     # What does not exist here may be a name on the hub.
     return str(Path(path).absolute()) if isinstance(path, str) and Path(path).exists() else path

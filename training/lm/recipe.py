@@ -59,6 +59,7 @@ from training.launch.start import (
 from training.launch.yaml_file import read_yaml, resolved_text
 from training.lm.brain import LMBrain, Perplexity, num_ranks
 from training.lm.text_batches import TextBatches, TextLoader, read_sentences
+from training.named_evaluation import checked_name, free_name
 from training.reporting.loggers import make_loggers
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,9 @@ def _run(
         brain.text_loader = TextLoader(text, hparams["num_workers"])
         brain.fit(hparams["counter"], brain.text_loader, held_out["valid"])
     brain.unwrap_modules()
-    export(brain, tokenizer_file, folder / "lm", place == folder)
+    is_own = not options.test_only or _averages_as_trained(folder, hparams["avg_checkpoints"])
+    export(brain, tokenizer_file, folder / "lm", place == folder and is_own)
+    brain.stop_request.what_follows = "stopping after this batch"
     with brain.stop_request:
         scores = {name: brain.perplexity_of(text) for name, text in held_out.items()}
     if if_main_process():
@@ -173,8 +176,11 @@ def _run(
             files = dict.fromkeys(
                 Path(path).name.split(".")[0] for p in texts.values() for path in p
             )
-            evaluation = line.eval_name or "+".join(files)
-        write_results(place, brain, scores, texts, command, evaluation)
+            best = [] if is_own else [f"best{hparams['avg_checkpoints']}"]
+            evaluation = line.eval_name or "_".join(["+".join(files), *best])
+        write_results(
+            *(place, brain, scores, texts, command), evaluation, line.eval_name is not None
+        )
         for name, score in scores.items():
             print(f"{name}: perplexity {score.value:.2f} over {score.num_tokens} tokens")
         if place == folder:
@@ -314,6 +320,16 @@ def warn_of_unknown_characters(text: TextBatches, policy: str) -> None:
     check_unknown_characters(unknown, policy, "Training text")
 
 
+def _averages_as_trained(folder: Path, num_best: int) -> bool:
+    """Whether the run's own model is the mean of so many checkpoints, or it has none yet."""
+    if not (folder / "lm" / LM_FILE).is_file():
+        return True
+    try:
+        return read_yaml(folder / "hyperparams.yaml")["avg_checkpoints"] == num_best
+    except (UserError, KeyError):
+        return False
+
+
 def export(brain: LMBrain, tokenizer_file: Path, folder: Path, keep: bool) -> None:
     """Loads the mean of the best checkpoints; writes it and the tokenizer as a recogniser wants it.
 
@@ -363,6 +379,7 @@ def write_results(
     texts: Mapping[str, list[str]],
     command: list[str],
     evaluation: str | None,
+    chosen: bool,
 ) -> None:
     """Writes ``results.json``: perplexities, the model's size, and how to repeat the run.
 
@@ -371,6 +388,10 @@ def write_results(
         texts: files of each text.
         evaluation: name of an evaluation that no training precedes; it stands in ``evaluations``,
             and the training's own results stay.
+        chosen: the user has named it; else it gets a number where the name is taken.
+
+    Raises:
+        UserError: the chosen name is that of another evaluation.
     """
     path = place / "results.json"
     splits = {
@@ -395,8 +416,14 @@ def write_results(
         else:
             settings = {"texts": {name: texts[name] for name in scores}}
             settings["eval_precision"] = brain.eval_precision
+            settings["avg_checkpoints"] = brain.hparams.avg_checkpoints
             entry = {"splits": splits, "settings": settings, "run": run}
-            results.setdefault("evaluations", {})[evaluation] = entry
+            evaluations = results.setdefault("evaluations", {})
+            if chosen:
+                evaluation = checked_name(evaluation, settings, evaluations)
+            else:
+                evaluation = free_name(evaluation, settings, evaluations)
+            evaluations[evaluation] = entry
         with atomic_write(path) as stream:
             json.dump(results, stream, indent=2)
             stream.write("\n")
