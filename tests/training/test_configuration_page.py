@@ -1,23 +1,33 @@
 """docs/configuration.md explains every key, with examples that are accepted."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from training.launch.command_line import build_parser, parse_command_line
 from training.launch.settings import SETTINGS, check_setting
+from training.launch.yaml_file import read_yaml, tag_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "docs" / f"{name}.md" for name in ("configuration", "language_models")]
 TEXT = "".join(page.read_text(encoding="utf-8") for page in PAGES)
 ROWS = [line for line in TEXT.splitlines() if re.match(r"\| `\w+`.* \| `--.*` \|$", line)]
 KNOWN = SETTINGS.keys() | {action.dest for action in build_parser("")._actions}
+VALUES: set[str] = set()
+"""Keys of the files that hold a number, a text or a switch."""
 for recipe in (REPOSITORY / "hparams").rglob("*.yaml"):
-    KNOWN |= set(re.findall(r"^(\w+):", recipe.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    written = read_yaml(recipe)
+    KNOWN |= written.keys()
+    VALUES |= {
+        key
+        for key, value in written.items()
+        if not tag_of(value) and not isinstance(value, (list, Mapping))
+    }
 
 
-@pytest.mark.parametrize("key", SETTINGS)
+@pytest.mark.parametrize("key", sorted(SETTINGS.keys() | VALUES))
 def test_every_key_is_explained(key):
     assert f"`{key}`" in TEXT
 
