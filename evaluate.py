@@ -119,7 +119,7 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
         device=str(recognizer.device),
         command=command,
     )
-    record["corpus"] = str(Path(arguments.corpus).resolve())
+    record["evaluated"] = evaluated(arguments, search)
     scores: dict[str, SplitScore] = {}
     skipped: dict[str, str] = {}
     for chunk_ms, split in itertools.product(lengths, splits):
@@ -149,7 +149,7 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
 def default_folder(arguments: argparse.Namespace, search: Mapping[str, Any]) -> Path:
     """``evaluations/<corpus>`` in the model's folder, or a folder here; of each search its own.
 
-    A corpus whose name another one has taken gets a number.
+    Where another corpus or search has taken the name, it gets a number.
     """
     corpus, model = Path(arguments.corpus).resolve(), Path(arguments.model)
     # Many corpora in LibriSpeech's layout are folders of that name.
@@ -165,18 +165,31 @@ def default_folder(arguments: argparse.Namespace, search: Mapping[str, Any]) -> 
         first = model / "evaluations" / name
     numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
     folders = itertools.chain([first], numbered)
-    return next(folder for folder in folders if _corpus_of(folder) in (None, str(corpus)))
+    return next(f for f in folders if _is_all(f, evaluated(arguments, search)))
 
 
-def _corpus_of(folder: Path) -> str | None:
-    """What the evaluation in a folder was of; None where there is none, or it does not say."""
-    for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))):
+def evaluated(arguments: argparse.Namespace, search: Mapping[str, Any]) -> dict[str, Any]:
+    """What is scored and how, as far as it decides whether two evaluations are one."""
+    files = {key: str(Path(value).resolve()) for key, value in search.items() if key == "ngram"}
+    return {
+        "corpus": str(Path(arguments.corpus).resolve()),
+        "search": {**search, **files},
+        "precision": arguments.precision,
+        "ignore_case": arguments.ignore_case,
+    }
+
+
+def _is_all(folder: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a folder has no evaluation but of what is wanted, as far as they tell."""
+    for path in (folder / "results.json", *folder.glob("*/results.json")):
         try:
-            corpus = json.loads(path.read_text(encoding="utf-8"))["run"]["corpus"]
-        except (OSError, ValueError, KeyError, TypeError):
+            results = json.loads(path.read_text(encoding="utf-8"))
+            runs = [results["run"], *results.get("evaluations", {}).values()]
+            if any(run.get("evaluated", wanted) != wanted for run in runs):
+                return False
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        return str(corpus)
-    return None
+    return True
 
 
 def recognize(
@@ -266,6 +279,7 @@ def describe_model(recognizer: "Recognizer") -> dict[str, Any]:
         "decoder_module": network.get("decoder_module"),
         "token_type": config["tokens"]["type"],
         "output_neurons": config["tokens"]["outputs"],
+        "digest": recognizer.model.digest()[:16],
     }
 
 

@@ -199,12 +199,14 @@ def join(
             until_s, from_s = _join_at(parts[-1][0], words, before.cut / sample_rate)
             earlier, their_tokens = parts[-1]
             earlier[:] = [word for word in earlier if _middle(word) < until_s]
-            words = [word for word in words if _middle(word) >= from_s]
-            # A token goes with its word, wherever its own middle is.
+            num_left_out = sum(_middle(word) < from_s for word in words)
+            # A token goes with its word, wherever its own middle is; the mark of a new word, which
+            # may be a token, with the word that follows.
             last_s = earlier[-1].end_s if earlier else -math.inf
-            first_s = words[0].start_s if words else math.inf
+            first_s = words[num_left_out - 1].end_s if num_left_out else -math.inf
             their_tokens[:] = [t for t in their_tokens if t.end_s <= last_s + _ROUNDING_S]
             tokens = [t for t in tokens if t.start_s >= first_s - _ROUNDING_S]
+            words = words[num_left_out:]
         parts.append((words, tokens))
     segments = []
     cut = 0

@@ -422,11 +422,12 @@ class Recognizer:
         """
         log_probs = logits.float().log_softmax(-1)
         if not bool(log_probs.isfinite().all()):
-            hint = "" if self.precision == "fp32" else " Use --precision fp32."
-            raise UserError(
-                f"The output of the network is not finite with precision {self.precision}.{hint}"
-            )
+            raise UserError(self._not_finite())
         return log_probs
+
+    def _not_finite(self) -> str:
+        hint = "" if self.precision == "fp32" else " Use --precision fp32."
+        return f"The output of the network is not finite with precision {self.precision}.{hint}"
 
     @property
     def _can_in_pieces(self) -> bool:

@@ -76,6 +76,8 @@ class Stream:
         self._waiting = [np.zeros(lead_samples, np.float32)]
         self._num_waiting = lead_samples
         self.is_finished = False
+        # What went wrong with it, where it ended for that.
+        self._failure: str | None = None
 
     @property
     def sample_rate(self) -> int:
@@ -227,7 +229,7 @@ class StreamingRecognizer(Recognizer):
                 self._encode(batch)
                 # The others have their turn.
                 rest = [stream for stream in self._streams if stream not in batch]
-                self._streams = rest + batch
+                self._streams = rest + [stream for stream in batch if not stream.is_finished]
             return len(batch)
 
     def result(self, stream: Stream) -> StreamResult:
@@ -262,9 +264,7 @@ class StreamingRecognizer(Recognizer):
         """
         with self._encoded(stream):
             transcript = self._ended(stream)
-            stream.is_finished = True
-            self._streams.remove(stream)
-            self._free.append(stream._row)
+            self._close(stream)
             return transcript
 
     def save(self, stream: Stream) -> bytes:
@@ -346,7 +346,14 @@ class StreamingRecognizer(Recognizer):
             self._put([stream], row)
             return self._add(stream)
 
+    def _close(self, stream: Stream, failure: str | None = None) -> None:
+        stream.is_finished, stream._failure = True, failure
+        self._streams.remove(stream)
+        self._free.append(stream._row)
+
     def _check(self, stream: Stream) -> None:
+        if stream._failure is not None:
+            raise UserError(stream._failure)
         if stream.is_finished:
             raise UserError("This stream is finished; open another one.")
         if stream not in self._streams:
@@ -395,11 +402,20 @@ class StreamingRecognizer(Recognizer):
 
     @torch.inference_mode()
     def _encode(self, batch: Sequence[Stream]) -> None:
-        """A full chunk of each, or, where that fails or is interrupted, nothing."""
+        """A full chunk of each, or, where that fails or is interrupted, nothing.
+
+        A stream whose log probabilities are no numbers ends; the others go on.
+        """
         wav_BS = np.stack([stream._first(self._chunk_samples) for stream in batch])
         is_all = [stream._row for stream in batch] == list(range(self._state.batch_size))
         state = self._state if is_all else self._state.select(self._rows(batch))
         log_probs_BTV, state = self._forward(wav_BS, state, None)
+        is_finite_B = np.isfinite(log_probs_BTV).all(axis=(1, 2))
+        if not is_finite_B.all():
+            for stream, is_finite in zip(batch, is_finite_B, strict=True):
+                if not is_finite:
+                    self._close(stream, self._not_finite())
+            return
         texts = [stream._text.copy() for stream in batch]
         self._texts.advance(texts, list(log_probs_BTV))
         if is_all:
@@ -427,6 +443,9 @@ class StreamingRecognizer(Recognizer):
             chunk_S = rest_S[start : start + self._chunk_samples]
             wav_S[: len(chunk_S)] = chunk_S
             log_probs_1TV, state = self._forward(wav_S[None], state, count)
+            if not np.isfinite(log_probs_1TV[:, :count]).all():
+                self._close(stream, self._not_finite())
+                self._check(stream)
             self._texts.advance([text], [log_probs_1TV[0, :count]])
         return self._texts.transcript(text, duration_s)
 

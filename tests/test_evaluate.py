@@ -50,8 +50,10 @@ def test_a_run_scores_as_in_its_own_evaluation(run, tiny_run, tone_corpus, tmp_p
     )
     assert (status, error) == (0, "")
     results, trained = read_results(tmp_path), read_results(tiny_run)
-    assert results["model"] == trained["model"]
-    assert results["run"].keys() == trained["run"].keys() | {"corpus"}
+    told = results["model"].keys() - {"digest"}
+    assert told == trained["model"].keys() - {"weights"}
+    assert all(results["model"][key] == trained["model"][key] for key in told)
+    assert results["run"].keys() == trained["run"].keys() | {"evaluated"}
     assert results["intervals"] == trained["intervals"]
     for split in ("test-clean", "test-other"):
         assert without_time(results, split) == without_time(trained, split)

@@ -276,9 +276,14 @@ def record_evaluation(
 
 
 def _are_others(earlier: object, now: Mapping) -> bool:
-    """Whether these are records of other weights, as far as both tell theirs."""
-    then = earlier.get("weights") if isinstance(earlier, Mapping) else None
-    return None not in (then, now.get("weights")) and then != now["weights"]
+    """Whether these are records of other weights, as far as both tell theirs.
+
+    A training tells the digest of its weights, ``evaluate.py`` that of the whole recogniser.
+    """
+    told = ("weights", "digest")
+    return isinstance(earlier, Mapping) and any(
+        key in earlier and key in now and earlier[key] != now[key] for key in told
+    )
 
 
 def _earlier_results(path: Path) -> dict:

@@ -141,10 +141,13 @@ def test_no_word_is_lost_or_doubled_where_pieces_overlap(gaps, cuts, jitter):
     transcripts = []
     for piece in pieces:
         words = words_between(texts, times, piece.start / RATE, piece.stop / RATE, jitter)
+        # The mark of a word is a token of its own, before the word's first letter.
         tokens = tuple(
-            Token(f"{'▁' * (i == 0)}{letter}", w.start_s + 0.1 * i, w.start_s + 0.1 * (i + 1), 0.9)
+            Token(letter, w.start_s + a, w.start_s + b, 0.9)
             for w in words
-            for i, letter in enumerate(w.text)
+            for letter, a, b in zip(
+                f"▁{w.text}", (-0.02, 0, 0.1, 0.2), (0, 0.1, 0.2, 0.3), strict=True
+            )
         )
         transcripts.append(Transcript(" ".join(w.text for w in words), words, tokens))
     joined = join(pieces, transcripts, RATE)

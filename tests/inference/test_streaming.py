@@ -411,6 +411,28 @@ def test_real_speech(offline, streaming, model):
         assert_same(found, offline[model].transcribe(wav_S, rate, chunk_ms=640, **GREEDY))
 
 
+def test_a_stream_whose_output_is_no_number_ends_alone(streaming, offline, monkeypatch):
+    asr, wav_S = streaming["conmamba"], noise(2)
+    good, bad = asr.open(), asr.open()
+    for stream in (good, bad):
+        asr.accept(stream, wav_S)
+    forward = asr._forward
+
+    def broken(wav_BS, *others):
+        log_probs_BTV, state = forward(wav_BS, *others)
+        if len(log_probs_BTV) == 2:
+            log_probs_BTV[1] = np.nan
+        return log_probs_BTV, state
+
+    monkeypatch.setattr(asr, "_forward", broken)
+    asr.step()
+    assert asr.num_streams == 1
+    for use in (asr.result, asr.finish):
+        with pytest.raises(UserError, match="not finite with precision fp32"):
+            use(bad)
+    assert_same(asr.finish(good), offline["conmamba"].transcribe(wav_S, chunk_ms=640, **GREEDY))
+
+
 def test_an_interrupted_chunk_is_not_lost(streaming, offline, monkeypatch):
     asr, wav_S = streaming["conmamba"], noise(2)
     streams = [asr.open(), asr.open()]

@@ -104,7 +104,7 @@ class RunBrain(sb.Brain):
         self.weight_average: WeightAverage | None = None
         self._void_window = False
         self._window_batches = 0
-        self._ended_before = False
+        self._ended_before = self._begins_again = False
         self._train_loader: DataLoader | None = None
         self._amount = 0.0
         self._stage_started = 0.0
@@ -548,7 +548,9 @@ class RunBrain(sb.Brain):
 
     def _fit_train(self, train_set, epoch, enable):
         # What a run that has reached its limit goes on to is no epoch, unless it was left within.
-        self._ended_before = self._optimizer_step_limit_exceeded and not self.step
+        within = self.step or self._begins_again
+        self._ended_before = self._optimizer_step_limit_exceeded and not within
+        self._begins_again = False
         if not self._ended_before:
             super()._fit_train(train_set, epoch, enable)
 
@@ -621,6 +623,7 @@ class RunBrain(sb.Brain):
                 "from the checkpoint, or its batches are others now."
             )
             self.step, self.avg_train_loss = 0, 0.0
+            self._begins_again = True
 
     def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
         due = super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)

@@ -81,10 +81,10 @@ def prepare_manifests(hparams: Mapping[str, Any], folder: str | Path, test_only:
 
 
 def _merge_found(parts: Sequence[Path], folder: str | Path, merged: str) -> None:
-    """Manifests made elsewhere are those of the splits: the one of all is made from them.
+    """Makes the manifest of all training splits from theirs, where they were made elsewhere.
 
     Raises:
-        ValueError: there is one that holds something else.
+        ValueError: there is a manifest of that name which holds something else.
     """
     whole = Path(folder) / merged
     if whole in parts or not all(path.is_file() for path in parts):

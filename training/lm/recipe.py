@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from speechbrain.utils.distributed import if_main_process
@@ -166,21 +167,19 @@ def _run(
     brain.unwrap_modules()
     is_own = not options.test_only or _averages_as_trained(folder, hparams["avg_checkpoints"])
     export(brain, tokenizer_file, folder / "lm", place == folder and is_own)
+    evaluation = None
+    if options.test_only:
+        settings: dict[str, Any] = {"texts": {name: texts[name] for name in held_out}}
+        settings["eval_precision"] = brain.eval_precision
+        if not is_own:
+            settings["avg_checkpoints"] = hparams["avg_checkpoints"]
+        evaluation = on_main(name_evaluation, place, line.eval_name, settings), settings
     brain.stop_request.what_follows = "stopping after this batch"
     with brain.stop_request:
         scores = {name: brain.perplexity_of(text) for name, text in held_out.items()}
     if if_main_process():
         command = [Path(sys.argv[0]).name, *argv]
-        evaluation = None
-        if options.test_only:
-            files = dict.fromkeys(
-                Path(path).name.split(".")[0] for p in texts.values() for path in p
-            )
-            best = [] if is_own else [f"best{hparams['avg_checkpoints']}"]
-            evaluation = line.eval_name or "_".join(["+".join(files), *best])
-        write_results(
-            *(place, brain, scores, texts, command), evaluation, line.eval_name is not None
-        )
+        write_results(place, brain, scores, command, evaluation)
         for name, score in scores.items():
             print(f"{name}: perplexity {score.value:.2f} over {score.num_tokens} tokens")
         if place == folder:
@@ -372,26 +371,35 @@ def _mean(
     return torch.load(model_file, map_location="cpu", weights_only=True)
 
 
+def name_evaluation(place: Path, chosen: str | None, settings: Mapping[str, Any]) -> str:
+    """What an evaluation is called: as the user says, else after its texts.
+
+    Raises:
+        UserError: the user's name is that of another evaluation.
+    """
+    earlier = _earlier_results(place / "results.json").get("evaluations", {})
+    if chosen is not None:
+        return checked_name(chosen, settings, earlier)
+    paths = [path for of_text in settings["texts"].values() for path in of_text]
+    name = "+".join(dict.fromkeys(Path(path).name.split(".")[0] for path in paths))
+    if "avg_checkpoints" in settings:
+        name += f"_best{settings['avg_checkpoints']}"
+    return free_name(name, settings, earlier)
+
+
 def write_results(
     place: Path,
     brain: LMBrain,
     scores: Mapping[str, Perplexity],
-    texts: Mapping[str, list[str]],
     command: list[str],
-    evaluation: str | None,
-    chosen: bool,
+    evaluation: tuple[str, Mapping[str, Any]] | None,
 ) -> None:
     """Writes ``results.json``: perplexities, the model's size, and how to repeat the run.
 
     Args:
         place: folder of ``results.json``.
-        texts: files of each text.
-        evaluation: name of an evaluation that no training precedes; it stands in ``evaluations``,
-            and the training's own results stay.
-        chosen: the user has named it; else it gets a number where the name is taken.
-
-    Raises:
-        UserError: the chosen name is that of another evaluation.
+        evaluation: name and settings of one that no training precedes; it stands in
+            ``evaluations``, and the training's own results stay.
     """
     path = place / "results.json"
     splits = {
@@ -414,16 +422,9 @@ def write_results(
         if evaluation is None:
             results |= {"splits": splits, "model": _model_described(brain), "run": run}
         else:
-            settings = {"texts": {name: texts[name] for name in scores}}
-            settings["eval_precision"] = brain.eval_precision
-            settings["avg_checkpoints"] = brain.hparams.avg_checkpoints
-            entry = {"splits": splits, "settings": settings, "run": run}
-            evaluations = results.setdefault("evaluations", {})
-            if chosen:
-                evaluation = checked_name(evaluation, settings, evaluations)
-            else:
-                evaluation = free_name(evaluation, settings, evaluations)
-            evaluations[evaluation] = entry
+            name, settings = evaluation
+            entry = {"splits": splits, "settings": dict(settings), "run": run}
+            results.setdefault("evaluations", {})[name] = entry
         with atomic_write(path) as stream:
             json.dump(results, stream, indent=2)
             stream.write("\n")
