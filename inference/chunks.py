@@ -18,10 +18,12 @@ class Chunks:
 
     Attributes:
         frames: encoder frames of one.
+        step: from the beginning of one to that of the next.
         mask: at whose ends the network's sight ends; None for a causal one.
     """
 
     frames: int
+    step: int
     mask: DynChunkTrainConfig | None
 
 
@@ -51,12 +53,12 @@ def chunks_of(
     if left_context_chunks < 0:
         raise UserError(f"left_context_chunks is {left_context_chunks}; it cannot be negative.")
     causal = model.encoder.Transformer.causal
-    chunks = Chunks(frames, None if causal else DynChunkTrainConfig(frames, left_context_chunks))
+    mask = None if causal else DynChunkTrainConfig(frames, left_context_chunks)
     try:
-        model.encoder.check_streaming(chunks.mask)
+        model.encoder.check_streaming(mask)
     except ValueError as error:
         raise UserError(
             f"This model cannot hear in chunks. {error} The recipes hparams/CTC/*_streaming.yaml "
             "train models that can."
         ) from None
-    return chunks
+    return Chunks(frames, frames if mask is None else model.encoder.step_frames(mask), mask)

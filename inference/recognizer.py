@@ -339,14 +339,14 @@ class Recognizer:
         """Log probabilities (T, V) of each chunk, encoded at once or, of a long recording, not."""
         if len(wav_S) <= batch_seconds * self.sample_rate:
             _, log_probs_1TV, _ = self.encode([wav_S], chunks)
-            yield from log_probs_1TV[0].split(chunks.frames)
+            yield from log_probs_1TV[0].split(chunks.step)
             return
         encoder = self.model.encoder
         state = encoder.initial_state(1, chunks.mask)
         size = chunks.frames * encoder.stride_samples
         frames = encoder.num_frames(len(wav_S))
         padded_S = F.pad(torch.from_numpy(wav_S), (encoder.lead_samples, 2 * size))
-        for first in range(0, frames, chunks.frames):
+        for first in range(0, frames, chunks.step):
             count = min(chunks.frames, frames - first)
             start = first * encoder.stride_samples
             with self._autocast():

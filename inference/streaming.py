@@ -119,7 +119,8 @@ class StreamingRecognizer(Recognizer):
 
     Args:
         model: as in `Recognizer`; trained for chunks.
-        chunk_ms: length of a chunk, which is the latency; a multiple of the model's frames.
+        chunk_ms: length of a chunk, which is the latency; a multiple of the model's frames. Of a
+            model that looks ahead the next one begins before its end.
         left_context_chunks: chunks before its own that a frame sees, in an encoder that attends;
             None: as many as in training.
         endpoints: where the text is cut into segments; None: nowhere.
@@ -159,6 +160,7 @@ class StreamingRecognizer(Recognizer):
         self._encoder = for_streams(model.encoder)
         self._lead_samples = model.encoder.lead_samples
         self._chunk_samples = self._chunks.frames * model.encoder.stride_samples
+        self._step_samples = self._chunks.step * model.encoder.stride_samples
         self._initial = model.encoder.initial_state(1, self._chunks.mask)
         self._state = self._initial.repeat(1)
         self._free = [0]
@@ -181,8 +183,9 @@ class StreamingRecognizer(Recognizer):
         chunk.
         """
         frames = self.model.encoder.num_frames(num_samples)
-        chunks = -(-frames // self._chunks.frames)
-        return max(chunks * self._chunk_samples - self._lead_samples - num_samples, 0)
+        steps = -(-frames // self._chunks.step)
+        until = (steps - 1) * self._step_samples + self._chunk_samples
+        return max(until - self._lead_samples - num_samples, 0)
 
     def open(self, sample_rate: int = 16000) -> Stream:
         """A new stream.
@@ -423,7 +426,7 @@ class StreamingRecognizer(Recognizer):
         else:
             self._put(batch, state)
         for stream, text in zip(batch, texts, strict=True):
-            stream._drop(self._chunk_samples)
+            stream._drop(self._step_samples)
             stream._text = text
 
     @torch.inference_mode()
@@ -436,17 +439,18 @@ class StreamingRecognizer(Recognizer):
             return Transcript("", duration_s=duration_s)
         frames = self.model.encoder.num_frames(samples.num_out) - text.num_frames
         state = self._state.select(self._rows([stream]))
-        for first in range(0, frames, self._chunks.frames):
+        for first in range(0, frames, self._chunks.step):
             count = min(self._chunks.frames, frames - first)
             wav_S = np.zeros(self._chunk_samples, np.float32)
             start = first * self.model.encoder.stride_samples
             chunk_S = rest_S[start : start + self._chunk_samples]
             wav_S[: len(chunk_S)] = chunk_S
             log_probs_1TV, state = self._forward(wav_S[None], state, count)
-            if not np.isfinite(log_probs_1TV[:, :count]).all():
+            log_probs_TV = log_probs_1TV[0, :count]
+            if not np.isfinite(log_probs_TV).all():
                 self._close(stream, self._not_finite())
                 self._check(stream)
-            self._texts.advance([text], [log_probs_1TV[0, :count]])
+            self._texts.advance([text], [log_probs_TV])
         return self._texts.transcript(text, duration_s)
 
     def _forward(

@@ -88,33 +88,37 @@ class ConmambaEncoderLayer(nn.Module):
 
         The state of the mixer carries the whole past: ``left_context_size`` does not limit it.
         """
-        return self.forward_streaming(x_BTD, surroundings, None)[0]
+        state = None
+        if surroundings.ahead:
+            state = self.initial_state(surroundings.num_items(x_BTD), surroundings.chunks)
+        return self.forward_streaming(x_BTD, surroundings, state)[0]
 
     def forward_streaming(
         self, x_BTD: Tensor, surroundings: Surroundings, state: ConmambaLayerState | None
     ) -> tuple[Tensor, ConmambaLayerState | None]:
         """Applies the layer to the next chunk of streams, or to whole utterances (None)."""
         padding_BT, lengths_B = surroundings.padding_BT, surroundings.lengths_B
+        ahead = surroundings.ahead
         if state is not None and lengths_B is None and self.fused and self.fused.takes(x_BTD):
             x_BTD, conv, ssm, conv_BPD = self.fused(
-                x_BTD, state.mamba.conv, state.mamba.ssm, state.conv_BPD
+                x_BTD, state.mamba.conv, state.mamba.ssm, state.conv_BPD, ahead
             )
             return x_BTD, ConmambaLayerState(MambaState(conv, ssm), conv_BPD)
         mask_BT1 = None if padding_BT is None else padding_BT.unsqueeze(-1)
         x_BTD = torch.add(x_BTD, self.ffn_module1(x_BTD), alpha=0.5)
-        mixed_BTD, mamba = self.mamba(
+        mixed_BTD, mamba = self.mamba.forward_in_chunks(
             self.norm1(x_BTD),
             lengths_B,
             None if state is None else state.mamba,
             chunk_size=surroundings.chunk_size,
-            return_state=True,
+            ahead=ahead,
         )
         x_BTD = x_BTD + mixed_BTD
         if state is None:
             x_BTD = x_BTD + self.convolution_module(x_BTD, mask_BT1, surroundings.chunks)
         else:
             convolved_BTD, conv_BPD = self.convolution_module.forward_streaming(
-                x_BTD, state.conv_BPD, mask_BT1, lengths_B
+                x_BTD, state.conv_BPD, mask_BT1, lengths_B, ahead
             )
             x_BTD, state = x_BTD + convolved_BTD, ConmambaLayerState(mamba, conv_BPD)
         x_BTD = torch.add(x_BTD, self.ffn_module2(x_BTD), alpha=0.5)

@@ -136,6 +136,9 @@ class TransformerASR(SpeechBrainTransformerASR):
             attention with RelPosMHAXL. Published models do without.
         causal_convolution: in the convolution of Conformer and ConMamba no frame sees a later one,
             so that the end of a chunk changes nothing in it.
+        chunk_lookahead: share of a chunk that the next one computes again, in ConMamba and Mamba:
+            0.25 gives frames of a chunk at least a quarter of its length to hear how a sound goes
+            on.
 
     Raises:
         ValueError: an unknown name, options that contradict each other, or one that the encoder
@@ -181,6 +184,7 @@ class TransformerASR(SpeechBrainTransformerASR):
         self_conditioning: bool = False,
         signed_positions: bool = False,
         causal_convolution: bool = False,
+        chunk_lookahead: float = 0.0,
     ):
         lookup(ENCODERS, encoder_module, "encoder_module")
         decoder_class = lookup(DECODERS, decoder_module, "decoder_module")
@@ -265,6 +269,7 @@ class TransformerASR(SpeechBrainTransformerASR):
             "attention_type": attention_type,
             "causal": causal,
             "causal_convolution": causal_convolution,
+            "chunk_lookahead": chunk_lookahead,
             "layerdrop_prob": layerdrop_prob,
             "gradient_checkpointing": gradient_checkpointing,
             "conditioned_layers": inter_ctc_layers if self_conditioning else (),
@@ -489,6 +494,10 @@ class TransformerASR(SpeechBrainTransformerASR):
         )
         return EncoderState(clock_B, self.encoder.initial_states(batch_size, chunks))
 
+    def step_frames(self, chunks: DynChunkTrainConfig) -> int:
+        """Frames from the beginning of a chunk to that of the next one."""
+        return chunks.chunk_size - self.encoder.ahead_frames(chunks)
+
     def encode_chunk(
         self,
         src: Tensor,
@@ -499,7 +508,8 @@ class TransformerASR(SpeechBrainTransformerASR):
         """Encodes the next chunk of streams: the frames of ``encode`` over the whole of each.
 
         A row of no frames is held: its state stays. With chunks, a row of fewer frames than
-        ``chunks.chunk_size`` is the end of its stream.
+        ``chunks.chunk_size`` is the end of its stream. Chunks may overlap: the next one begins
+        ``step_frames`` behind the beginning of this one.
 
         Args:
             src: at most ``chunks.chunk_size`` frames (batch, time, features) or (batch, time,
@@ -509,7 +519,8 @@ class TransformerASR(SpeechBrainTransformerASR):
             chunks: those of ``state``.
 
         Returns:
-            encoder output (batch, time, d_model), and the next state.
+            encoder output (batch, time, d_model) of the frames that the next chunk does not begin
+            with, and the next state.
 
         Raises:
             ValueError: more frames than absolute positions reach.
@@ -519,10 +530,13 @@ class TransformerASR(SpeechBrainTransformerASR):
         x_BTD, pos_embs = self._with_positions(
             self.custom_src_module(src), state.num_frames_B, self._num_left(chunks)
         )
-        surroundings = Surroundings(None, padding_BT, num_frames_B, pos_embs, chunks)
+        own = num_new if chunks is None else min(num_new, self.step_frames(chunks))
+        surroundings = Surroundings(
+            None, padding_BT, num_frames_B, pos_embs, chunks, ahead=num_new - own
+        )
         out_BTD, layers = self.encoder.forward_streaming(x_BTD, surroundings, state.layers)
-        clock_B = state.num_frames_B + (num_new if num_frames_B is None else num_frames_B)
-        return out_BTD, EncoderState(clock_B, layers)
+        num_own_B = own if num_frames_B is None else num_frames_B.clamp(max=own)
+        return out_BTD[:, :own], EncoderState(state.num_frames_B + num_own_B, layers)
 
     def _num_left(self, chunks: DynChunkTrainConfig | None) -> int:
         """Frames before a chunk that attention sees."""
@@ -573,18 +587,17 @@ class TransformerASR(SpeechBrainTransformerASR):
         if context.encoder_context is None:
             context.encoder_context = self.initial_state(len(src), chunks)
         context.finished = final
-        ready, chunk_size = src.shape[1], max(src.shape[1], 1)
+        step = chunk_size = max(src.shape[1], 1)
         if chunks is not None:
-            chunk_size = chunks.chunk_size
-            if not final:
-                ready -= ready % chunk_size
-        context.pending_BTF = src[:, ready:] if ready < src.shape[1] else None
+            chunk_size, step = chunks.chunk_size, self.step_frames(chunks)
         outputs = [src.new_zeros(src.shape[0], 0, self.d_model)]
-        for chunk in src[:, :ready].split(chunk_size, dim=1) if ready else ():
+        while src.shape[1] >= (1 if final else chunk_size):
             out_BTD, context.encoder_context = self.encode_chunk(
-                chunk, context.encoder_context, chunks=chunks
+                src[:, :chunk_size], context.encoder_context, chunks=chunks
             )
             outputs.append(out_BTD)
+            src = src[:, step:]
+        context.pending_BTF = src if src.shape[1] else None
         return torch.cat(outputs, dim=1)
 
     def _decoded(

@@ -9,8 +9,8 @@ from speechbrain.nnet.attention import PositionalwiseFeedForward
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 
+from modules.overlapping_chunks import before_and_after
 from modules.plain_layers import is_plain, runs_its_class
-from modules.stream_state import last_frames
 from ops import checks
 
 
@@ -117,22 +117,28 @@ class ConvolutionModule(SpeechBrainConvolutionModule):
         left_BPD: Tensor,
         mask: Tensor | None = None,
         num_frames_B: Tensor | None = None,
+        ahead: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Convolves the next chunk of streams: ``forward`` over the streams, cut at chunks' ends.
+        """Convolves the next chunks of streams: ``forward`` over the streams, cut at chunks' ends.
 
         Args:
-            x: a chunk (batch, time, d_model); of a causal module any number of frames.
+            x: a chunk (batch, time, d_model), or for every row of ``left_BPD`` so many, one after
+                the other; of a causal module any number of frames.
             left_BPD: what the previous call returned; zeros (batch, padding, d_model) before it.
             mask: as in ``forward``.
             num_frames_B: how many frames of each row are not padding, integers; None means all.
+            ahead: frames at the end of a chunk that the next one begins with.
 
         Returns:
-            the output, and the last inputs of the depthwise convolution.
+            the output, and the last inputs of the depthwise convolution before what comes next.
         """
-        seen_BLD = torch.cat([left_BPD, self._gated(x, mask)], dim=1)
+        gated_BTD, own = self._gated(x, mask), x.shape[1] - ahead
+        num_own_B = None if num_frames_B is None else num_frames_B.clamp(max=own)
+        left_BPD, last_BPD = before_and_after(left_BPD, gated_BTD[:, :own], num_own_B)
+        seen_BLD = torch.cat([left_BPD, gated_BTD], dim=1)
         padded_BLD = seen_BLD if self.causal else F.pad(seen_BLD, (0, 0, 0, self.padding))
         out = self._after(self._depthwise(padded_BLD), mask)
-        return out, last_frames(seen_BLD, self.padding, num_frames_B)
+        return out, last_BPD
 
     def _after(self, x_BTD: Tensor, mask: Tensor | None) -> Tensor:
         x_BTD = self.after_conv(x_BTD)

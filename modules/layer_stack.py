@@ -13,7 +13,8 @@ from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modules.lengths import valid_lengths
+from modules.lengths import padding_mask, valid_lengths
+from modules.overlapping_chunks import OverlappingChunks
 from modules.self_conditioning import SelfConditioning
 from modules.stream_state import StreamState
 
@@ -28,6 +29,9 @@ class Surroundings:
         lengths_B: the same as frame counts.
         pos_embs: relative positions (1, 2 time - 1, d_model), wanted by RelPosMHAXL.
         chunks: for convolutions and mixers; ``src_mask`` cuts the attention.
+        ahead: frames at the end of each row that the next chunk begins with; where there are any,
+            each chunk is a row, and the rows of an item follow one another.
+        chunks_per_item: how many these are.
     """
 
     src_mask: Tensor | None = None
@@ -35,6 +39,12 @@ class Surroundings:
     lengths_B: Tensor | None = None
     pos_embs: Tensor | None = None
     chunks: DynChunkTrainConfig | None = None
+    ahead: int = 0
+    chunks_per_item: int = 1
+
+    def num_items(self, rows_RLD: Tensor) -> int:
+        """Items that these rows belong to."""
+        return len(rows_RLD) // self.chunks_per_item
 
     @property
     def chunk_size(self) -> int | None:
@@ -64,11 +74,14 @@ class LayerStack(nn.Module):
         conditioned_layers: layers, counted from 1, whose output probabilities are told to those
             above them, see ``SelfConditioning``.
         num_tokens: how many outputs those have.
+        chunk_lookahead: share of a chunk, below 1, that the next one begins with: the last frames
+            are computed once more there, and the others have heard what comes behind them.
         **layer_options: of ``layer_class``, beside d_model and causal.
     """
 
     layer_class: type[nn.Module]
     takes_chunks = True
+    takes_lookahead = False
 
     def __init__(
         self,
@@ -79,9 +92,15 @@ class LayerStack(nn.Module):
         gradient_checkpointing: bool = False,
         conditioned_layers: Collection[int] = (),
         num_tokens: int = 0,
+        chunk_lookahead: float = 0.0,
         **layer_options: Any,
     ):
         super().__init__()
+        if not 0 <= chunk_lookahead < 1:
+            raise ValueError(
+                f"chunk_lookahead is {chunk_lookahead}; wanted a share, from 0 to below 1."
+            )
+        self.chunk_lookahead = chunk_lookahead if self.takes_lookahead else 0.0
         self.causal = causal
         self.layerdrop_prob = layerdrop_prob
         # Set by a trainer whose processes must leave out the same layers.
@@ -134,15 +153,25 @@ class LayerStack(nn.Module):
                 f"intermediate_layers holds {beyond}; this encoder has layers 1 to "
                 f"{len(self.layers)}."
             )
+        frames, ahead = src.shape[1], self.ahead_frames(dynchunktrain_config)
+        lengths_B, overlapping = valid_lengths(src_key_padding_mask), None
+        x_BTD, inner = src, []
+        if dynchunktrain_config is not None and ahead:
+            overlapping = OverlappingChunks(dynchunktrain_config.chunk_size - ahead, ahead)
+            if lengths_B is None:
+                lengths_B = torch.full(src.shape[:1], frames, device=src.device)
+            x_BTD, lengths_B = overlapping.split(src), overlapping.lengths(lengths_B, frames)
+            src_key_padding_mask = padding_mask(lengths_B, x_BTD.shape[1])
         surroundings = Surroundings(
             src_mask,
             src_key_padding_mask,
-            valid_lengths(src_key_padding_mask),
+            lengths_B,
             pos_embs,
             dynchunktrain_config,
+            ahead,
+            1 if overlapping is None else overlapping.count(frames),
         )
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        x_BTD, inner = src, []
         for depth, layer in enumerate(self.layers, start=1):
             if not self._dropped():
                 if recompute:
@@ -152,7 +181,14 @@ class LayerStack(nn.Module):
             if depth in intermediate_layers:
                 inner.append(self.norm(x_BTD))
             x_BTD = self._conditioned(x_BTD, depth)
-        return self.norm(x_BTD), inner
+        out_BTD = self.norm(x_BTD)
+        if overlapping is not None:
+            out_BTD, *inner = (overlapping.join(x, frames) for x in (out_BTD, *inner))
+        return out_BTD, inner
+
+    def ahead_frames(self, chunks: DynChunkTrainConfig | None) -> int:
+        """Frames at the end of such a chunk that the next one begins with."""
+        return 0 if chunks is None else int(chunks.chunk_size * self.chunk_lookahead)
 
     def forward_streaming(
         self, x_BTD: Tensor, surroundings: Surroundings, layers: Sequence[StreamState]

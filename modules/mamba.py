@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from modules.mamba_modules import DirectionModules, mamba_inner_of_modules
+from modules.mamba_modules import DirectionModules, mamba_inner_of_modules, states_of_chunks
 from modules.stream_state import StreamState, stream_state
 from ops.mamba_inner import Direction, mamba_inner_fn, mamba_inner_step
 
@@ -239,6 +239,67 @@ class Mamba(nn.Module):
             )
         if state is not None:
             self._check_state(state, x_BTD.shape[0])
+        xz_BTF = self.in_proj(x_BTD)
+        y_BTE, state = self._mix(xz_BTF, lengths, state, chunk_size, return_state)
+        y_BTD = self.out_proj(y_BTE)
+        if not return_state:
+            return y_BTD
+        assert state is not None
+        return y_BTD, state
+
+    def forward_in_chunks(
+        self,
+        x_RLD: Tensor,
+        lengths_R: Tensor | None,
+        state: MambaState | None,
+        *,
+        chunk_size: int | None,
+        ahead: int = 0,
+    ) -> tuple[Tensor, MambaState]:
+        """``forward``, or the same of chunks whose last frames the next one mixes again.
+
+        The backward direction then begins at the end of each row, and the forward one goes on where
+        the next row begins.
+
+        Args:
+            x_RLD: of overlapping chunks one row each, the same number for every row of ``state``,
+                one after the other; else as in ``forward``.
+            lengths_R: valid frames of each row, integers; None means all.
+            state: before the first chunk of each stream; None, where none overlap, starts with
+                silence behind.
+            chunk_size: as in ``forward``.
+            ahead: frames at the end of a row that the next one begins with.
+
+        Returns:
+            y (R, L, D), and the state before what comes next of each stream.
+        """
+        if not ahead:
+            mixed = self.forward(x_RLD, lengths_R, state, chunk_size=chunk_size, return_state=True)
+            return cast(tuple[Tensor, MambaState], mixed)
+        assert state is not None
+        own = x_RLD.shape[1] - ahead
+        xz_RLF = self.in_proj(x_RLD)
+        before, after = states_of_chunks(
+            xz_RLF[:, :own, : self.d_inner],
+            self._modules_of(""),
+            state.conv,
+            state.ssm,
+            d_conv=self.d_conv,
+            lengths=None if lengths_R is None else lengths_R.clamp(max=own),
+            backend=self.backend,
+        )
+        y_RLE, _ = self._mix(xz_RLF, lengths_R, MambaState(*before), x_RLD.shape[1], False)
+        return self.out_proj(y_RLE), MambaState(*after)
+
+    def _mix(
+        self,
+        xz_BTF: Tensor,
+        lengths: Tensor | None,
+        state: MambaState | None,
+        chunk_size: int | None,
+        return_state: bool,
+    ) -> tuple[Tensor, MambaState | None]:
+        """What lies between the projections, of all directions."""
         directions = [self._modules_of(suffix) for suffix in self._suffixes()]
         options: dict[str, Any] = {
             "lengths": lengths,
@@ -247,7 +308,6 @@ class Mamba(nn.Module):
             "chunk_size": chunk_size if self.bidirectional else None,
             "backend": self.backend,
         }
-        xz_BTF = self.in_proj(x_BTD)
         if all(direction.are_plain() for direction in directions):
             y_BTE, conv_state, ssm_state = mamba_inner_fn(
                 xz_BTF, *map(_weights, directions), return_state=return_state, **options
@@ -256,12 +316,9 @@ class Mamba(nn.Module):
             y_BTE, conv_state, ssm_state = mamba_inner_of_modules(
                 xz_BTF, *directions, d_conv=self.d_conv, **options
             )
-        y_BTD = self.out_proj(y_BTE)
-        if not return_state:
-            return y_BTD
-        assert conv_state is not None
-        assert ssm_state is not None
-        return y_BTD, MambaState(conv_state, ssm_state)
+        if conv_state is None or ssm_state is None:
+            return y_BTE, None
+        return y_BTE, MambaState(conv_state, ssm_state)
 
     @torch.no_grad()
     def forward_in_pieces(

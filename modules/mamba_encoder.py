@@ -51,18 +51,21 @@ class MambaEncoderLayer(nn.Module):
 
     def forward(self, x_BTD: Tensor, surroundings: Surroundings) -> Tensor:
         """Applies the layer; chunks cut the backward direction of the mixer."""
-        return self.forward_streaming(x_BTD, surroundings, None)[0]
+        state = None
+        if surroundings.ahead:
+            state = self.initial_state(surroundings.num_items(x_BTD), surroundings.chunks)
+        return self.forward_streaming(x_BTD, surroundings, state)[0]
 
     def forward_streaming(
         self, x_BTD: Tensor, surroundings: Surroundings, state: MambaState | None
     ) -> tuple[Tensor, MambaState]:
         """Applies the layer to the next chunk of streams, or to whole utterances (None)."""
-        mixed_BTD, state = self.mamba(
+        mixed_BTD, state = self.mamba.forward_in_chunks(
             self.norm1(x_BTD),
             surroundings.lengths_B,
             state,
             chunk_size=surroundings.chunk_size,
-            return_state=True,
+            ahead=surroundings.ahead,
         )
         return self._fed_forward(x_BTD + self.dropout1(mixed_BTD)), state
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.lengths import padding_mask
+from modules.overlapping_chunks import before_and_after, carried
 from modules.plain_layers import is_plain
 from ops.causal_conv1d import causal_conv1d_fn
 from ops.causal_conv1d.dispatch import BACKENDS as CONV_BACKENDS
@@ -71,6 +72,55 @@ def mamba_inner_of_modules(
         )
         y_BET = (y_BET + y_backward_BET) * 0.5
     return y_BET.transpose(1, 2), last_conv, last_ssm
+
+
+def states_of_chunks(
+    x_RHE: Tensor,
+    direction: DirectionModules,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    *,
+    d_conv: int,
+    lengths: Tensor | None,
+    backend: str,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The states (conv, ssm) of the forward direction before every chunk, and after all.
+
+    Every chunk is scanned from nothing. The scan is linear in its state, so that what came before a
+    chunk decays by exp(A) to the power of all its step sizes, and is added.
+
+    Args:
+        x_RHE: input of the mixer's convolution, the chunks of every item in succession.
+        conv_state: (B, E, W-1), before the first chunk of each item.
+        ssm_state: (B, E, N), the same.
+        lengths: valid frames of each row (R,), integers; None means all.
+        Others as in ``mamba_inner_of_modules``.
+    """
+    conv_RKE, last_conv_BKE = before_and_after(conv_state.transpose(1, 2), x_RHE, lengths)
+    conv_REK, x_REH = conv_RKE.transpose(1, 2), x_RHE.transpose(1, 2)
+    u_REH, _ = _convolved(direction.conv1d, x_REH, d_conv, lengths, conv_REK, backend)
+    delta_REH, bias, B, C = _projected(direction, u_REH)
+    A = _decay_rates(direction)
+    _, added_REN = selective_scan_fn(
+        u_REH,
+        delta_REH,
+        A,
+        B,
+        C,
+        delta_bias=bias,
+        delta_softplus=True,
+        return_last_state=True,
+        lengths=lengths,
+        backend=backend,
+    )
+    steps_REH = delta_REH.to(added_REN.dtype)
+    steps_REH = F.softplus(steps_REH if bias is None else steps_REH + bias[:, None])
+    gains_REN = torch.exp(_without_padding(steps_REH, lengths).sum(-1, keepdim=True) * A)
+    rows = len(ssm_state), -1
+    states_BCEN, last_BEN = carried(
+        gains_REN.unflatten(0, rows), added_REN.unflatten(0, rows), ssm_state.to(added_REN.dtype)
+    )
+    return (conv_REK, states_BCEN.flatten(0, 1)), (last_conv_BKE.transpose(1, 2), last_BEN)
 
 
 def _convolved(
@@ -143,6 +193,27 @@ def _scanned(
     direction: DirectionModules, u_BET: Tensor, z_BET: Tensor, **options
 ) -> tuple[Tensor, Tensor]:
     """Gated output and last state of the scan; ``options`` as in ``selective_scan_fn``."""
+    delta_BET, bias, B, C = _projected(direction, u_BET)
+    outputs = selective_scan_fn(
+        u_BET,
+        delta_BET,
+        _decay_rates(direction),
+        B,
+        C,
+        direction.D,
+        z_BET,
+        bias,
+        delta_softplus=True,
+        return_last_state=True,
+        **options,
+    )
+    return cast(tuple[Tensor, Tensor], outputs)
+
+
+def _projected(
+    direction: DirectionModules, u_BET: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Step sizes before softplus, the bias that is still to be added to them, B and C."""
     state = direction.A_log.shape[1]
     projected = direction.x_proj(u_BET.transpose(1, 2))
     dt, B, C = projected.split([projected.shape[-1] - 2 * state, state, state], dim=-1)
@@ -152,18 +223,9 @@ def _scanned(
         delta_BTE, bias = F.linear(dt, dt_proj.weight.to(dt.dtype)), dt_proj.bias
     else:
         delta_BTE, bias = dt_proj(dt), None
+    return delta_BTE.transpose(1, 2), bias, B.transpose(1, 2), C.transpose(1, 2)
+
+
+def _decay_rates(direction: DirectionModules) -> Tensor:
     exact = torch.promote_types(direction.A_log.dtype, torch.float32)
-    outputs = selective_scan_fn(
-        u_BET,
-        delta_BTE.transpose(1, 2),
-        -torch.exp(direction.A_log.to(exact)),
-        B.transpose(1, 2),
-        C.transpose(1, 2),
-        direction.D,
-        z_BET,
-        bias,
-        delta_softplus=True,
-        return_last_state=True,
-        **options,
-    )
-    return cast(tuple[Tensor, Tensor], outputs)
+    return -torch.exp(direction.A_log.to(exact))

@@ -12,6 +12,8 @@ from modules.layer_stack import LayerStack, pieces_of
 class MambaLayerStack(LayerStack):
     """An encoder whose layers keep all the past in a state of constant size."""
 
+    takes_lookahead = True
+
     @torch.no_grad()
     def forward_in_pieces(
         self,

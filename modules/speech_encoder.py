@@ -221,6 +221,10 @@ class SpeechEncoder(nn.Module):
                 f"encoder frame of {self.stride_samples} samples lasts; take a shorter transform."
             )
 
+    def step_frames(self, chunks: DynChunkTrainConfig) -> int:
+        """Encoder frames from the beginning of a chunk to that of the next one."""
+        return self.Transformer.step_frames(chunks)
+
     @property
     def lead_samples(self) -> int:
         """Zeros that stand before the first sample of a stream.
@@ -259,6 +263,9 @@ class SpeechEncoder(nn.Module):
     ) -> tuple[Tensor, SpeechEncoderState]:
         """The next chunk of streams: the frames of ``forward`` over the whole of each.
 
+        The next chunk begins ``step_frames`` behind this one: where the network looks ahead, it has
+        some of the same samples.
+
         Args:
             wav_BS: the next samples, ``stride_samples`` for each frame of the chunk; a stream
                 begins with ``lead_samples`` zeros, and zeros fill up its last chunk.
@@ -268,9 +275,15 @@ class SpeechEncoder(nn.Module):
             chunks: those of ``state``.
 
         Returns:
-            ``encoder_out_BTD``, and the next state.
+            ``encoder_out_BTD`` of at most ``step_frames`` frames, and the next state.
         """
-        num_samples_B = None if num_frames_B is None else num_frames_B * self.stride_samples
+        num_own_B = num_frames_B
+        if chunks is not None and self.step_frames(chunks) < chunks.chunk_size:
+            if num_own_B is None:
+                frames = wav_BS.shape[1] // self.stride_samples
+                num_own_B = torch.full_like(state.encoder.num_frames_B, frames)
+            num_own_B = num_own_B.clamp(max=self.step_frames(chunks))
+        num_samples_B = None if num_own_B is None else num_own_B * self.stride_samples
         with torch.autocast(wav_BS.device.type, enabled=False):
             feats_BTM, samples_BS = self.compute_features.forward_streaming(
                 wav_BS, state.samples_BS, num_samples_B
@@ -278,7 +291,7 @@ class SpeechEncoder(nn.Module):
             feats_BTM = self.normalize(feats_BTM)
         is_first_B = state.encoder.num_frames_B == 0
         frames_BTFC, front_end = self.CNN.forward_streaming(
-            feats_BTM, state.front_end, is_first_B, num_frames_B
+            feats_BTM, state.front_end, is_first_B, num_own_B
         )
         encoder_out_BTD, encoder = self.Transformer.encode_chunk(
             frames_BTFC, state.encoder, num_frames_B, chunks

@@ -210,6 +210,8 @@ STREAMING = {
     "Transformer.kernel_size",
     "causal_convolution",
     "Transformer.causal_convolution",
+    "chunk_lookahead",
+    "Transformer.chunk_lookahead",
     "dynchunktrain_config_sampler",
     "compute_features",
     "CNN",

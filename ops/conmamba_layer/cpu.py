@@ -158,9 +158,17 @@ class Layer:
         return 0 < x_BTD.shape[1] <= MAX_FRAMES and len(x_BTD) > 0 and chunk_cpu.fits(x_BTD)
 
     def __call__(
-        self, x_BTD: Tensor, conv_state: Tensor, ssm_state: Tensor, seen_BLD: Tensor
+        self,
+        x_BTD: Tensor,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        seen_BLD: Tensor,
+        ahead: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The output, and the next states of the mixer's convolution, its scan and the module."""
+        """The output, and the next states of the mixer's convolution, its scan and the module.
+
+        These are the states before the last ``ahead`` frames, fewer than all.
+        """
         y_BTD = x_BTD.clone(memory_format=torch.contiguous_format)
         conv_state, ssm_state, seen_BLD = (
             state.contiguous() for state in (conv_state, ssm_state, seen_BLD)
@@ -174,7 +182,9 @@ class Layer:
             y_BTD.data_ptr(),
             seen_BLD.data_ptr(),
             next_seen_BLD.data_ptr(),
-            self._directions.chunk(batch, frames, conv_state, ssm_state, next_conv, next_ssm),
+            self._directions.chunk(
+                batch, frames, conv_state, ssm_state, next_conv, next_ssm, ahead=ahead
+            ),
         )
         _kernel.load().conmamba_layer(ctypes.byref(streams))
         return y_BTD, next_conv, next_ssm, next_seen_BLD

@@ -189,7 +189,7 @@ struct Work {
                  load_some(inputs + (t + j) * width + e, n);
         store_some(normed + (item * frames + t) * width + e, sum, n);
       }
-    std::copy_n(inputs + frames * width, left * width, s.next_seen + item * left * width);
+    std::copy_n(inputs + s.mixer.kept * width, left * width, s.next_seen + item * left * width);
   }
 
   const Streams& s;

@@ -17,7 +17,8 @@ struct Way {
 };
 
 struct Chunk {
-  int64_t batch, frames, dim, state, rank, taps, directions;
+  // The next states are those after ``kept`` frames.
+  int64_t batch, frames, kept, dim, state, rank, taps, directions;
   const float* xz;  // (batch, frames, 2 dim): input, gate
   Way ways[2];
   const float* conv_state;  // (batch, dim, taps - 1)
@@ -100,12 +101,13 @@ struct Room {
     projected = scratch.take(chunk.frames * ceil_divide(chunk.rank + 2 * chunk.state, W));
     before = reinterpret_cast<float*>(scratch.take((chunk.taps - 1) * blocks));
     h = scratch.take(chunk.state);
+    kept = scratch.take(chunk.state);
     // Inputs of the convolution by age: those of frames, behind those before the first.
     inputs = reinterpret_cast<const float**>(
         scratch.take(ceil_divide((chunk.frames + chunk.taps - 1) * 2, W)));
   }
 
-  vf *u, *projected, *h;
+  vf *u, *projected, *h, *kept;
   float* before;
   const float** inputs;
 };
@@ -170,8 +172,11 @@ void scan(const Chunk& chunk, const Parameters& parameters, const Room& room, in
     const vf out = (sums[0] + sums[1] + (sums[2] + sums[3])) * gate * sigmoid(gate) * share;
     float* y = chunk.y + at * chunk.dim + first;
     store_some(y, second ? out + load_some(y, n) : out, n);
+    if (!second && t + 1 == chunk.kept) {
+      std::copy_n(h, states, room.kept);
+      store_state(chunk.next_ssm_state + state, n, states, room.kept);
+    }
   }
-  if (!second) store_state(chunk.next_ssm_state + state, n, states, h);
 }
 
 // One direction over all frames of an item; the second one, which adds, starts from nothing.
@@ -202,7 +207,7 @@ void run(const Chunk& chunk, const Parameters& parameters, const Room& room, int
   if (second) return;
   float* next_conv = chunk.next_conv_state + item * dim * before;
   for (int64_t j = 0; j < before; ++j)
-    for (int64_t e = 0; e < dim; ++e) next_conv[e * before + j] = room.inputs[frames + j][e];
+    for (int64_t e = 0; e < dim; ++e) next_conv[e * before + j] = room.inputs[chunk.kept + j][e];
 }
 
 }  // namespace

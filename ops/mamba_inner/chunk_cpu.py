@@ -28,8 +28,8 @@ class _Way(ctypes.Structure):
 
 class Chunk(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "frames", "dim", "state", "rank", "taps")),
-        ("directions", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("batch", "frames", "kept", "dim", "state", "rank")),
+        *((name, ctypes.c_int64) for name in ("taps", "directions")),
         ("xz", ctypes.c_void_p),
         ("ways", _Way * 2),
         *((name, ctypes.c_void_p) for name in ("conv_state", "ssm_state", "y")),
@@ -73,12 +73,17 @@ class Directions:
         next_ssm: Tensor,
         xz: int | None = None,
         y: int | None = None,
+        ahead: int = 0,
     ) -> Chunk:
-        """A call for so many frames; ``xz`` and ``y`` are addresses, the states contiguous."""
+        """A call for so many frames; ``xz`` and ``y`` are addresses, the states contiguous.
+
+        The next states are those before the last ``ahead`` frames, fewer than all.
+        """
         _, dim, state = ssm_state.shape
         return Chunk(
             batch,
             frames,
+            frames - ahead,
             dim,
             state,
             self._rank,

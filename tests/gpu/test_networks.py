@@ -1,7 +1,9 @@
 """Networks give on a GPU what they give on the CPU, and in a batch what they give alone."""
 
+import pytest
 import torch
 from speechbrain.processing.features import InputNormalization
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from modules.features import Fbank
 from modules.frontend import ConvolutionFrontEnd
@@ -18,10 +20,11 @@ LENGTHS = [37, 20, 9, 1]
 BINS = 12
 
 
-def encode(network, x_BTD, lengths_B, device):
+def encode(network, x_BTD, lengths_B, device, chunks=None):
     """Outputs of each item, and the gradients of all parameters, on the CPU."""
     network, x_BTD, lengths_B = network.to(device), x_BTD.to(device), lengths_B.to(device)
-    out_BTD = network.encode(x_BTD, relative_lengths(lengths_B, x_BTD.shape[1]))
+    wav_len = relative_lengths(lengths_B, x_BTD.shape[1])
+    out_BTD = network.encode(x_BTD, wav_len, dynchunktrain_config=chunks)
     outputs = [out[:length] for out, length in zip(out_BTD, lengths_B.tolist(), strict=True)]
     sum(out.sin().sum() for out in outputs).backward()
     found = {name: gradient.cpu() for name, gradient in gradients(network).items()}
@@ -37,6 +40,15 @@ def test_an_encoder_is_that_of_the_cpu(device):
     batch = padded_batch(LENGTHS)
     wanted, wanted_gradients = encode(small_network("conmamba"), *batch, torch.device("cpu"))
     found, found_gradients = encode(small_network("conmamba"), *batch, device)
+    assert_same_outputs(found, wanted)
+    assert_same_gradients(found_gradients, wanted_gradients)
+
+
+@pytest.mark.parametrize("encoder", ["conmamba", "conmamba-lookahead", "mamba-lookahead"])
+def test_an_encoder_in_chunks_is_that_of_the_cpu(device, encoder):
+    batch, chunks = padded_batch(LENGTHS), DynChunkTrainConfig(8)
+    wanted, wanted_gradients = encode(small_network(encoder), *batch, torch.device("cpu"), chunks)
+    found, found_gradients = encode(small_network(encoder), *batch, device, chunks)
     assert_same_outputs(found, wanted)
     assert_same_gradients(found_gradients, wanted_gradients)
 

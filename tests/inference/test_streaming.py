@@ -26,6 +26,7 @@ MODELS = {
     "conmamba": {"seed": 62},
     "conformer": {"encoder_module": "conformer"},
     "mamba": {"encoder_module": "mamba"},
+    "no lookahead": {"chunk_lookahead": 0.0},
     "causal": CAUSAL,
 }
 SPEECH = Path(__file__).parents[3] / "shared" / "speech"
@@ -259,7 +260,8 @@ def test_the_samples_that_are_needed_follow_from_the_model(streaming, num_sample
     frames = asr.model.encoder.num_frames(num_samples)
 
     def encoded(samples):
-        return (samples + asr._lead_samples) // asr._chunk_samples * asr._chunks.frames
+        behind = samples + asr._lead_samples - asr._chunk_samples
+        return (behind // asr._step_samples + 1) * asr._chunks.step if behind >= 0 else 0
 
     needed = asr.samples_needed(num_samples)
     assert needed <= asr._chunk_samples

@@ -12,7 +12,8 @@ from torch import nn
 from tests.modules.networks import INPUT_SIZE, small_network
 
 CUTTINGS = st.lists(st.integers(0, 11), min_size=1, max_size=6)
-CHUNKED = ["conformer", "conformer-rope", "conmamba", "conmamba-sine", "mamba"]
+LOOKAHEAD = ["conmamba-lookahead", "mamba-lookahead"]
+CHUNKED = ["conformer", "conformer-rope", "conmamba", "conmamba-sine", "mamba", *LOOKAHEAD]
 CAUSAL = ["conmamba", "conmamba-sine", "mamba"]
 CHUNKS = DynChunkTrainConfig(4, 2)
 
@@ -104,16 +105,17 @@ def test_streams_of_a_batch_start_pause_and_end_as_they_like(encoder, lengths, s
         ]
         # What stands in held rows and behind the end of others is not read.
         src = torch.full((len(lengths), CHUNKS.chunk_size, INPUT_SIZE), 1e3)
+        step = network.step_frames(CHUNKS)
         for row, (source, at, count) in enumerate(zip(sources, done, counts, strict=True)):
             src[row, :count] = source[0, at : at + count]
         held = [x.clone() for x in state.tensors()]
         out, state = network.encode_chunk(src, state, torch.tensor(counts), CHUNKS)
         for row, count in enumerate(counts):
-            outputs[row].append(out[row, :count])
+            outputs[row].append(out[row, : min(count, step)])
             if not count:
                 pairs = zip(held, state.tensors(), strict=True)
                 assert all(torch.equal(before[row], after[row]) for before, after in pairs)
-        done = [at + count for at, count in zip(done, counts, strict=True)]
+        done = [at + min(count, step) for at, count in zip(done, counts, strict=True)]
         assert state.num_frames_B.tolist() == done
     for source, pieces in zip(sources, outputs, strict=True):
         wanted = network.encode(source, dynchunktrain_config=CHUNKS)[0]
@@ -125,7 +127,7 @@ def test_streams_of_a_batch_start_pause_and_end_as_they_like(encoder, lengths, s
 def test_rows_are_selected_reset_held_and_put(encoder):
     network = small_network(encoder)
     initial = network.initial_state(3, CHUNKS)
-    src = torch.randn(3, 4, INPUT_SIZE)
+    src, step = torch.randn(3, 4, INPUT_SIZE), network.step_frames(CHUNKS)
     _, state = network.encode_chunk(src, initial, chunks=CHUNKS)
 
     def outputs(state):
@@ -138,7 +140,7 @@ def test_rows_are_selected_reset_held_and_put(encoder):
         for i in range(2)
     ]
     torch.testing.assert_close(wanted, torch.cat(alone), atol=1e-5, rtol=1e-5)
-    assert state.repeat(2).num_frames_B.tolist() == [4] * 6
+    assert state.repeat(2).num_frames_B.tolist() == [step] * 6
 
     mask = torch.tensor([False, True, False])
     anew = outputs(state.reset(mask))
@@ -149,7 +151,7 @@ def test_rows_are_selected_reset_held_and_put(encoder):
     pool = initial.enlarged(2)
     pool.put(torch.tensor([4, 1]), state.select(rows))
     torch.testing.assert_close(outputs(pool.select(torch.tensor([4, 1, 0])))[:2], wanted)
-    assert pool.num_frames_B.tolist() == [0, 4, 0, 0, 4]
+    assert pool.num_frames_B.tolist() == [0, step, 0, 0, step]
 
 
 @pytest.mark.parametrize("encoder", CHUNKED)
@@ -172,7 +174,7 @@ def test_a_state_goes_through_bytes_and_those_of_others_are_refused(encoder):
         again.from_bytes(newer)
 
 
-@pytest.mark.parametrize("encoder", ["conformer", "conmamba", "mamba"])
+@pytest.mark.parametrize("encoder", ["conformer", "conmamba", "mamba", "conmamba-lookahead"])
 @torch.no_grad()
 def test_a_step_can_be_exported(encoder):
     class Step(nn.Module):

@@ -30,14 +30,16 @@ def layer(width=24, **options) -> ConmambaEncoderLayer:
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("width", [24, 48])
+@pytest.mark.parametrize("ahead", [0, 1, 4])
 @torch.no_grad()
-def test_the_fused_layer_is_the_layer(options, width):
+def test_the_fused_layer_is_the_layer(options, width, ahead):
     plain = layer(width, **options)
     fused = for_streams(plain)
     if fused.fused is None:
         pytest.skip("not compiled here")
-    surroundings = Surroundings(chunks=None if options.get("causal") else CHUNKS)
-    for batch, frames in ((1, 1), (1, 16), (3, 5), (20, 64)):
+    chunks = None if options.get("causal") else CHUNKS
+    surroundings = Surroundings(chunks=chunks, ahead=ahead)
+    for batch, frames in ((1, 1 + ahead), (1, 16), (3, 5), (20, 64)):
         states = [plain.initial_state(batch, CHUNKS)] * 2
         for _ in range(3):
             x_BTD, outputs = torch.randn(batch, frames, width), []

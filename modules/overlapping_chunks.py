@@ -1,0 +1,90 @@
+"""Chunks that end with frames of the next one, so that others hear how their sound goes on.
+
+Letters: B items, C chunks of each, R = B C rows, L frames of a chunk, K frames before it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modules.stream_state import last_frames
+
+
+class OverlappingChunks(NamedTuple):
+    """How an utterance is cut into rows, and put together again.
+
+    Args:
+        step: frames from the beginning of a chunk to that of the next one.
+        ahead: further frames of a chunk, computed once more with the next one.
+    """
+
+    step: int
+    ahead: int
+
+    def count(self, num_frames: int) -> int:
+        """Chunks of an utterance, at least one."""
+        return max(-(-num_frames // self.step), 1)
+
+    def split(self, x_BTD: Tensor) -> Tensor:
+        """Every chunk as a row (R, L, D), those of an item in succession; zeros fill the last."""
+        frames, count = x_BTD.shape[1], self.count(x_BTD.shape[1])
+        padded = F.pad(x_BTD, (0, 0, 0, count * self.step + self.ahead - frames))
+        rows_BCDL = padded.unfold(1, self.step + self.ahead, self.step)
+        return rows_BCDL.transpose(2, 3).flatten(0, 1)
+
+    def lengths(self, lengths_B: Tensor, num_frames: int) -> Tensor:
+        """Valid frames (R,) of the rows."""
+        starts_C = torch.arange(self.count(num_frames), device=lengths_B.device) * self.step
+        return (lengths_B[:, None] - starts_C).clamp(0, self.step + self.ahead).flatten()
+
+    def join(self, rows_RLD: Tensor, num_frames: int) -> Tensor:
+        """The utterances (B, T, D), each frame from the row that it begins in."""
+        rows_BCLD = rows_RLD[:, : self.step].unflatten(0, (-1, self.count(num_frames)))
+        return rows_BCLD.flatten(1, 2)[:, :num_frames]
+
+
+def before_and_after(
+    before_BKD: Tensor, new_RHD: Tensor, lengths_R: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The frames before every chunk (R, K, D), and the last ones of each item (B, K, D).
+
+    Args:
+        before_BKD: those before the first chunk.
+        new_RHD: the chunks, C rows for each item, without what they overlap.
+        lengths_R: how many frames of each count, integers; None means all.
+    """
+    items, kept, _ = before_BKD.shape
+    before_BKD = before_BKD.to(new_RHD.dtype)
+    new_BCHD = new_RHD.unflatten(0, (items, -1))
+    count, step = new_BCHD.shape[1:3]
+    seen_BTD = torch.cat([before_BKD, new_BCHD.flatten(1, 2)], dim=1)
+    rows_BCDK = seen_BTD.unfold(1, kept, step)[:, :count]
+    num_new_B = None if lengths_R is None else lengths_R.unflatten(0, (items, count)).sum(1)
+    return rows_BCDK.transpose(2, 3).flatten(0, 1), last_frames(seen_BTD, kept, num_new_B)
+
+
+def carried(gains_BC: Tensor, added_BC: Tensor, first_B: Tensor) -> tuple[Tensor, Tensor]:
+    """States s[c] = gain[c] s[c-1] + added[c] of all items, in a logarithmic number of steps.
+
+    Args:
+        gains_BC: (B, C, ...).
+        added_BC: the same shape.
+        first_B: (B, ...), the state before the first chunk.
+
+    Returns:
+        the states before each chunk (B, C, ...), and those after the last one (B, ...).
+    """
+    states = torch.cat([first_B[:, None], added_BC], dim=1)
+    # The first gain meets nothing.
+    gains = torch.cat([torch.zeros_like(first_B[:, None]), gains_BC], dim=1)
+    reach = 1
+    while reach < states.shape[1]:
+        later = states[:, reach:] + gains[:, reach:] * states[:, :-reach]
+        states = torch.cat([states[:, :reach], later], dim=1)
+        gains = torch.cat([gains[:, :reach], gains[:, reach:] * gains[:, :-reach]], dim=1)
+        reach *= 2
+    return states[:, :-1], states[:, -1]
