@@ -68,7 +68,7 @@ def before_and_after(
 
 
 def carried(gains_BC: Tensor, added_BC: Tensor, first_B: Tensor) -> tuple[Tensor, Tensor]:
-    """States s[c] = gain[c] s[c-1] + added[c] of all items, in a logarithmic number of steps.
+    """States s[c] = gain[c] s[c-1] + added[c] of all items.
 
     Args:
         gains_BC: (B, C, ...).
@@ -78,13 +78,31 @@ def carried(gains_BC: Tensor, added_BC: Tensor, first_B: Tensor) -> tuple[Tensor
     Returns:
         the states before each chunk (B, C, ...), and those after the last one (B, ...).
     """
-    states = torch.cat([first_B[:, None], added_BC], dim=1)
-    # The first gain meets nothing.
-    gains = torch.cat([torch.zeros_like(first_B[:, None]), gains_BC], dim=1)
-    reach = 1
-    while reach < states.shape[1]:
-        later = states[:, reach:] + gains[:, reach:] * states[:, :-reach]
-        states = torch.cat([states[:, :reach], later], dim=1)
-        gains = torch.cat([gains[:, :reach], gains[:, reach:] * gains[:, :-reach]], dim=1)
-        reach *= 2
-    return states[:, :-1], states[:, -1]
+    if gains_BC.shape[1] == 1:
+        return first_B[:, None], torch.addcmul(added_BC[:, 0], gains_BC[:, 0], first_B)
+    return _Carried.apply(gains_BC, added_BC, first_B)
+
+
+class _Carried(torch.autograd.Function):
+    """One operation for each chunk and way: torch's gradients of slices fill memory with zeros."""
+
+    @staticmethod
+    def forward(ctx, gains_BC: Tensor, added_BC: Tensor, state_B: Tensor) -> tuple[Tensor, Tensor]:
+        before_BC = torch.empty_like(added_BC)
+        for chunk, (gain_B, added_B) in enumerate(
+            zip(gains_BC.unbind(1), added_BC.unbind(1), strict=True)
+        ):
+            before_BC[:, chunk] = state_B
+            state_B = torch.addcmul(added_B, gain_B, state_B)
+        ctx.save_for_backward(gains_BC, before_BC)
+        return before_BC, state_B
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_before_BC: Tensor, grad_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gains_BC, before_BC = ctx.saved_tensors
+        grad_added_BC = torch.empty_like(gains_BC)
+        for chunk in reversed(range(gains_BC.shape[1])):
+            grad_added_BC[:, chunk] = grad_B
+            grad_B = torch.addcmul(grad_before_BC[:, chunk], gains_BC[:, chunk], grad_B)
+        return grad_added_BC * before_BC, grad_added_BC, grad_B
