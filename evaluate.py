@@ -108,9 +108,11 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     from inference.scoring.reports import results_table, run_record, update_results
 
     lengths = dict.fromkeys(arguments.chunk_ms or [math.inf])
+    if arguments.lookahead is not None and set(lengths) <= {math.inf}:
+        raise UserError("--lookahead is of chunks: give their --chunk_ms as well.")
     for chunk_ms in lengths:
         if chunk_ms < math.inf:
-            chunks_of(recognizer.model, chunk_ms)
+            chunks_of(recognizer.model, chunk_ms, lookahead=arguments.lookahead)
 
     record = run_record(
         seed=0,
@@ -159,6 +161,8 @@ def default_folder(arguments: argparse.Namespace, search: Mapping[str, Any]) -> 
     for key, value in search.items():
         if (key, value) != ("search", "beam"):
             parts.append(f"{key}-{Path(files[key]).stem if key in files else value}")
+    if arguments.lookahead is not None:
+        parts.append(f"lookahead-{arguments.lookahead:g}")
     name = "_".join([*parts, *(["ignore_case"] if arguments.ignore_case else [])])
     first = Path(f"evaluation_{model.resolve().name}_{name}")
     if model.is_dir() and os.access(model, os.W_OK):
@@ -176,6 +180,7 @@ def evaluated(arguments: argparse.Namespace, search: Mapping[str, Any]) -> dict[
         "search": {**search, **files},
         "precision": arguments.precision,
         "ignore_case": arguments.ignore_case,
+        **({} if arguments.lookahead is None else {"lookahead": arguments.lookahead}),
     }
 
 

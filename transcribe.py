@@ -115,6 +115,8 @@ def transcribe(arguments: argparse.Namespace) -> int:
         raise UserError("--whole and --stream exclude each other: a stream is encoded in chunks.")
     if arguments.speed is not None and not arguments.stream:
         raise UserError("--speed is of --stream: without it nothing is played.")
+    if arguments.lookahead is not None and not (arguments.stream or arguments.chunk_ms):
+        raise UserError("--lookahead is of chunks: give --chunk_ms or --stream as well.")
     if not arguments.microphone and not arguments.audio:
         raise UserError("There is nothing to transcribe: name recordings, or use --microphone.")
     check_model(arguments.model)
@@ -187,6 +189,7 @@ def _streamed(
         device=arguments.device,
         precision=arguments.precision,
         threads=arguments.threads,
+        lookahead=arguments.lookahead,
     )
     shows_partial = sys.stderr.isatty() and not arguments.noprogressbar
     if arguments.microphone:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
-
 from common.errors import UserError
 from inference.model import Model
+from modules.overlapping_chunks import ChunkConfig, check_share
 
 CHUNK_MS = 640.0
 
@@ -24,11 +23,14 @@ class Chunks:
 
     frames: int
     step: int
-    mask: DynChunkTrainConfig | None
+    mask: ChunkConfig | None
 
 
 def chunks_of(
-    model: Model, chunk_ms: float = CHUNK_MS, left_context_chunks: int | None = None
+    model: Model,
+    chunk_ms: float = CHUNK_MS,
+    left_context_chunks: int | None = None,
+    lookahead: float | None = None,
 ) -> Chunks:
     """The chunks of so many milliseconds.
 
@@ -37,6 +39,7 @@ def chunks_of(
         chunk_ms: a multiple of an encoder frame.
         left_context_chunks: chunks before its own that a frame sees, in an encoder that attends;
             None: as many as in training.
+        lookahead: share of a chunk that the next one begins with; None: as the model's recipe.
 
     Raises:
         UserError: the model cannot, or not in such chunks; the message says what can be done.
@@ -53,7 +56,16 @@ def chunks_of(
     if left_context_chunks < 0:
         raise UserError(f"left_context_chunks is {left_context_chunks}; it cannot be negative.")
     causal = model.encoder.Transformer.causal
-    mask = None if causal else DynChunkTrainConfig(frames, left_context_chunks)
+    if lookahead is None:
+        lookahead = model.lookahead
+    elif causal or not model.encoder.Transformer.encoder.takes_lookahead:
+        raise UserError("lookahead is of ConMamba and Mamba models that hear in chunks.")
+    mask = None if causal else ChunkConfig(frames, left_context_chunks, lookahead)
+    try:
+        if lookahead is not None:
+            check_share("lookahead", lookahead)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     try:
         model.encoder.check_streaming(mask)
     except ValueError as error:

@@ -46,6 +46,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--kenlm_model_path", metavar="FILE", help="word n-gram, ARPA, plain or .gz (CTC models)")
     add("--alpha", type=float, help="weight of the n-gram")
     add("--beta", type=float, help="nats for each word, where there is an n-gram")
+    add(
+        "--lookahead",
+        type=float,
+        metavar="SHARE",
+        help="of a chunk, that the next one begins with; fewer errors for more computation "
+        "(default: as the model's recipe)",
+    )
     add("--device", help="cuda, cuda:1, mps or cpu (default: the first of these that is there)")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     add("--threads", type=positive(int), metavar="N", help="of the CPU (default: as torch has it)")
@@ -157,7 +164,10 @@ def load_recognizer(arguments: argparse.Namespace) -> Any:
         # Here, because reading a model computes.
         torch.set_num_threads(arguments.threads)
     return Recognizer.from_pretrained(
-        arguments.model, device=arguments.device, precision=arguments.precision
+        arguments.model,
+        device=arguments.device,
+        precision=arguments.precision,
+        lookahead=arguments.lookahead,
     )
 
 

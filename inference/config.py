@@ -112,9 +112,12 @@ def check_config(config: Mapping[str, Any]) -> None:
         if key == "results" and not all(isinstance(score, Mapping) for score in told.values()):
             raise UserError("results holds something else than the scores of each split.")
     if "streaming" in config:
-        num_left = _mapping(config, "streaming").get("left_context_chunks")
+        streaming = _mapping(config, "streaming")
+        num_left, lookahead = streaming.get("left_context_chunks"), streaming.get("lookahead", 0.0)
         if type(num_left) is not int or num_left < 0:
             raise UserError(f"streaming has {num_left!r} left_context_chunks.")
+        if type(lookahead) not in (int, float) or not 0 <= lookahead < 1:
+            raise UserError(f"streaming has the lookahead {lookahead!r}.")
     search = _mapping(config, "search")
     if kind == "s2s":
         _check_class(search, JOINT_SEARCHES, "search")

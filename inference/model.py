@@ -68,6 +68,11 @@ class Model:
         return self.config.get("streaming", {}).get("left_context_chunks", LEFT_CONTEXT_CHUNKS)
 
     @property
+    def lookahead(self) -> float | None:
+        """Share of a chunk that the next one begins with in streams; None: as in training."""
+        return self.config.get("streaming", {}).get("lookahead")
+
+    @property
     def min_samples(self) -> int:
         """Samples of a frame of the filterbank: what is shorter holds no text."""
         return self.encoder.compute_features.compute_STFT.win_length

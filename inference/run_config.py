@@ -127,10 +127,13 @@ class _Reader:
 
     def _streaming(self) -> dict[str, Any]:
         """What a model that is trained for chunks expects of them."""
-        key = "left_context_chunks"
-        if key not in self.document:
-            return {}
-        return {"streaming": {key: _plain(self.document[key], key)}}
+        keys = {"left_context_chunks": "left_context_chunks", "stream_lookahead": "lookahead"}
+        found = {
+            name: _plain(self.document[key], key)
+            for key, name in keys.items()
+            if key in self.document
+        }
+        return {"streaming": found} if found else {}
 
     def _training(self) -> dict[str, Any]:
         document = self.document

@@ -94,11 +94,11 @@ class Stream:
             self._waiting = [np.concatenate(self._waiting)]
         return self._waiting[0][:num_samples]
 
-    def _drop(self, num_samples: int) -> None:
-        """Those that ``_first`` gave."""
+    def _drop(self, num_samples: int, chunk_samples: int) -> None:
+        """The first of those that ``_first`` gave."""
         rest_S = self._waiting[0][num_samples:]
         # A short view would keep all that it was cut from; long ones would be copied many times.
-        self._waiting = [rest_S if len(rest_S) > num_samples else rest_S.copy()]
+        self._waiting = [rest_S if len(rest_S) >= chunk_samples else rest_S.copy()]
         self._num_waiting = len(rest_S)
 
 
@@ -169,7 +169,7 @@ class StreamingRecognizer(Recognizer):
         self._model_id: str | None = None
 
     def _chunks_of(self, chunk_ms: float) -> Chunks:
-        return chunks_of(self.model, chunk_ms, self._left_context_chunks)
+        return chunks_of(self.model, chunk_ms, self._left_context_chunks, self.lookahead)
 
     @property
     def num_streams(self) -> int:
@@ -426,7 +426,7 @@ class StreamingRecognizer(Recognizer):
         else:
             self._put(batch, state)
         for stream, text in zip(batch, texts, strict=True):
-            stream._drop(self._step_samples)
+            stream._drop(self._step_samples, self._chunk_samples)
             stream._text = text
 
     @torch.inference_mode()

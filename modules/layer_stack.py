@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.lengths import padding_mask, valid_lengths
-from modules.overlapping_chunks import OverlappingChunks
+from modules.overlapping_chunks import OverlappingChunks, check_share
 from modules.self_conditioning import SelfConditioning
 from modules.stream_state import StreamState
 
@@ -96,11 +96,8 @@ class LayerStack(nn.Module):
         **layer_options: Any,
     ):
         super().__init__()
-        if not 0 <= chunk_lookahead < 1:
-            raise ValueError(
-                f"chunk_lookahead is {chunk_lookahead}; wanted a share, from 0 to below 1."
-            )
-        self.chunk_lookahead = chunk_lookahead if self.takes_lookahead else 0.0
+        check_share("chunk_lookahead", chunk_lookahead)
+        self.chunk_lookahead = chunk_lookahead
         self.causal = causal
         self.layerdrop_prob = layerdrop_prob
         # Set by a trainer whose processes must leave out the same layers.
@@ -188,7 +185,10 @@ class LayerStack(nn.Module):
 
     def ahead_frames(self, chunks: DynChunkTrainConfig | None) -> int:
         """Frames at the end of such a chunk that the next one begins with."""
-        return 0 if chunks is None else int(chunks.chunk_size * self.chunk_lookahead)
+        if chunks is None or not self.takes_lookahead:
+            return 0
+        share = getattr(chunks, "lookahead", None)
+        return int(chunks.chunk_size * (self.chunk_lookahead if share is None else share))
 
     def forward_streaming(
         self, x_BTD: Tensor, surroundings: Surroundings, layers: Sequence[StreamState]

@@ -5,13 +5,32 @@ Letters: B items, C chunks of each, R = B C rows, L frames of a chunk, K frames 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import Tensor
 
 from modules.stream_state import last_frames
+
+
+@dataclass
+class ChunkConfig(DynChunkTrainConfig):
+    """SpeechBrain's chunks, and how far they overlap.
+
+    Args:
+        lookahead: share of a chunk that the next one begins with; None: as the network was trained.
+    """
+
+    lookahead: float | None = None
+
+
+def check_share(name: str, share: float) -> None:
+    """Raises a ValueError where the next chunk cannot begin with such a share of one."""
+    if not 0 <= share < 1:
+        raise ValueError(f"{name} is {share:g}; wanted a share of a chunk, from 0 to below 1.")
 
 
 class OverlappingChunks(NamedTuple):

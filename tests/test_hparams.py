@@ -212,6 +212,7 @@ STREAMING = {
     "Transformer.causal_convolution",
     "chunk_lookahead",
     "Transformer.chunk_lookahead",
+    "stream_lookahead",
     "dynchunktrain_config_sampler",
     "compute_features",
     "CNN",

@@ -26,7 +26,7 @@ MODELS = {
     "conmamba": {"seed": 62},
     "conformer": {"encoder_module": "conformer"},
     "mamba": {"encoder_module": "mamba"},
-    "no lookahead": {"chunk_lookahead": 0.0},
+    "no lookahead": {"chunk_lookahead": 0.0, "stream_lookahead": 0.0},
     "causal": CAUSAL,
 }
 SPEECH = Path(__file__).parents[3] / "shared" / "speech"
@@ -114,6 +114,20 @@ def test_every_size_of_chunks_and_the_beam_search(runs, offline, model, chunk_ms
     found = streamed(asr, wav_S, [5000, 100])
     assert found.words or model != "conmamba"
     assert_same(found, offline[model].transcribe(wav_S, chunk_ms=chunk_ms))
+
+
+@pytest.mark.parametrize("model", ["conmamba", "mamba", "no lookahead"])
+def test_chunks_overlap_as_asked(runs, model):
+    wav_S, steps = noise(3.3), []
+    for share in (None, 0.0, 0.25, 0.75):
+        options = {"device": "cpu", "lookahead": share}
+        asr = StreamingRecognizer.from_run(runs[model], search=GREEDY, **options)
+        steps.append(asr._chunks.step)
+        wanted = Recognizer.from_run(runs[model], **options).transcribe(
+            wav_S, chunk_ms=640, **GREEDY
+        )
+        assert_same(streamed(asr, wav_S, [5000, 100]), wanted)
+    assert steps == [16 if model == "no lookahead" else 8, 16, 12, 4]
 
 
 def test_ngram_and_hotwords_go_on_from_chunk_to_chunk(runs, offline, tmp_path):
@@ -206,7 +220,7 @@ def test_ready_streams_are_encoded_in_one_batch_in_turns(runs):
     asr = StreamingRecognizer.from_run(runs["conmamba"], device="cpu", search=GREEDY, max_batch=2)
     streams = [asr.open() for _ in range(3)]
     for stream in streams:
-        asr.accept(stream, noise(1.3))
+        asr.accept(stream, noise(1.0))
     asr.accept(asr.open(), noise(0.1))
     assert [asr.step() for _ in range(4)] == [2, 2, 2, 0]
 
@@ -400,6 +414,12 @@ def test_models_and_options_that_cannot_stream_say_what_can(runs, ctc_run):
         StreamingRecognizer.from_run(runs["conmamba"], device="cpu", max_batch=0)
     with pytest.raises(UserError, match="left_context_chunks"):
         StreamingRecognizer.from_run(runs["conmamba"], device="cpu", left_context_chunks=-1)
+    for share in (-0.5, 1.0, float("nan")):
+        with pytest.raises(UserError, match="lookahead"):
+            StreamingRecognizer.from_run(runs["conmamba"], device="cpu", lookahead=share)
+    for model in ("conformer", "causal"):
+        with pytest.raises(UserError, match="lookahead is of ConMamba and Mamba"):
+            StreamingRecognizer.from_run(runs[model], device="cpu", lookahead=0.25)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -215,6 +215,7 @@ SETTINGS: dict[str, Setting] = {
     "kernel_size": _COUNT,
     "causal_convolution": _SWITCH,
     "chunk_lookahead": Setting("number", low=0, high=0.9),
+    "stream_lookahead": Setting("number", low=0, high=0.9),
     "causal": _SWITCH,
     "remove_utterance_mean": _SWITCH,
     # Of language models.
