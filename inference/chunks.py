@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from common.errors import UserError
 from inference.model import Model
-from modules.overlapping_chunks import ChunkConfig, check_share
+from modules.overlapping_chunks import ChunkConfig
 
 CHUNK_MS = 640.0
 
@@ -60,10 +60,8 @@ def chunks_of(
         lookahead = model.lookahead
     elif causal or not model.encoder.Transformer.encoder.takes_lookahead:
         raise UserError("lookahead is of ConMamba and Mamba models that hear in chunks.")
-    mask = None if causal else ChunkConfig(frames, left_context_chunks, lookahead)
     try:
-        if lookahead is not None:
-            check_share("lookahead", lookahead)
+        mask = None if causal else ChunkConfig(frames, left_context_chunks, lookahead)
     except ValueError as error:
         raise UserError(str(error)) from None
     try:

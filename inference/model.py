@@ -68,9 +68,9 @@ class Model:
         return self.config.get("streaming", {}).get("left_context_chunks", LEFT_CONTEXT_CHUNKS)
 
     @property
-    def lookahead(self) -> float | None:
-        """Share of a chunk that the next one begins with in streams; None: as in training."""
-        return self.config.get("streaming", {}).get("lookahead")
+    def lookahead(self) -> float:
+        """Share of a chunk that the next one begins with in streams."""
+        return self.config.get("streaming", {}).get("lookahead", 0.0)
 
     @property
     def min_samples(self) -> int:

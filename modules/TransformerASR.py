@@ -136,9 +136,6 @@ class TransformerASR(SpeechBrainTransformerASR):
             attention with RelPosMHAXL. Published models do without.
         causal_convolution: in the convolution of Conformer and ConMamba no frame sees a later one,
             so that the end of a chunk changes nothing in it.
-        chunk_lookahead: share of a chunk that the next one computes again, in ConMamba and Mamba:
-            0.25 gives frames of a chunk at least a quarter of its length to hear how a sound goes
-            on.
 
     Raises:
         ValueError: an unknown name, options that contradict each other, or one that the encoder
@@ -184,7 +181,6 @@ class TransformerASR(SpeechBrainTransformerASR):
         self_conditioning: bool = False,
         signed_positions: bool = False,
         causal_convolution: bool = False,
-        chunk_lookahead: float = 0.0,
     ):
         lookup(ENCODERS, encoder_module, "encoder_module")
         decoder_class = lookup(DECODERS, decoder_module, "decoder_module")
@@ -269,7 +265,6 @@ class TransformerASR(SpeechBrainTransformerASR):
             "attention_type": attention_type,
             "causal": causal,
             "causal_convolution": causal_convolution,
-            "chunk_lookahead": chunk_lookahead,
             "layerdrop_prob": layerdrop_prob,
             "gradient_checkpointing": gradient_checkpointing,
             "conditioned_layers": inter_ctc_layers if self_conditioning else (),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modules.lengths import padding_mask, valid_lengths
-from modules.overlapping_chunks import OverlappingChunks, check_share
+from modules.overlapping_chunks import ChunkConfig, OverlappingChunks
 from modules.self_conditioning import SelfConditioning
 from modules.stream_state import StreamState
 
@@ -74,8 +74,6 @@ class LayerStack(nn.Module):
         conditioned_layers: layers, counted from 1, whose output probabilities are told to those
             above them, see ``SelfConditioning``.
         num_tokens: how many outputs those have.
-        chunk_lookahead: share of a chunk, below 1, that the next one begins with: the last frames
-            are computed once more there, and the others have heard what comes behind them.
         **layer_options: of ``layer_class``, beside d_model and causal.
     """
 
@@ -92,12 +90,9 @@ class LayerStack(nn.Module):
         gradient_checkpointing: bool = False,
         conditioned_layers: Collection[int] = (),
         num_tokens: int = 0,
-        chunk_lookahead: float = 0.0,
         **layer_options: Any,
     ):
         super().__init__()
-        check_share("chunk_lookahead", chunk_lookahead)
-        self.chunk_lookahead = chunk_lookahead
         self.causal = causal
         self.layerdrop_prob = layerdrop_prob
         # Set by a trainer whose processes must leave out the same layers.
@@ -185,10 +180,9 @@ class LayerStack(nn.Module):
 
     def ahead_frames(self, chunks: DynChunkTrainConfig | None) -> int:
         """Frames at the end of such a chunk that the next one begins with."""
-        if chunks is None or not self.takes_lookahead:
+        if not isinstance(chunks, ChunkConfig) or not self.takes_lookahead:
             return 0
-        share = getattr(chunks, "lookahead", None)
-        return int(chunks.chunk_size * (self.chunk_lookahead if share is None else share))
+        return int(chunks.chunk_size * chunks.lookahead)
 
     def forward_streaming(
         self, x_BTD: Tensor, surroundings: Surroundings, layers: Sequence[StreamState]

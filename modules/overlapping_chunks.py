@@ -21,16 +21,19 @@ class ChunkConfig(DynChunkTrainConfig):
     """SpeechBrain's chunks, and how far they overlap.
 
     Args:
-        lookahead: share of a chunk that the next one begins with; None: as the network was trained.
+        lookahead: share of a chunk that the next one begins with, of encoders that look ahead.
+
+    Raises:
+        ValueError: it is no share below 1.
     """
 
-    lookahead: float | None = None
+    lookahead: float = 0.0
 
-
-def check_share(name: str, share: float) -> None:
-    """Raises a ValueError where the next chunk cannot begin with such a share of one."""
-    if not 0 <= share < 1:
-        raise ValueError(f"{name} is {share:g}; wanted a share of a chunk, from 0 to below 1.")
+    def __post_init__(self):
+        if not 0 <= self.lookahead < 1:
+            raise ValueError(
+                f"lookahead is {self.lookahead:g}; wanted a share of a chunk, from 0 to below 1."
+            )
 
 
 class OverlappingChunks(NamedTuple):

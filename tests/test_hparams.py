@@ -210,8 +210,6 @@ STREAMING = {
     "Transformer.kernel_size",
     "causal_convolution",
     "Transformer.causal_convolution",
-    "chunk_lookahead",
-    "Transformer.chunk_lookahead",
     "stream_lookahead",
     "dynchunktrain_config_sampler",
     "compute_features",

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from speechbrain.processing.features import InputNormalization
-from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
 from modules.features import Fbank
 from modules.frontend import ConvolutionFrontEnd
 from modules.lengths import relative_lengths
+from modules.overlapping_chunks import ChunkConfig
 from modules.speech_encoder import SpeechEncoder
 from tests.modules.networks import (
     assert_same_gradients,
@@ -44,9 +44,10 @@ def test_an_encoder_is_that_of_the_cpu(device):
     assert_same_gradients(found_gradients, wanted_gradients)
 
 
-@pytest.mark.parametrize("encoder", ["conmamba", "conmamba-lookahead", "mamba-lookahead"])
-def test_an_encoder_in_chunks_is_that_of_the_cpu(device, encoder):
-    batch, chunks = padded_batch(LENGTHS), DynChunkTrainConfig(8)
+@pytest.mark.parametrize("encoder", ["conmamba", "mamba"])
+@pytest.mark.parametrize("lookahead", [0.0, 0.25, 0.5])
+def test_an_encoder_in_chunks_is_that_of_the_cpu(device, encoder, lookahead):
+    batch, chunks = padded_batch(LENGTHS), ChunkConfig(8, None, lookahead)
     wanted, wanted_gradients = encode(small_network(encoder), *batch, torch.device("cpu"), chunks)
     found, found_gradients = encode(small_network(encoder), *batch, device, chunks)
     assert_same_outputs(found, wanted)

@@ -26,7 +26,7 @@ MODELS = {
     "conmamba": {"seed": 62},
     "conformer": {"encoder_module": "conformer"},
     "mamba": {"encoder_module": "mamba"},
-    "no lookahead": {"chunk_lookahead": 0.0, "stream_lookahead": 0.0},
+    "no lookahead": {"stream_lookahead": 0.0},
     "causal": CAUSAL,
 }
 SPEECH = Path(__file__).parents[3] / "shared" / "speech"

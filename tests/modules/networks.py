@@ -35,19 +35,12 @@ ENCODER_OPTIONS = {
         "kernel_size": 7,
         "causal_convolution": True,
     },
-    "conmamba-lookahead": {
-        "encoder_module": "conmamba",
-        "kernel_size": 7,
-        "causal_convolution": True,
-        "chunk_lookahead": 0.3,
-    },
     "conmamba-sine": {
         "encoder_module": "conmamba",
         "kernel_size": 7,
         "attention_type": "regularMHA",
     },
     "mamba": {"encoder_module": "mamba"},
-    "mamba-lookahead": {"encoder_module": "mamba", "chunk_lookahead": 0.5},
 }
 """One entry per way of encoding; every one must be independent of padding."""
 

@@ -4,29 +4,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 
-from modules.overlapping_chunks import OverlappingChunks, before_and_after, carried
-from tests.modules.networks import (
-    INPUT_SIZE,
-    assert_same_gradients,
-    gradients,
-    padded_batch,
-    small_network,
+from modules.overlapping_chunks import (
+    ChunkConfig,
+    OverlappingChunks,
+    before_and_after,
+    carried,
 )
-from tests.modules.test_streaming import LOOKAHEAD, streamed
-
-CHUNKS = DynChunkTrainConfig(8)
+from tests.modules.networks import INPUT_SIZE, assert_same_gradients, gradients, padded_batch
+from tests.modules.test_streaming import LOOKAHEAD, chunks_of, network_of, streamed
 
 
 @pytest.mark.parametrize("encoder", LOOKAHEAD)
 def test_gradients_are_those_of_a_stream(encoder):
-    network = small_network(encoder)
+    network, chunks = network_of(encoder), chunks_of(encoder, 8)
     src = torch.randn(2, 29, INPUT_SIZE, requires_grad=True)
     found = []
     for encoded in (
-        network.encode(src, dynchunktrain_config=CHUNKS),
-        streamed(network, src, [29], CHUNKS),
+        network.encode(src, dynchunktrain_config=chunks),
+        streamed(network, src, [29], chunks),
     ):
         encoded.pow(3).sum().backward()
         found.append(gradients(network) | {"src": src.grad})
@@ -37,54 +33,55 @@ def test_gradients_are_those_of_a_stream(encoder):
 
 @pytest.mark.parametrize("encoder", LOOKAHEAD)
 def test_gradients_of_a_padded_batch_are_those_of_its_items(encoder):
-    network = small_network(encoder)
+    network, chunks = network_of(encoder), chunks_of(encoder, 8)
     src, lengths_B = padded_batch([29, 3, 16, 12])
-    encoded = network.encode(src, lengths_B, dynchunktrain_config=CHUNKS)
+    encoded = network.encode(src, lengths_B, dynchunktrain_config=chunks)
     sum(x[:n].pow(3).sum() for x, n in zip(encoded, lengths_B, strict=True)).backward()
     together = gradients(network)
     for x, length in zip(src, lengths_B, strict=True):
-        alone = network.encode(x[None, :length], dynchunktrain_config=CHUNKS)
+        alone = network.encode(x[None, :length], dynchunktrain_config=chunks)
         alone.pow(3).sum().backward()
     assert_same_gradients(together, gradients(network))
 
 
 @pytest.mark.parametrize("encoder", LOOKAHEAD)
 def test_a_frame_sees_the_end_of_its_chunk_and_nothing_behind(encoder):
-    network = small_network(encoder)
-    step = network.step_frames(CHUNKS)
-    assert step == {"conmamba-lookahead": 6, "mamba-lookahead": 4}[encoder]
+    network, chunks = network_of(encoder), chunks_of(encoder, 8)
+    step = network.step_frames(chunks)
+    assert step == (6 if encoder == "conmamba/0.3" else 4)
     src = torch.randn(1, 3 * step + 5, INPUT_SIZE, requires_grad=True)
-    encoded = network.encode(src, dynchunktrain_config=CHUNKS)
+    encoded = network.encode(src, dynchunktrain_config=chunks)
     for chunk in range(3):
         last = (chunk + 1) * step - 1
         (grad,) = torch.autograd.grad(encoded[0, last].pow(3).sum(), src, retain_graph=True)
         reached = grad[0].abs().amax(1).nonzero().flatten()
         assert reached.min() == 0
-        assert reached.max() == chunk * step + CHUNKS.chunk_size - 1
+        assert reached.max() == chunk * step + chunks.chunk_size - 1
 
 
 @pytest.mark.parametrize("encoder", LOOKAHEAD)
 @torch.no_grad()
 def test_an_utterance_within_a_step_is_encoded_as_without_chunks(encoder):
-    network = small_network(encoder)
-    src = torch.randn(2, network.step_frames(CHUNKS), INPUT_SIZE)
+    network, chunks = network_of(encoder), chunks_of(encoder, 8)
+    src = torch.randn(2, network.step_frames(chunks), INPUT_SIZE)
     wanted = network.encode(src)
-    actual = network.encode(src, dynchunktrain_config=CHUNKS)
+    actual = network.encode(src, dynchunktrain_config=chunks)
     torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("encoder", LOOKAHEAD)
 @torch.no_grad()
 def test_inner_layers_come_in_utterances(encoder):
-    network = small_network(encoder, inter_ctc_layers=[1], self_conditioning=True)
+    options = {"inter_ctc_layers": [1], "self_conditioning": True}
+    network, chunks = network_of(encoder, **options), chunks_of(encoder, 8)
     torch.nn.init.normal_(network.encoder.conditioning.feedback.weight)
     src = torch.randn(2, 21, INPUT_SIZE)
-    out, (inner,) = network.encode(src, dynchunktrain_config=CHUNKS, intermediate_layers=[1])
+    out, (inner,) = network.encode(src, dynchunktrain_config=chunks, intermediate_layers=[1])
     assert inner.shape == out.shape
-    torch.testing.assert_close(streamed(network, src, [9, 12], CHUNKS), out, atol=1e-4, rtol=1e-4)
-    one = small_network(encoder, num_encoder_layers=1)
+    torch.testing.assert_close(streamed(network, src, [9, 12], chunks), out, atol=1e-4, rtol=1e-4)
+    one = network_of(encoder, num_encoder_layers=1)
     one.load_state_dict(network.state_dict(), strict=False)
-    torch.testing.assert_close(one.encode(src, dynchunktrain_config=CHUNKS), inner)
+    torch.testing.assert_close(one.encode(src, dynchunktrain_config=chunks), inner)
 
 
 @settings(deadline=None)
@@ -137,7 +134,10 @@ def test_states_are_carried(count):
 
 
 def test_a_share_that_cannot_be_is_refused():
-    for share in (-0.1, 1.0):
-        with pytest.raises(ValueError, match="chunk_lookahead"):
-            small_network("conmamba", chunk_lookahead=share)
-    assert small_network("conformer", chunk_lookahead=0.5).step_frames(CHUNKS) == 8
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="lookahead is"):
+            ChunkConfig(8, 2, share)
+
+
+def test_an_encoder_that_attends_looks_no_further():
+    assert network_of("conformer").step_frames(ChunkConfig(8, 2, 0.5)) == 8

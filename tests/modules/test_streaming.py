@@ -9,13 +9,23 @@ from hypothesis import strategies as st
 from speechbrain.utils.dynamic_chunk_training import DynChunkTrainConfig
 from torch import nn
 
+from modules.overlapping_chunks import ChunkConfig
+from modules.TransformerASR import TransformerASR
 from tests.modules.networks import INPUT_SIZE, small_network
 
 CUTTINGS = st.lists(st.integers(0, 11), min_size=1, max_size=6)
-LOOKAHEAD = ["conmamba-lookahead", "mamba-lookahead"]
+# Behind the slash: the share of a chunk that the next one begins with.
+LOOKAHEAD = ["conmamba/0.3", "conmamba-causal-convolution/0.5", "mamba/0.5"]
 CHUNKED = ["conformer", "conformer-rope", "conmamba", "conmamba-sine", "mamba", *LOOKAHEAD]
 CAUSAL = ["conmamba", "conmamba-sine", "mamba"]
-CHUNKS = DynChunkTrainConfig(4, 2)
+
+
+def network_of(encoder: str, **options) -> TransformerASR:
+    return small_network(encoder.partition("/")[0], **options)
+
+
+def chunks_of(encoder: str, chunk_size: int = 4, left_chunks: int = 2) -> ChunkConfig:
+    return ChunkConfig(chunk_size, left_chunks, float(encoder.partition("/")[2] or 0))
 
 
 def streamed(network, src, pieces, chunks) -> torch.Tensor:
@@ -31,8 +41,7 @@ def streamed(network, src, pieces, chunks) -> torch.Tensor:
 @given(pieces=CUTTINGS, chunk_size=st.integers(1, 9), left_chunks=st.integers(0, 3))
 @torch.no_grad()
 def test_chunked_stream_equals_chunked_offline(encoder, pieces, chunk_size, left_chunks):
-    network = small_network(encoder)
-    chunks = DynChunkTrainConfig(chunk_size, left_chunks)
+    network, chunks = network_of(encoder), chunks_of(encoder, chunk_size, left_chunks)
     src = torch.randn(2, sum(pieces) + 1, INPUT_SIZE)
     actual = streamed(network, src, [*pieces, 1], chunks)
     wanted = network.encode(src, dynchunktrain_config=chunks)
@@ -57,8 +66,8 @@ def test_causal_stream_equals_offline_and_gives_a_frame_for_a_frame(encoder, pie
 @torch.no_grad()
 def test_stream_state_does_not_grow(encoder):
     causal = encoder in CAUSAL
-    network = small_network(encoder, causal=causal)
-    chunks = None if causal else CHUNKS
+    network = network_of(encoder, causal=causal)
+    chunks = None if causal else chunks_of(encoder)
     state = network.initial_state(1, chunks)
     shapes = [x.shape for x in state.tensors()]
     for _ in range(12):
@@ -94,22 +103,23 @@ def test_a_finished_stream_takes_no_more_frames():
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4), seed=st.integers(0, 99))
 @torch.no_grad()
 def test_streams_of_a_batch_start_pause_and_end_as_they_like(encoder, lengths, seed):
-    network, draw = small_network(encoder), random.Random(seed)
+    network, chunks = network_of(encoder), chunks_of(encoder)
+    draw = random.Random(seed)
     sources = [torch.randn(1, length, INPUT_SIZE) for length in lengths]
-    state = network.initial_state(len(lengths), CHUNKS)
+    state = network.initial_state(len(lengths), chunks)
     outputs, done = [[] for _ in lengths], [0] * len(lengths)
     while done != lengths:
         counts = [
-            min(CHUNKS.chunk_size, length - at) * draw.choice([0, 1])
+            min(chunks.chunk_size, length - at) * draw.choice([0, 1])
             for length, at in zip(lengths, done, strict=True)
         ]
         # What stands in held rows and behind the end of others is not read.
-        src = torch.full((len(lengths), CHUNKS.chunk_size, INPUT_SIZE), 1e3)
-        step = network.step_frames(CHUNKS)
+        src = torch.full((len(lengths), chunks.chunk_size, INPUT_SIZE), 1e3)
+        step = network.step_frames(chunks)
         for row, (source, at, count) in enumerate(zip(sources, done, counts, strict=True)):
             src[row, :count] = source[0, at : at + count]
         held = [x.clone() for x in state.tensors()]
-        out, state = network.encode_chunk(src, state, torch.tensor(counts), CHUNKS)
+        out, state = network.encode_chunk(src, state, torch.tensor(counts), chunks)
         for row, count in enumerate(counts):
             outputs[row].append(out[row, : min(count, step)])
             if not count:
@@ -118,25 +128,25 @@ def test_streams_of_a_batch_start_pause_and_end_as_they_like(encoder, lengths, s
         done = [at + min(count, step) for at, count in zip(done, counts, strict=True)]
         assert state.num_frames_B.tolist() == done
     for source, pieces in zip(sources, outputs, strict=True):
-        wanted = network.encode(source, dynchunktrain_config=CHUNKS)[0]
+        wanted = network.encode(source, dynchunktrain_config=chunks)[0]
         torch.testing.assert_close(torch.cat(pieces), wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("encoder", CHUNKED)
 @torch.no_grad()
 def test_rows_are_selected_reset_held_and_put(encoder):
-    network = small_network(encoder)
-    initial = network.initial_state(3, CHUNKS)
-    src, step = torch.randn(3, 4, INPUT_SIZE), network.step_frames(CHUNKS)
-    _, state = network.encode_chunk(src, initial, chunks=CHUNKS)
+    network, chunks = network_of(encoder), chunks_of(encoder)
+    initial = network.initial_state(3, chunks)
+    src, step = torch.randn(3, 4, INPUT_SIZE), network.step_frames(chunks)
+    _, state = network.encode_chunk(src, initial, chunks=chunks)
 
     def outputs(state):
-        return network.encode_chunk(src[: state.batch_size], state, chunks=CHUNKS)[0]
+        return network.encode_chunk(src[: state.batch_size], state, chunks=chunks)[0]
 
     rows = torch.tensor([2, 0])
-    wanted = network.encode_chunk(src[:2], state.select(rows), chunks=CHUNKS)[0]
+    wanted = network.encode_chunk(src[:2], state.select(rows), chunks=chunks)[0]
     alone = [
-        network.encode_chunk(src[i : i + 1], state.select(rows[i : i + 1]), chunks=CHUNKS)[0]
+        network.encode_chunk(src[i : i + 1], state.select(rows[i : i + 1]), chunks=chunks)[0]
         for i in range(2)
     ]
     torch.testing.assert_close(wanted, torch.cat(alone), atol=1e-5, rtol=1e-5)
@@ -157,13 +167,13 @@ def test_rows_are_selected_reset_held_and_put(encoder):
 @pytest.mark.parametrize("encoder", CHUNKED)
 @torch.no_grad()
 def test_a_state_goes_through_bytes_and_those_of_others_are_refused(encoder):
-    network = small_network(encoder)
+    network, chunks = network_of(encoder), chunks_of(encoder)
     src = torch.randn(2, 4, INPUT_SIZE)
-    _, state = network.encode_chunk(src, network.initial_state(2, CHUNKS), chunks=CHUNKS)
-    again = network.initial_state(1, CHUNKS).from_bytes(state.to_bytes())
+    _, state = network.encode_chunk(src, network.initial_state(2, chunks), chunks=chunks)
+    again = network.initial_state(1, chunks).from_bytes(state.to_bytes())
     pairs = zip(state.tensors(), again.tensors(), strict=True)
     assert all(torch.equal(before, after) for before, after in pairs)
-    other = small_network(encoder, d_model=24).initial_state(1, CHUNKS)
+    other = network_of(encoder, d_model=24).initial_state(1, chunks)
     with pytest.raises(ValueError, match="another model"):
         other.from_bytes(state.to_bytes())
     for data in (b"", b"nonsense", state.to_bytes()[:-8]):
@@ -174,19 +184,19 @@ def test_a_state_goes_through_bytes_and_those_of_others_are_refused(encoder):
         again.from_bytes(newer)
 
 
-@pytest.mark.parametrize("encoder", ["conformer", "conmamba", "mamba", "conmamba-lookahead"])
+@pytest.mark.parametrize("encoder", ["conformer", "conmamba", "mamba", LOOKAHEAD[0]])
 @torch.no_grad()
 def test_a_step_can_be_exported(encoder):
     class Step(nn.Module):
         def __init__(self):
             super().__init__()
-            self.network = small_network(encoder)
+            self.network = network_of(encoder)
 
         def forward(self, src, state):
-            return self.network.encode_chunk(src, state, chunks=CHUNKS)
+            return self.network.encode_chunk(src, state, chunks=chunks)
 
-    step, src = Step(), torch.randn(2, 4, INPUT_SIZE)
-    state = step.network.initial_state(2, CHUNKS)
+    step, src, chunks = Step(), torch.randn(2, 4, INPUT_SIZE), chunks_of(encoder)
+    state = step.network.initial_state(2, chunks)
     exported = torch.export.export(step, (src, state)).module()
     for _ in range(3):
         wanted, next_state = step(src, state)

@@ -214,7 +214,6 @@ SETTINGS: dict[str, Setting] = {
     "left_context_chunks": Setting("integer", low=0),
     "kernel_size": _COUNT,
     "causal_convolution": _SWITCH,
-    "chunk_lookahead": Setting("number", low=0, high=0.9),
     "stream_lookahead": Setting("number", low=0, high=0.9),
     "causal": _SWITCH,
     "remove_utterance_mean": _SWITCH,
