@@ -92,6 +92,8 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     Args:
         command: the command line, for ``results.json``.
     """
+    if arguments.lookahead is not None and set(arguments.chunk_ms or ()) <= {math.inf}:
+        raise UserError("--lookahead is of chunks: give their --chunk_ms as well.")
     check_model(arguments.model)
     search = search_options(arguments)
     splits = read_references(arguments.corpus, arguments.split, arguments.data_root)
@@ -108,8 +110,6 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     from inference.scoring.reports import results_table, run_record, update_results
 
     lengths = dict.fromkeys(arguments.chunk_ms or [math.inf])
-    if arguments.lookahead is not None and set(lengths) <= {math.inf}:
-        raise UserError("--lookahead is of chunks: give their --chunk_ms as well.")
     for chunk_ms in lengths:
         if chunk_ms < math.inf:
             chunks_of(recognizer.model, chunk_ms, lookahead=arguments.lookahead)

@@ -23,7 +23,13 @@ from common.files import file_digest, require_file
 from common.record import PreparationRecord
 from corpora import download, lexicon
 from corpora.audio import AUDIO_SUFFIXES
-from corpora.checking import PreparationError, check_utterances, default_num_workers, lines_of
+from corpora.checking import (
+    PreparationError,
+    check_rate,
+    check_utterances,
+    default_num_workers,
+    lines_of,
+)
 from corpora.librispeech import (
     HELD_OUT_SUFFIX,
     OFFICIAL_NUM_UTTERANCES,
@@ -111,6 +117,7 @@ def prepare_librispeech(
         num_workers = default_num_workers()
     if num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}; at least one thread must read")
+    check_rate(sample_rate)
     parted = _parted(limits, tr_splits) if held_out_speakers else set()
     folders = list(dict.fromkeys(_folder_of(split, parted) for split in limits))
     data_root = find_data_root(data_folder, folders)

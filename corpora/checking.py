@@ -45,6 +45,12 @@ def lines_of(problems: Sequence[Problem]) -> list[str]:
     return lines
 
 
+def check_rate(sample_rate: int) -> None:
+    """Raises a ValueError where no recording can have such a rate."""
+    if sample_rate < 1:
+        raise ValueError(f"sample_rate is {sample_rate}; it is a number of samples per second")
+
+
 def default_num_workers() -> int:
     """Threads that read audio: network disks gain from more than there are cores."""
     return min(16, 4 * (os.cpu_count() or 1))

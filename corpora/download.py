@@ -1,5 +1,6 @@
 """Official archives: fetched with resume, checked, and unpacked without leaving their folder."""
 
+import gzip
 import http.client
 import logging
 import os
@@ -9,6 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -32,6 +34,14 @@ ARCHIVE_MD5 = {
 }
 LEXICON_MD5 = "28f72663f6bfed7cd346283c064c315b"
 
+_DAMAGED = (
+    tarfile.TarError,
+    EOFError,
+    gzip.BadGzipFile,
+    zlib.error,
+    FileExistsError,
+    NotADirectoryError,
+)
 _BLOCK_BYTES = 1 << 18
 _TIMEOUT_S = 60
 _BROKEN_TRANSFER = (
@@ -195,7 +205,9 @@ def extract(archive: str | Path, folder: str | Path, *, noprogressbar: bool = Fa
     archive, folder = Path(archive), Path(folder)
     try:
         with (
-            tarfile.open(archive, mode="r|gz") as tar,
+            # tarfile's own way to read gzip does not check what it unpacks.
+            gzip.open(archive) as unzipped,
+            tarfile.open(fileobj=unzipped, mode="r|") as tar,
             tqdm(desc=f"unpacking {archive.name}", unit=" files", disable=noprogressbar) as bar,
         ):
             for member in tar:
@@ -218,7 +230,10 @@ def extract(archive: str | Path, folder: str | Path, *, noprogressbar: bool = Fa
                 # A second preparation elsewhere then finds the same times as this one.
                 os.utime(target, (member.mtime, member.mtime))
                 bar.update()
-    except (tarfile.TarError, EOFError, FileExistsError, NotADirectoryError) as error:
+            # The checksum is behind the end.
+            while unzipped.read(_BLOCK_BYTES):
+                pass
+    except _DAMAGED as error:
         raise DownloadError(f"{archive} is damaged: {error}") from error
 
 

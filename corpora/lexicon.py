@@ -50,18 +50,21 @@ def write_lexicon(source: str | Path, folder: str | Path, seed: int) -> int:
 
 def _read(source: str | Path) -> list[_Row]:
     rows = []
-    with open(source, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            word, *phonemes = line.split() or [""]
-            if not word:
-                continue
-            if not phonemes:
-                raise ValueError(
-                    f"{source}, line {number}: {word!r} has no pronunciation;"
-                    " a lexicon's lines are WORD PH1 PH2 ..."
-                )
-            stressless = " ".join(phoneme.strip("0123456789") for phoneme in phonemes)
-            rows.append((len(rows), len(word), " ".join(word), stressless))
+    try:
+        lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{source} is not UTF-8: convert it first.") from None
+    for number, line in enumerate(lines, start=1):
+        word, *phonemes = line.split() or [""]
+        if not word:
+            continue
+        if not phonemes:
+            raise ValueError(
+                f"{source}, line {number}: {word!r} has no pronunciation;"
+                " a lexicon's lines are WORD PH1 PH2 ..."
+            )
+        stressless = " ".join(phoneme.strip("0123456789") for phoneme in phonemes)
+        rows.append((len(rows), len(word), " ".join(word), stressless))
     if not rows:
         raise ValueError(f"{source} holds no pronunciations")
     return rows

@@ -318,6 +318,13 @@ def unusable_name(name: str) -> str | None:
     return None
 
 
+def unusable_words(said: str) -> str | None:
+    """Why these words cannot stand in a manifest; None where they can."""
+    if variable := _VARIABLE.search(said):
+        return f"unusable transcript: {variable[0]!r} is a variable to SpeechBrain's CSV reader"
+    return None
+
+
 def printable(name: str) -> str:
     """A name of the file system, with bytes that are not UTF-8 written as such (``\\xe9``)."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -346,10 +353,8 @@ def _parse_transcript(
             bad_words[utterance_id] = "ambiguous transcript: two lines with this id"
         elif not said:
             bad_words[utterance_id] = "missing transcript: no words after the id"
-        elif variable := _VARIABLE.search(said):
-            bad_words[utterance_id] = (
-                f"unusable transcript: {variable[0]!r} is a variable to SpeechBrain's CSV reader"
-            )
+        elif reason := unusable_words(said):
+            bad_words[utterance_id] = reason
         else:
             words[utterance_id] = said
 

@@ -44,7 +44,7 @@ def read_manifest(path: str | Path) -> list[ManifestRow]:
     if reason := why_unreadable(path):
         raise ValueError(f"{path} is no manifest: {reason}")
     rows = []
-    with open(path, encoding="utf-8", newline="") as stream:
+    with open(path, encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream)
         try:
             header = next(reader, [])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.errors import EXIT_USER_ERROR, in_words
 from corpora.librispeech import SAMPLE_RATE, TABLE_SUFFIXES
-from corpora.table import COLUMNS, prepare_tables
+from corpora.table import COLUMNS, prepare_tables, read_table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_splits(tables: Sequence[Path]) -> None:
+    """Raises a ValueError where two tables have one split: no manifest is written then."""
+    owners: dict[str, Path] = {}
+    for table in tables:
+        for part in read_table(table):
+            if part.name in owners:
+                raise ValueError(f"{table}: {owners[part.name]} has the split {part.name}, too.")
+            owners[part.name] = table
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = vars(build_parser().parse_args(arguments))
@@ -70,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if split and len(tables) > 1:
             raise ValueError("--split names one table: prepare one after the other.")
         counts: dict[str, int] = {}
+        if len(tables) > 1:
+            _check_splits(tables)
         for table in tables:
             # A run has one data folder, that of the first table: the others' paths are absolute.
             elsewhere = table.parent.absolute() != tables[0].parent.absolute()
@@ -80,10 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 audio_folder=Path(audio).absolute() if audio else None,
                 **options,
             )
-            for name, count in made.items():
-                if name in counts:
-                    raise ValueError(f"{table}: another table has the split {name}, too.")
-                counts[name] = count
+            counts |= made
     except (ValueError, OSError) as error:
         print(f"error: {in_words(error)}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -19,6 +19,7 @@ from common.files import file_digest
 from common.record import PreparationRecord
 from corpora.checking import (
     PreparationError,
+    check_rate,
     check_utterances,
     default_num_workers,
     lines_of,
@@ -31,6 +32,7 @@ from corpora.librispeech import (
     Utterance,
     printable,
     unusable_name,
+    unusable_words,
 )
 from corpora.manifest import RECORD_NAME, merge_manifests, write_manifest
 
@@ -93,34 +95,40 @@ def read_table(
     path = Path(path)
     splits: dict[str, TableSplit] = {}
     rows = _rows(path)
-    names = _column_names(path, rows[0][1] if rows else {})
+    columns = _column_names(path, rows[0][1] if rows else {})
     numbers: Counter[str] = Counter()
     for place, row in rows:
         values = {
             key: str(row.get(name) if row.get(name) is not None else "").strip()
-            for key, name in names.items()
+            for key, name in columns.items()
         }
+        if path.suffix.lower() != ".jsonl" and any("\n" in value for value in values.values()):
+            raise ValueError(
+                f"{path}, {place}: a cell has several lines. Is a quotation mark not closed?"
+            )
         name = split or values.get("split") or path.stem
-        part = splits.setdefault(name, TableSplit(name, has_speakers="speaker" in names))
+        part = splits.setdefault(name, TableSplit(name, has_speakers="speaker" in columns))
         audio = os.path.join(audio_folder or "", values["path"])
         key = values.get("id") or os.path.splitext(values["path"])[0].strip("./").replace("/", "-")
         key = unicodedata.normalize("NFC", key)
-        numbers[key] += 1
+        if key:
+            numbers[key] += 1
         said = " ".join(values["text"].split())
         size, reason = _size_of(path.parent / audio)
         if not values["path"]:
             reason = "missing audio: the cell is empty"
         elif not said:
             reason = "missing transcript: the cell is empty"
-        reason = unusable_name(key) or unusable_name(audio) or reason
         speaker = values.get("speaker") or key
+        names = (key, audio, speaker)
+        reason = next(filter(None, map(unusable_name, names)), unusable_words(said) or reason)
         if reason:
             shown = printable(audio) or place
             part.problems.append(Problem(shown, printable(key), reason, speaker))
             continue
         part.utterances.append(Utterance(key, speaker, audio, size, said))
     if repeated := [key for key, count in numbers.items() if count > 1]:
-        hint = "" if "id" in names else " Give them a column id."
+        hint = "" if "id" in columns else " Give them a column id."
         raise ValueError(f"{path} names utterances twice: {', '.join(repeated[:8])}.{hint}")
     if not splits:
         raise ValueError(f"{path} has no rows.")
@@ -169,6 +177,7 @@ def prepare_tables(
             split. No manifest is left for a split
             that could not be prepared.
     """
+    check_rate(sample_rate)
     folder = Path(save_folder)
     parts: dict[str, tuple[Path, TableSplit]] = {}
     held_out = set(map(str, held_out_speakers))
@@ -294,18 +303,23 @@ def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
         delimiter=delimiter,
         # Tables with tabs have quotation marks as they are said.
         quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
+        strict=True,
     )
     rows: list[tuple[str, Mapping[str, Any]]] = []
-    for row in reader:
-        if None in row or None in row.values():
-            raise ValueError(f"{path}, line {reader.line_num}: not as many cells as columns.")
-        rows.append((f"line {reader.line_num}", row))
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"{path}, line {reader.line_num}: not as many cells as columns.")
+            rows.append((f"line {reader.line_num}", row))
+    except csv.Error as error:
+        line = reader.reader.line_num
+        raise ValueError(f"{path}, line {line}: no row of a table ({error}).") from None
     return rows
 
 
 def _json_rows(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
     rows: list[tuple[str, Mapping[str, Any]]] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

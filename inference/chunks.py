@@ -25,6 +25,11 @@ class Chunks:
     step: int
     mask: ChunkConfig | None
 
+    def describe(self) -> str:
+        """What log probabilities depend on, the same wherever they are."""
+        left = None if self.mask is None else self.mask.left_context_size
+        return f"{self.frames} frames, a step of {self.step}, {left} to the left"
+
 
 def chunks_of(
     model: Model,
@@ -55,15 +60,11 @@ def chunks_of(
         left_context_chunks = model.left_context_chunks
     if left_context_chunks < 0:
         raise UserError(f"left_context_chunks is {left_context_chunks}; it cannot be negative.")
-    causal = model.encoder.Transformer.causal
-    if lookahead is None:
-        lookahead = model.lookahead
-    elif causal or not model.encoder.Transformer.encoder.takes_lookahead:
-        raise UserError("lookahead is of ConMamba and Mamba models that hear in chunks.")
-    try:
-        mask = None if causal else ChunkConfig(frames, left_context_chunks, lookahead)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    check_lookahead(model, lookahead)
+    causal, share = model.encoder.Transformer.causal, lookahead
+    if share is None:
+        share = model.lookahead
+    mask = None if causal else ChunkConfig(frames, left_context_chunks, share)
     try:
         model.encoder.check_streaming(mask)
     except ValueError as error:
@@ -71,4 +72,27 @@ def chunks_of(
             f"This model cannot hear in chunks. {error} The recipes hparams/CTC/*_streaming.yaml "
             "train models that can."
         ) from None
-    return Chunks(frames, frames if mask is None else model.encoder.step_frames(mask), mask)
+    step = frames if mask is None else model.encoder.step_frames(mask)
+    if lookahead and step == frames:
+        raise UserError(
+            f"lookahead is {lookahead:g}: of {chunk_ms:g} ms that is less than a frame of "
+            f"{frame_ms:g} ms."
+        )
+    return Chunks(frames, step, mask)
+
+
+def check_lookahead(model: Model, lookahead: float | None) -> None:
+    """Checks that such a share of chunks can overlap; None leaves it to the model's recipe.
+
+    Raises:
+        UserError: it is no share below 1, or the model does not look ahead.
+    """
+    if lookahead is None:
+        return
+    network = model.encoder.Transformer
+    if network.causal or not network.encoder.takes_lookahead:
+        raise UserError("lookahead is of ConMamba and Mamba models that hear in chunks.")
+    try:
+        ChunkConfig(1, lookahead=lookahead)
+    except ValueError as error:
+        raise UserError(str(error)) from None

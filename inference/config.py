@@ -113,7 +113,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise UserError("results holds something else than the scores of each split.")
     if "streaming" in config:
         streaming = _mapping(config, "streaming")
-        num_left, lookahead = streaming.get("left_context_chunks"), streaming.get("lookahead", 0.0)
+        num_left, lookahead = streaming.get("left_context_chunks", 0), streaming.get("lookahead", 0)
         if type(num_left) is not int or num_left < 0:
             raise UserError(f"streaming has {num_left!r} left_context_chunks.")
         if type(lookahead) not in (int, float) or not 0 <= lookahead < 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 from common.errors import UserError
 from inference.audio import AudioError, as_waveform, load_audio
 from inference.bundle import is_bundle, read_bundle, read_run
-from inference.chunks import Chunks, chunks_of
+from inference.chunks import Chunks, check_lookahead, chunks_of
 from inference.long_audio import MIN_SEGMENT_S, cut_at_pauses, join
 from inference.model import Model
 from inference.search import Found, SearchOptions, TextSearch, options_of
@@ -57,7 +57,7 @@ class Recognizer:
             of 0; the latency stays one chunk. None: as the model's recipe has it.
 
     Raises:
-        UserError: a device or a precision that is not to be had here.
+        UserError: a device or a precision that is not to be had here, or an impossible lookahead.
     """
 
     # Of what is transcribed in chunks.
@@ -76,6 +76,7 @@ class Recognizer:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = _device(device)
+        check_lookahead(model, lookahead)
         self.precision, self.lookahead = precision, lookahead
         self.model = model
         model.to(self.device)

@@ -38,7 +38,7 @@ from modules.Conmamba import for_streams
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "2"
+_FORMAT = "3"
 _MAX_BATCH = 16
 _ENDPOINTS = Endpoints()
 # Others get their turn between the chunks of a stream that is behind.
@@ -476,7 +476,7 @@ class StreamingRecognizer(Recognizer):
         return {
             "model": self._model_id,
             "precision": self.precision,
-            "chunks": repr(self._chunks),
+            "chunks": self._chunks.describe(),
             "search": repr(self._options),
             "endpoints": json.dumps(endpoints),
         }

@@ -518,9 +518,13 @@ class TransformerASR(SpeechBrainTransformerASR):
             with, and the next state.
 
         Raises:
-            ValueError: more frames than absolute positions reach.
+            ValueError: more frames than absolute positions reach, or another number of streams.
         """
         src, num_new = _flattened(src), src.shape[1]
+        if src.shape[0] != state.num_frames_B.shape[0]:
+            raise ValueError(
+                f"src has {src.shape[0]} rows, the state {state.num_frames_B.shape[0]} streams."
+            )
         padding_BT = None if num_frames_B is None else padding_mask(num_frames_B, num_new)
         x_BTD, pos_embs = self._with_positions(
             self.custom_src_module(src), state.num_frames_B, self._num_left(chunks)

@@ -182,7 +182,8 @@ class LayerStack(nn.Module):
         """Frames at the end of such a chunk that the next one begins with."""
         if not isinstance(chunks, ChunkConfig) or not self.takes_lookahead:
             return 0
-        return int(chunks.chunk_size * chunks.lookahead)
+        # 0.29 of a hundred frames are 29, not 28.999.
+        return int(chunks.chunk_size * chunks.lookahead + 1e-9)
 
     def forward_streaming(
         self, x_BTD: Tensor, surroundings: Surroundings, layers: Sequence[StreamState]

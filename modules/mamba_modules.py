@@ -116,7 +116,8 @@ def states_of_chunks(
     steps_REH = delta_REH.to(added_REN.dtype)
     steps_REH = F.softplus(steps_REH if bias is None else steps_REH + bias[:, None])
     gains_REN = torch.exp(_without_padding(steps_REH, lengths).sum(-1, keepdim=True) * A)
-    rows = len(ssm_state), -1
+    items = ssm_state.shape[0]
+    rows = items, x_RHE.shape[0] // max(items, 1)
     states_BCEN, last_BEN = carried(
         gains_REN.unflatten(0, rows), added_REN.unflatten(0, rows), ssm_state.to(added_REN.dtype)
     )

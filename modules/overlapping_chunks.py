@@ -81,8 +81,8 @@ def before_and_after(
     """
     items, kept, _ = before_BKD.shape
     before_BKD = before_BKD.to(new_RHD.dtype)
-    new_BCHD = new_RHD.unflatten(0, (items, -1))
-    count, step = new_BCHD.shape[1:3]
+    count, step = new_RHD.shape[0] // max(items, 1), new_RHD.shape[1]
+    new_BCHD = new_RHD.unflatten(0, (items, count))
     seen_BTD = torch.cat([before_BKD, new_BCHD.flatten(1, 2)], dim=1)
     rows_BCDK = seen_BTD.unfold(1, kept, step)[:, :count]
     num_new_B = None if lengths_R is None else lengths_R.unflatten(0, (items, count)).sum(1)

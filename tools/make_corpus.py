@@ -119,10 +119,10 @@ def make_mini_librispeech(
         for split in sorted(set(split_of.values())):
             of_split = {u.id: u.words for u, its_split in chosen if its_split == split}
             _write_transcripts(scratch / split, of_split)
+        # Before the corpus is there: who has it has both.
+        _write_text(Path(folder) / "lm_text.txt.gz", found.values(), unheard)
 
-    made = _make(Path(folder), make)
-    _write_text(made.parent / "lm_text.txt.gz", found.values(), unheard)
-    return made
+    return _make(Path(folder), make)
 
 
 def mini_librispeech_ids() -> dict[str, str]:
@@ -179,7 +179,11 @@ def _an4_transcripts(top: Path, part: str, archive: Path) -> dict[str, str]:
     if not path.is_file():
         raise UserError(f"{archive} holds no etc/{path.name}: it is not an archive of AN4.")
     words_of = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{archive}: etc/{path.name} is not UTF-8, as AN4's is.") from None
+    for number, line in enumerate(lines, start=1):
         match = _AN4_LINE.fullmatch(line)
         if match is None:
             raise UserError(

@@ -230,7 +230,7 @@ def _plot(recipes: Sequence[Recipe], rates: dict, path: str | os.PathLike) -> No
         parameters = recipe.runs[0].parameters
         for split in recipe.splits:
             wer = central_interval(recipe.mean(split, "wer"), rates[recipe.name, split])
-            points.append((recipe.name, split, parameters, wer.value, wer.low, wer.high))
+            points.append((recipe.name, split, parameters, wer.value, max(wer.low, 0), wer.high))
     sized = [point for point in points if point[2] is not None]
     if not sized:
         raise ValueError("no run records its number of parameters: there is nothing to plot")
@@ -386,15 +386,19 @@ def _table(recipes: Sequence[Recipe], rates: dict) -> str:
                 split,
                 str(run.splits[split].score.utterances),
                 f"{wer.value:.2f}{deviation}",
-                f"{wer.low:.2f} to {wer.high:.2f}",
+                f"{max(wer.low, 0):.2f} to {wer.high:.2f}",
                 f"{recipe.mean(split, 'cer'):.2f}",
                 "-" if run.parameters is None else f"{run.parameters:,}",
-                format_number(run.splits[split].score.real_time_factor, 3),
+                format_number(_real_time_factor(recipe, split), 3),
             ]
             if len(recipes) > 1:
                 row += _difference(first, recipe, split, rates)
             rows.append(row)
     return markdown_table(header, rows, text_columns=2)
+
+
+def _real_time_factor(recipe: Recipe, split: str) -> float:
+    return statistics.mean(run.splits[split].score.real_time_factor for run in recipe.runs)
 
 
 def _difference(first: Recipe, recipe: Recipe, split: str, rates: dict) -> list[str]:

@@ -171,8 +171,11 @@ def read_hypotheses(path: str | os.PathLike) -> dict[str, tuple[list[str], list[
     Raises:
         ValueError: the file is not one that :func:`write_split_report` wrote.
     """
-    with open(path, encoding="utf-8", newline="") as lines:
-        rows = [line.rstrip("\r\n").split("\t") for line in lines]
+    try:
+        with open(path, encoding="utf-8", newline="") as lines:
+            rows = [line.rstrip("\r\n").split("\t") for line in lines]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8; it is not the file that was written.") from None
     if not rows or tuple(rows[0]) != HYPOTHESES_HEADER:
         header = " <tab> ".join(HYPOTHESES_HEADER)
         raise ValueError(f"{path}: the first line must be: {header}")

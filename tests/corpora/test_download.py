@@ -225,6 +225,18 @@ def test_a_damaged_or_foreign_archive_leaves_nothing(tmp_path, content, message)
     assert list((tmp_path / "to").iterdir()) == []
 
 
+def test_a_flipped_bit_is_found(tmp_path):
+    content = np.random.default_rng(1).bytes(20_000)
+    whole = archive({"LibriSpeech/dev-clean/a": content})
+    for place in range(200, len(whole), len(whole) // 20):
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        (tmp_path / "a.tar.gz").write_bytes(damaged)
+        with pytest.raises(DownloadError, match="damaged"):
+            unpack(tmp_path / "a.tar.gz", tmp_path / "to", "dev-clean", noprogressbar=True)
+        assert list((tmp_path / "to").iterdir()) == []
+
+
 def test_every_official_split_has_a_checksum_and_a_number_of_utterances():
     assert download.ARCHIVE_MD5.keys() == OFFICIAL_NUM_UTTERANCES.keys()
     assert sum(OFFICIAL_NUM_UTTERANCES.values()) == 292_367

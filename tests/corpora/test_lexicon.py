@@ -52,3 +52,9 @@ def test_a_lexicon_without_pronunciations_is_refused(tmp_path, content, message)
     with pytest.raises(ValueError, match=message):
         write_lexicon(tmp_path / "bad.txt", tmp_path, seed=1)
     assert not (tmp_path / "lexicon.csv").exists()
+
+
+def test_a_lexicon_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"CAF\xc9 K AH0 F EY1\n")
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8"):
+        write_lexicon(tmp_path / "latin.txt", tmp_path, seed=1)

@@ -115,19 +115,25 @@ def test_what_cannot_be_used_is_named_and_may_be_left_out(folder):
             for name in ("none.wav", "pipe.wav", "empty.wav", "", "a$x.wav")
         ),
         dict(ROWS[0], path="clips/silent.wav", text=" "),
+        dict(ROWS[0], path="clips/costs.wav", text="PAY $FIVE"),
+        dict(ROWS[0], path="clips/said.wav", speaker="$BEN"),
+        dict(ROWS[0], path=""),
     ]
     soundfile.write(folder / "clips/silent.wav", np.zeros(1600), 16000)
     table, save = write(folder / "train.csv", rows), folder / "out"
-    with pytest.raises(PreparationError, match="6 utterances") as raised:
+    with pytest.raises(PreparationError, match="9 utterances") as raised:
         prepare_tables({"train": table}, save, noprogressbar=True)
     reasons = [problem.reason.split(":")[0] for problem in raised.value.problems]
     assert sorted(reasons) == [
         "empty file",
         "missing audio",
         "missing audio",
+        "missing audio",
         "missing transcript",
         "not a regular file",
         "unusable name",
+        "unusable name",
+        "unusable transcript",
     ]
     assert not list(save.glob("*.csv"))
     assert prepare_tables({"train": table}, save, skip_bad=True, noprogressbar=True) == {"train": 3}
@@ -142,6 +148,9 @@ def test_what_cannot_be_used_is_named_and_may_be_left_out(folder):
         ("path,text\na.wav,b,c\n", "line 2: not as many cells as columns"),
         ("path,text\nclips/a.wav,A\nclips/a.wav,B\n", "twice: clips-a. Give them a column id"),
         ("path,text\nnone.wav,A\n", "cannot be used"),
+        ('path,text\na.wav,"A B\nb.wav,C\n', r"line 3: no row of a table"),
+        ('path,text\na.wav,"A B\nb.wav,"C"\n', r"line 3: (no row|a cell has several lines)"),
+        ('path,text\na.wav,"A B\nb.wav",C\n', r"line 3: (no row|not as many|a cell)"),
         ("path,text,split\nclips/a.wav,A,../x\n", "cannot be the name of a split"),
     ],
 )
@@ -158,6 +167,7 @@ def test_a_table_that_is_none_is_one_message(folder, text, message):
         ("t.jsonl", b'{"path": "a", "text": "b", "offset": 3}', "has an offset"),
         ("t.csv", b"path,text\ncaf\xe9.wav,A\n", "is not UTF-8"),
         ("t.xlsx", b"PK", "is none of .csv"),
+        ("t.csv", b'path,text\n"a\nb.wav",A\n', "line 3: a cell has several lines"),
     ],
 )
 def test_a_file_of_another_kind_is_one_message(folder, name, content, message):
@@ -218,6 +228,30 @@ def test_tables_of_several_folders_are_one_corpus_without_a_save_folder(
     for name in ("train", "dev"):
         for row in read_manifest(folder / "results" / "train" / f"{name}.csv"):
             assert os.path.isfile(row.wav.replace("$data_root", str(folder)))
+
+
+def test_two_tables_of_one_split_are_refused_before_anything_is_written(folder, capsys):
+    for name in ("x.csv", "y.csv"):
+        write(folder / name, [dict(row, split="train") for row in ROWS])
+    save = folder / "out"
+    tables = [str(folder / "x.csv"), str(folder / "y.csv")]
+    assert main(["table", *tables, "--save_folder", str(save), "--noprogressbar"]) == 2
+    assert "x.csv has the split train, too" in capsys.readouterr().err
+    assert not save.exists()
+
+
+def test_a_line_of_json_may_hold_any_letter(folder):
+    row = json.dumps(dict(ROWS[0], text="A\u2028B"), ensure_ascii=False)
+    (folder / "t.jsonl").write_text(f"{row}\n", encoding="utf-8")
+    (part,) = read_table(folder / "t.jsonl")
+    assert [utterance.words for utterance in part.utterances] == ["A B"]
+
+
+def test_a_rate_that_no_recording_has_is_refused(folder, capsys):
+    table = str(write(folder / "train.csv", ROWS))
+    options = ["--sample_rate", "0", "--resample", "--save_folder", str(folder / "out")]
+    assert main(["table", table, *options]) == 2
+    assert "sample_rate is 0" in capsys.readouterr().err
 
 
 def test_every_kind_answers_help_without_torch():

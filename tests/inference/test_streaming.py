@@ -341,19 +341,25 @@ def test_a_stream_of_another_model_or_version_is_refused(streaming, runs):
         streaming["mamba"].restore(data)
     for options, named in (
         ({"chunk_ms": 320, "search": GREEDY}, "chunks"),
+        ({"lookahead": 0, "search": GREEDY}, "chunks"),
         ({"search": {}}, "search"),
         ({"endpoints": None, "search": GREEDY}, "endpoints"),
     ):
         other = StreamingRecognizer.from_run(runs["conmamba"], device="cpu", **options)
         with pytest.raises(UserError, match=f"{named} is another"):
             other.restore(data)
+    # Of 16 frames, half of them.
+    same = StreamingRecognizer.from_run(
+        runs["conmamba"], device="cpu", lookahead=0.52, search=GREEDY
+    )
+    same.finish(same.restore(data))
     turned = bytearray(data)
     turned[-5] ^= 1
     for damaged in (b"", b"nothing", data[:-3], bytes(turned)):
         with pytest.raises(UserError, match="hold no stream"):
             asr.restore(damaged)
-    later = data[32:].replace(b'"format":"2"', b'"format":"3"', 1)
-    with pytest.raises(UserError, match="format '3'"):
+    later = data[32:].replace(b'"format":"3"', b'"format":"4"', 1)
+    with pytest.raises(UserError, match="format '4'"):
         asr.restore(hashlib.sha256(later).digest() + later)
     assert asr.num_streams == 0
     # Statistics of the features are no weights.
@@ -419,7 +425,9 @@ def test_models_and_options_that_cannot_stream_say_what_can(runs, ctc_run):
             StreamingRecognizer.from_run(runs["conmamba"], device="cpu", lookahead=share)
     for model in ("conformer", "causal"):
         with pytest.raises(UserError, match="lookahead is of ConMamba and Mamba"):
-            StreamingRecognizer.from_run(runs[model], device="cpu", lookahead=0.25)
+            Recognizer.from_run(runs[model], device="cpu", lookahead=0.25)
+    with pytest.raises(UserError, match="less than a frame of 40 ms"):
+        StreamingRecognizer.from_run(runs["conmamba"], device="cpu", lookahead=0.2, chunk_ms=160)
 
 
 @pytest.mark.parametrize("model", MODELS)

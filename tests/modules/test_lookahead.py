@@ -139,5 +139,19 @@ def test_a_share_that_cannot_be_is_refused():
             ChunkConfig(8, 2, share)
 
 
+@pytest.mark.parametrize("encoder", ["conmamba", *LOOKAHEAD])
+@torch.no_grad()
+def test_streams_are_as_many_as_the_rows(encoder):
+    network, chunks = network_of(encoder), chunks_of(encoder)
+    for rows in (1, 4):
+        with pytest.raises(ValueError, match=f"src has {rows} rows, the state 2 streams"):
+            network.encode_chunk(
+                torch.randn(rows, 4, INPUT_SIZE), network.initial_state(2, chunks), chunks=chunks
+            )
+    state = network.initial_state(0, chunks)
+    out, _ = network.encode_chunk(torch.randn(0, 4, INPUT_SIZE), state, chunks=chunks)
+    assert out.shape == (0, network.step_frames(chunks), network.d_model)
+
+
 def test_an_encoder_that_attends_looks_no_further():
     assert network_of("conformer").step_frames(ChunkConfig(8, 2, 0.5)) == 8

@@ -1,5 +1,6 @@
 """Streamed in any cutting equals offline with the same mask."""
 
+import dataclasses
 import random
 
 import pytest
@@ -195,11 +196,23 @@ def test_a_step_can_be_exported(encoder):
         def forward(self, src, state):
             return self.network.encode_chunk(src, state, chunks=chunks)
 
-    step, src, chunks = Step(), torch.randn(2, 4, INPUT_SIZE), chunks_of(encoder)
-    state = step.network.initial_state(2, chunks)
-    exported = torch.export.export(step, (src, state)).module()
-    for _ in range(3):
-        wanted, next_state = step(src, state)
-        actual, state = exported(src, state)
-        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(state.num_frames_B, next_state.num_frames_B)
+    step, src, chunks = Step(), torch.randn(3, 4, INPUT_SIZE), chunks_of(encoder)
+    state = step.network.initial_state(3, chunks)
+    any_rows = {0: torch.export.Dim.AUTO}
+
+    def shapes_of(part):
+        if isinstance(part, torch.Tensor):
+            return any_rows
+        if isinstance(part, tuple):
+            return tuple(map(shapes_of, part))
+        return [shapes_of(getattr(part, field.name)) for field in dataclasses.fields(part)]
+
+    shapes = {"src": any_rows, "state": shapes_of(state)}
+    exported = torch.export.export(step, (src, state), dynamic_shapes=shapes).module()
+    for rows in (3, 5):
+        src, state = torch.randn(rows, 4, INPUT_SIZE), step.network.initial_state(rows, chunks)
+        for _ in range(3):
+            wanted, next_state = step(src, state)
+            actual, state = exported(src, state)
+            torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(state.num_frames_B, next_state.num_frames_B)

@@ -126,7 +126,8 @@ class TestCommand:
     def test_plain_and_gzip_text_and_manifests_give_the_same_words(self, tmp_path):
         sentences = ["ONE TWO", "TWO THREE"]
         plain, packed = tmp_path / "a.txt", tmp_path / "b.txt.gz"
-        plain.write_text("\n".join(sentences) + "\n\n")
+        # As Windows' editor writes it, with a mark at the beginning.
+        plain.write_text("\ufeff" + "\n".join(sentences) + "\n\n", encoding="utf-8")
         with gzip.open(packed, "wt") as stream:
             stream.write("\n".join(sentences))
         manifest = tmp_path / "c.csv"
@@ -138,6 +139,13 @@ class TestCommand:
             assert self.run(source, "--order", 2, "--output", output) == 0
             outputs.append(output.read_text())
         assert outputs[0] == outputs[1] == outputs[2]
+
+    def test_a_damaged_file_is_one_message(self, tmp_path, capsys):
+        damaged = bytearray(gzip.compress(b"ONE TWO\n" * 50))
+        damaged[10] |= 6
+        (tmp_path / "text.gz").write_bytes(damaged)
+        assert self.run(tmp_path / "text.gz", "--output", tmp_path / "o.arpa") == 2
+        assert "text.gz is damaged" in capsys.readouterr().err
 
     def test_with_a_tokenizer_the_units_are_its_pieces(self, tmp_path):
         text_file = tmp_path / "a.txt"

@@ -277,6 +277,19 @@ def test_seeds_of_a_recipe_are_a_mean_with_their_deviation(tmp_path, wrong_words
     assert one[3] == f"{wers[0]:.2f}"
 
 
+def test_intervals_end_at_zero_and_speeds_are_means(tmp_path):
+    # One seed has no error, the other all of them.
+    for seed, wrong in ((1, 0), (2, 1)):
+        make_run(tmp_path / "a" / str(seed), np.full(20, wrong), seed=seed)
+        results = tmp_path / "a" / str(seed) / "results.json"
+        told = json.loads(results.read_text())
+        told["splits"]["test-clean"]["decode_s"] = 10 + 80 * wrong
+        results.write_text(json.dumps(told))
+    (row,) = cells(compare([tmp_path / "a"], samples=1000), ("a, 2 seeds", "test-clean"))
+    assert interval(row[4])[0] == 0
+    assert row[7] == "0.500"
+
+
 def test_recipes_are_paired_on_their_utterances(tmp_path, wrong_words):
     rng = np.random.default_rng(6)
     first, ours = make_recipe(tmp_path / "a", wrong_words, rng, spread=0.02)

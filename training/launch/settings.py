@@ -214,7 +214,7 @@ SETTINGS: dict[str, Setting] = {
     "left_context_chunks": Setting("integer", low=0),
     "kernel_size": _COUNT,
     "causal_convolution": _SWITCH,
-    "stream_lookahead": Setting("number", low=0, high=0.9),
+    "stream_lookahead": _SHARE,
     "causal": _SWITCH,
     "remove_utterance_mean": _SWITCH,
     # Of language models.

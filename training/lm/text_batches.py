@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -52,9 +53,9 @@ def read_sentences(paths: Sequence[str | Path]) -> Iterator[str]:
 def _lines(path: Path) -> Iterator[str]:
     open_text = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_text(path, "rt", encoding="utf-8") as stream:
+        with open_text(path, "rt", encoding="utf-8-sig") as stream:
             yield from stream
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged or not UTF-8 text: {error}.") from None
 
 
