@@ -103,7 +103,6 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
             check_characters(search["ngram"], said)
         except ValueError as error:
             raise UserError(f"--kenlm_model_path: {error}") from None
-    folder = made_folder(Path(arguments.output_dir or default_folder(arguments, search)))
     recognizer = load_recognizer(arguments)
 
     from inference.chunks import chunks_of
@@ -113,6 +112,7 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     for chunk_ms in lengths:
         if chunk_ms < math.inf:
             chunks_of(recognizer.model, chunk_ms, lookahead=arguments.lookahead)
+    folder = made_folder(Path(arguments.output_dir or default_folder(arguments, search)))
 
     record = run_record(
         seed=0,

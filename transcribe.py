@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--chunk_ms",
         type=positive(float),
         metavar="MS",
-        help="no frame sees what follows its chunk (models for streaming)",
+        help="no frame sees what follows its chunk (models for streaming); the longest wait",
     )
     add_model_options(parser)
     return parser
@@ -152,8 +152,13 @@ def transcribe(arguments: argparse.Namespace) -> int:
 def _transcribed(
     sources: Sequence[Source], arguments: argparse.Namespace, search: Mapping[str, Any]
 ) -> Iterator[tuple[Source, Transcript | AudioError]]:
+    from inference.streaming_text import Endpoints
+
     recognizer = load_recognizer(arguments)
     longest_s = arguments.max_segment_s
+    if arguments.chunk_ms and longest_s is not None:
+        # As in streams, whose text it is.
+        recognizer.endpoints, longest_s = Endpoints(max_segment_s=longest_s), None
     transcribe_all = functools.partial(
         recognizer.transcribe_many,
         [source.audio for source in sources],

@@ -124,9 +124,9 @@ def write_bundle(
     with tempfile.TemporaryDirectory(prefix=".bundle-", dir=folder.parent) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
-        save_file(pack(model.tensors, precision), new / WEIGHTS_FILE)
+        _save_tensors(pack(model.tensors, precision), new / WEIGHTS_FILE)
         if model.lm_tensors is not None:
-            save_file(pack(model.lm_tensors, precision), new / LM_WEIGHTS_FILE)
+            _save_tensors(pack(model.lm_tensors, precision), new / LM_WEIGHTS_FILE)
         shutil.copyfile(model.tokenizer_file, new / TOKENIZER_FILE)
         for path in new.glob("*.safetensors"):
             # safetensors makes files that their owner alone can read.
@@ -310,6 +310,14 @@ def _checked_file(
 def _is_free(folder: Path) -> bool:
     """Whether a bundle may take the place of what is there."""
     return folder.is_dir() and (is_bundle(folder) or not any(folder.iterdir()))
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        # A full disk, in words of its own.
+        raise OSError(f"{path.name} cannot be written: {error}") from None
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -71,6 +71,8 @@ class SearchOptions:
                 raise UserError(f"{name} is {value}; it must be finite.")
         if self.alternatives < 0:
             raise UserError(f"alternatives is {self.alternatives}; it cannot be negative.")
+        if self.alternatives and self.search == "greedy":
+            raise UserError("alternatives need search beam: the greedy one finds one text.")
 
 
 class Found(NamedTuple):

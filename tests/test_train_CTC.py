@@ -276,6 +276,44 @@ def test_training_stops_when_validation_no_longer_improves(tone_corpus, tmp_path
     assert epochs() == [1, 2, 3, 4]
 
 
+def test_a_score_that_stays_the_same_is_no_gain(tone_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_CTC.ASR, "best_is", "max")
+    keys = {
+        "lr_adam": 0.0,
+        "number_of_epochs": 6,
+        "test_splits": "[]",
+        "optimizer_step_limit": None,
+        "counter": "{direction: max}",
+        "early_stop_patience": 2,
+    }
+    assert train(command_line(tone_corpus, tmp_path, **keys)) == 0
+    epochs = [entry["epoch"] for entry in metrics(tmp_path) if "valid_loss" in entry]
+    assert epochs == [1, 2, 3]
+
+
+def test_a_run_that_goes_on_has_the_options_it_is_given(tone_corpus, tmp_path, monkeypatch):
+    seen, start = [], train_CTC.ASR.on_fit_start
+
+    def note(brain):
+        start(brain)
+        seen.extend({group["weight_decay"] for group in brain.optimizer.param_groups})
+
+    monkeypatch.setattr(train_CTC.ASR, "on_fit_start", note)
+    for epochs, decay in ((1, 0.01), (2, 0.3)):
+        keys = {"number_of_epochs": epochs, "weight_decay": decay, "test_splits": "[]"}
+        assert train(command_line(tone_corpus, tmp_path, **keys)) == 0
+    assert 0.01 in seen[:2]
+    assert 0.3 in seen[2:]
+    assert 0.01 not in seen[2:]
+
+
+def test_what_a_run_logged_before_its_first_checkpoint_is_logged_anew(tone_corpus, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train_loss": 5.0, "stale": 1}\n')
+    keys = {"number_of_epochs": 1, "test_splits": "[]"}
+    assert train(command_line(tone_corpus, tmp_path, **keys)) == 0
+    assert not any("stale" in entry for entry in metrics(tmp_path))
+
+
 def test_a_loss_that_stays_infinite_ends_the_run_and_names_utterances(
     tone_corpus, tmp_path, capsys
 ):

@@ -79,6 +79,8 @@ def test_options_that_do_nothing_together_are_refused(run, recording):
         (["--stream", "--whole"], "exclude each other"),
         (["--speed", "2"], "--speed is of --stream"),
         (["--stream", "--max_segment_s", "0"], "max_segment_s is 0"),
+        (["--lookahead", "0.5"], "--lookahead is of chunks"),
+        (["--stream", "--lookahead", "1"], "lookahead is 1"),
     ):
         status, out, err = run(recording, *options)
         assert (status, out) == (EXIT_USER_ERROR, "")
@@ -91,6 +93,16 @@ def test_the_length_of_segments_can_be_given(run, recording):
     )
     assert status == 0
     assert len(json.loads(out)["segments"]) > 1
+
+
+def test_a_recording_in_chunks_is_cut_like_its_stream(run, recording):
+    found = []
+    for how in (["--stream", "--speed", "max"], ["--chunk_ms", "640"]):
+        options = ["--format", "json", "--max_segment_s", "0.5", "--lookahead", "0.25"]
+        status, out, _ = run(recording, *how, *options)
+        assert status == 0
+        found.append(json.loads(out)["segments"])
+    assert found[0] == found[1]
 
 
 def test_a_recording_is_played_in_real_time(run, recording, monkeypatch):

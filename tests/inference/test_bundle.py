@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -284,6 +285,13 @@ def test_what_prevents_the_bundle_of_a_run_is_a_warning(tmp_path, caplog, monkey
         patch.setattr("tempfile.TemporaryDirectory", refuse)
         leave_bundle(run)
     assert "Read-only file system" in caplog.records[-1].message
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        leave_bundle(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "model.safetensors cannot be written" in caplog.records[-1].message
     text = (run / "hyperparams.yaml").read_text()
     (run / "hyperparams.yaml").write_text(text.replace("torch.nn.GELU", "mine.Activation"))
     leave_bundle(run)

@@ -68,6 +68,24 @@ def test_a_loss_that_is_not_finite_is_left_out_on_the_device_and_named_later(
     assert all(loss is not None for loss in losses)
 
 
+def test_a_window_with_such_a_loss_counts_once(
+    late, tone_corpus, tmp_path, monkeypatch, capsys, one_thread
+):
+    objectives = ASRBrain.ctc_objective
+
+    def spoilt(brain, log_probs, front_end, batch, stage):
+        loss = objectives(brain, log_probs, front_end, batch, stage)
+        # The first of two batches, whose gradients are summed.
+        return loss * torch.nan if brain.modules.training and brain.step in (1, 3) else loss
+
+    monkeypatch.setattr(ASRBrain, "ctc_objective", spoilt)
+    keys = KEYS | {"number_of_epochs": 1, "nonfinite_patience": 2, "test_splits": "[]"}
+    assert train(command_line(tone_corpus, tmp_path, **keys)) == 0
+    told = [text for text in capsys.readouterr().out.splitlines() if "not finite" in text]
+    assert len(told) == 2
+    assert all("The loss is not finite" in text for text in told)
+
+
 def test_too_many_of_them_end_the_run(late, tone_corpus, tmp_path, monkeypatch, capsys, one_thread):
     objectives = ASRBrain.ctc_objective
     monkeypatch.setattr(ASRBrain, "ctc_objective", lambda *a: objectives(*a) * torch.nan)

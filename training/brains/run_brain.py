@@ -103,6 +103,8 @@ class RunBrain(sb.Brain):
         self.resume_from: str | None = None
         self.weight_average: WeightAverage | None = None
         self._void_window = False
+        # Whether a loss of the window that is being read was counted as not finite.
+        self._told_window = False
         self._window_batches = 0
         self._ended_before = self._begins_again = False
         self._train_loader: DataLoader | None = None
@@ -214,11 +216,12 @@ class RunBrain(sb.Brain):
             return
         nothing = self._unread[0].loss.new_zeros(())
         rows = [
-            torch.stack([one.loss.double(), (nothing if one.norm is None else one.norm).double()])
+            # In float32, since MPS has nothing wider.
+            torch.stack([one.loss.float(), (nothing if one.norm is None else one.norm).float()])
             for one in self._unread
         ]
         values = torch.stack(rows)
-        finite = values[:, :1].isfinite().double()
+        finite = values[:, :1].isfinite().float()
         if self.reads_late and is_distributed_initialized():
             torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
         read = torch.cat([values, finite], dim=1).tolist()
@@ -229,11 +232,18 @@ class RunBrain(sb.Brain):
             if self.reads_late and not finite_everywhere:
                 another = math.isfinite(loss)
                 self._count_nonfinite("loss", _ANOTHER_PROCESS if another else one.items)
-            elif self.reads_late and not math.isfinite(norm) and not self.scaler.is_enabled():
+                self._told_window = True
+            elif (
+                self.reads_late
+                and not math.isfinite(norm)
+                and not self.scaler.is_enabled()
+                # Else it follows from the loss.
+                and not self._told_window
+            ):
                 self._count_nonfinite("gradient", one.items)
             self._last_loss = loss
             if one.norm is not None:
-                self._last_norm = norm
+                self._last_norm, self._told_window = norm, False
         self._unread.clear()
 
     def update_average(self, loss, avg_loss):
@@ -439,7 +449,11 @@ class RunBrain(sb.Brain):
                 meta, train_stats=self._train_stats, valid_stats=stats | measured
             )
         if self.hparams.early_stop_patience:
-            self.hparams.counter.update_metric(stats[self.best_metric])
+            metric, counter = stats[self.best_metric], self.hparams.counter
+            if self.best_is == "max" and metric <= counter.best_score:
+                # SpeechBrain's counter takes the same score again for a gain.
+                metric = -math.inf
+            counter.update_metric(metric)
         self.checkpointer.save_checkpoint(meta={"epoch": epoch, **stats})
         self.checkpointer.keep_best(
             self.hparams.avg_checkpoints, **{f"{self.best_is}_key": self.best_metric}
@@ -500,19 +514,26 @@ class RunBrain(sb.Brain):
             # A run that goes on may have begun without.
             self.checkpointer.add_recoverable(EMA, self.weight_average, optional_load=True)
         self.checkpointer.remove_unfinished()
+        own = [
+            {key: value for key, value in group.items() if key not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
         if self.resume_from is not None:
             checkpoint = self.checkpointer.go_back_to(self.resume_from)
         else:
             checkpoint = self.checkpointer.recover_if_possible()
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            # Of a checkpoint are the moments; weight decay and the like are this run's.
+            group.update(options)
         if checkpoint is not None:
             if self.weight_average is not None and EMA not in checkpoint.paramfiles:
                 self.weight_average.reset()
             logger.info(
                 "Going on from %s (optimiser step %d)", checkpoint.path, self.optimizer_step
             )
-            if if_main_process():
-                self.metrics_log.truncate_after(self.optimizer_step)
             self._judge_stopping_anew()
+        if if_main_process():
+            self.metrics_log.truncate_after(self.optimizer_step)
 
     @property
     def training_dtype(self) -> torch.dtype:

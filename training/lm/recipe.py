@@ -163,6 +163,11 @@ def _run(
         warn_of_unknown_characters(text, hparams["unknown_characters"])
         text.chunk_sentences = on_main(text.fit_parts, num_ranks())
         brain.text_loader = TextLoader(text, hparams["num_workers"])
+        if getattr(hparams["noam_scheduler"], "total_steps", 0) is None:
+            raise UserError(
+                "noam_scheduler has no total_steps, and how many an epoch of text has is not known "
+                "before: give a number."
+            )
         brain.fit(hparams["counter"], brain.text_loader, held_out["valid"])
     brain.unwrap_modules()
     is_own = not options.test_only or _averages_as_trained(folder, hparams["avg_checkpoints"])
