@@ -54,7 +54,7 @@ class Recognizer:
         threads: of the CPU, for the whole process; None leaves them as they are.
         lookahead: of chunks: the share of one that the next one begins with. More of it makes fewer
             errors, the shorter the chunks the more so, and costs computation, with 0.5 twice that
-            of 0; the latency stays one chunk. None: as the model's recipe has it.
+            of 0; the longest wait stays one chunk. None: as the model's recipe has it.
 
     Raises:
         UserError: a device or a precision that is not to be had here, or an impossible lookahead.

@@ -119,8 +119,8 @@ class StreamingRecognizer(Recognizer):
 
     Args:
         model: as in `Recognizer`; trained for chunks.
-        chunk_ms: length of a chunk, which is the latency; a multiple of the model's frames. Of a
-            model that looks ahead the next one begins before its end.
+        chunk_ms: length of a chunk, which is the longest wait; a multiple of the model's frames.
+            Where chunks overlap (``lookahead``) the next one begins before its end.
         left_context_chunks: chunks before its own that a frame sees, in an encoder that attends;
             None: as many as in training.
         endpoints: where the text is cut into segments; None: nowhere.

@@ -183,7 +183,7 @@ class LayerStack(nn.Module):
         if not isinstance(chunks, ChunkConfig) or not self.takes_lookahead:
             return 0
         # 0.29 of a hundred frames are 29, not 28.999.
-        return int(chunks.chunk_size * chunks.lookahead + 1e-9)
+        return min(int(chunks.chunk_size * chunks.lookahead + 1e-9), chunks.chunk_size - 1)
 
     def forward_streaming(
         self, x_BTD: Tensor, surroundings: Surroundings, layers: Sequence[StreamState]

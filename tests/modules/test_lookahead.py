@@ -153,5 +153,10 @@ def test_streams_are_as_many_as_the_rows(encoder):
     assert out.shape == (0, network.step_frames(chunks), network.d_model)
 
 
+def test_a_chunk_always_steps():
+    assert network_of("mamba").step_frames(ChunkConfig(8, 2, 1 - 1e-12)) == 1
+    assert network_of("mamba").step_frames(ChunkConfig(100, 2, 0.29)) == 71
+
+
 def test_an_encoder_that_attends_looks_no_further():
     assert network_of("conformer").step_frames(ChunkConfig(8, 2, 0.5)) == 8
