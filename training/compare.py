@@ -19,7 +19,7 @@ import statistics
 import sys
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from common.files import atomic_write
 from common.tables import format_number, markdown_table
 from inference.scoring.bootstrap import central_interval, resampled_rates
 from inference.scoring.reports import SplitScore, read_hypotheses, read_results
+from training.launch.yaml_file import RECIPE_FILE
 from training.named_evaluation import EVAL_FOLDER
 from training.reporting.plots import plot_sizes
 
@@ -66,10 +67,15 @@ class EvaluatedRun:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Runs that differ in their seed alone; a run by itself is a recipe of one."""
+    """Runs that differ in their seed alone; a run by itself is a recipe of one.
+
+    Attributes:
+        without: sentences about what its folder holds and this does not count.
+    """
 
     name: str
     runs: tuple[EvaluatedRun, ...]
+    without: tuple[str, ...] = ()
 
     @property
     def splits(self) -> list[str]:
@@ -185,16 +191,24 @@ def read_recipes(folder: str | os.PathLike, name: str) -> list[Recipe]:
         )
     # By what was evaluated; what not every seed was evaluated on is no recipe's.
     by_label = [{found.name.removeprefix(run[0].name): found for found in run} for run in runs]
+    labels = list(dict.fromkeys(label for of_run in by_label for label in of_run))
+    common = [label for label in labels if all(label in of_run for of_run in by_label)]
+    if not common:
+        raise ValueError(f"{folder}: its runs have no evaluation in common")
     recipes = []
-    for label in by_label[0]:
-        if not all(label in of_run for of_run in by_label):
-            continue
+    for label in common:
         found = tuple(of_run[label] for of_run in by_label)
         for other in found[1:]:
             _check_seeds(folder, found[0], other)
         recipes.append(Recipe(name + label, found))
-    if not recipes:
-        raise ValueError(f"{folder}: its runs have no evaluation in common")
+    begun = sorted({path.parent for path in folder.glob(f"*/{RECIPE_FILE}")} - set(inner))
+    without = [f"Not evaluated yet and so left out: {name}/{path.name}." for path in begun]
+    without += [
+        f"Not an evaluation of every run of {name}: {label.removeprefix(':')}."
+        for label in labels
+        if label not in common
+    ]
+    recipes[0] = replace(recipes[0], without=tuple(without))
     return recipes
 
 
@@ -421,6 +435,7 @@ def _left_out(recipes: Sequence[Recipe]) -> list[str]:
     first, *others = recipes
     lines = []
     for recipe in recipes:
+        lines.extend(recipe.without)
         scored = {split for run in recipe.runs for split in run.splits}
         if unmatched := sorted(scored - set(recipe.splits)):
             lines.append(f"Not in every run of {recipe.name}: {', '.join(unmatched)}.")

@@ -322,3 +322,18 @@ def test_splits_that_not_every_seed_has_are_told(tmp_path, wrong_words):
     report = compare([tmp_path / "a"])
     assert "Not in every run of a: test." in report
     assert cells(report, ("a, 2 seeds", "dev"))
+
+
+def test_seeds_and_evaluations_that_do_not_count_are_told(tmp_path, wrong_words):
+    for seed in (1, 2):
+        make_run(tmp_path / "a" / str(seed), wrong_words, seed=seed)
+    reports = tmp_path / "a" / "2" / "evaluations" / "beam"
+    make_run(reports, wrong_words)
+    (tmp_path / "a" / "3").mkdir()
+    (tmp_path / "a" / "3" / "recipe.yaml").touch()
+    report = compare([tmp_path / "a"])
+    assert cells(report, ("a, 2 seeds", "test-clean"))
+    assert report.endswith(
+        "\n\nNot evaluated yet and so left out: a/3."
+        "\n\nNot an evaluation of every run of a: evaluations/beam.\n"
+    )
