@@ -90,11 +90,12 @@ def write_bundle(
     language: str | None = None,
     licence: str | None = None,
 ) -> Path:
-    """Writes the bundle of a training run; the folder appears whole or not at all.
+    """Writes the bundle of a training run; a new folder appears whole or not at all.
 
     Args:
         run: output folder of a run that has been evaluated.
-        folder: of the bundle; an earlier bundle there is replaced, another folder is not.
+        folder: of the bundle; an earlier bundle there is replaced, and what else lies beside its
+            files stays there; another folder is not touched.
         precision: how weights are stored: fp32, fp16, or int8 with a scale per row. They are
             float32 again when loaded.
         language: of the speech, as a code such as "en".
@@ -138,6 +139,12 @@ def write_bundle(
         _write_json(new / CHECKSUMS_FILE, checksums)
         with atomic_write(new / CARD_FILE) as stream:
             stream.write(model_card(config, checksums))
+        if _strangers(folder):
+            for name in FILES:
+                (folder / name).unlink(missing_ok=True)
+            for path in new.iterdir():
+                path.rename(folder / path.name)
+            return folder
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         new.rename(folder)
@@ -309,7 +316,22 @@ def _checked_file(
 
 def _is_free(folder: Path) -> bool:
     """Whether a bundle may take the place of what is there."""
-    return folder.is_dir() and (is_bundle(folder) or not any(folder.iterdir()))
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    # Many a folder has a config.json.
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    is_ours = isinstance(config, dict) and {"format", "kind"} <= config.keys()
+    return is_ours and (folder / CHECKSUMS_FILE).is_file()
+
+
+def _strangers(folder: Path) -> set[str]:
+    """What lies in a folder and is no file of a bundle."""
+    return {path.name for path in folder.iterdir()} - {*FILES} if folder.exists() else set()
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -53,3 +53,18 @@ def test_states_follow_the_beams(scorer):
     gains_NV, _ = scorer.score(torch.tensor([5, 5, 5]), swapped, None, None)
     assert torch.equal(gains_NV[1], gains_NV[2])
     assert not torch.equal(gains_NV[0], gains_NV[1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(tokens=st.lists(st.integers(3, len(PIECES) - 1), max_size=8))
+def test_every_token_adds_what_its_symbols_add_one_by_one(scorer, tokens):
+    memory, last = None, 1
+    for token in tokens:
+        gains_1V, memory = scorer.score(torch.tensor([last]), memory, None, None)
+        last = token
+        (state,) = memory
+        for each, gain in enumerate(gains_1V[0].tolist()):
+            end, gained = scorer._after(state, scorer._symbols[each])
+            advanced = 0.0 if each == EOS else scorer.tree.advances[end.node]
+            lost = scorer.tree.advances[state.node]
+            assert gain == pytest.approx(gained + advanced - lost, abs=1e-6)

@@ -221,12 +221,29 @@ def test_only_a_bundle_is_replaced(tmp_path):
         with pytest.raises(UserError, match="is no bundle"):
             write_bundle(run, folder)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
-    write_bundle(run, tmp_path / "b", "fp16")
-    (tmp_path / "b" / "stale.txt").write_text("x")
-    write_bundle(run, tmp_path / "b", "fp32")
-    assert not (tmp_path / "b" / "stale.txt").exists()
-    assert read_bundle(tmp_path / "b").config["stored_precision"] == "fp32"
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "mine", "b"}
+    # As of a web project, or of another library's model.
+    (tmp_path / "mine" / "config.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="is no bundle"):
+        write_bundle(run, tmp_path / "mine")
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"thesis.txt", "config.json"}
+
+
+@pytest.mark.parametrize("beside", [None, ".git/HEAD", "notes.txt"])
+def test_what_lies_beside_a_bundle_stays(tmp_path, beside):
+    run, folder = make_run(tmp_path / "run", "CTC/demo"), tmp_path / "b"
+    write_bundle(run, folder, "fp16")
+    names = {path.name for path in folder.iterdir()}
+    (folder / "lm.safetensors").write_text("of another model")
+    if beside:
+        (folder / beside).parent.mkdir(exist_ok=True)
+        (folder / beside).write_text("x")
+        names.add(Path(beside).parts[0])
+    write_bundle(run, folder, "fp32")
+    assert {path.name for path in folder.iterdir()} == names
+    assert read_bundle(folder).config["stored_precision"] == "fp32"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "b"}
+    if beside:
+        assert (folder / beside).read_text() == "x"
 
 
 def test_a_run_that_goes_on_outdates_its_bundle(tmp_path, caplog):
