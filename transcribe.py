@@ -8,6 +8,7 @@ python transcribe.py results/demo recordings/ 'more/*.m4a' --format txt,srt --ou
 import argparse
 import functools
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from inference.formats import FORMATS
 from inference.sources import Source, find_sources
 
 _MAX_SEGMENT_S = 30.0
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -119,6 +121,8 @@ def transcribe(arguments: argparse.Namespace) -> int:
         raise UserError("--lookahead is of chunks: give --chunk_ms or --stream as well.")
     if not arguments.microphone and not arguments.audio:
         raise UserError("There is nothing to transcribe: name recordings, or use --microphone.")
+    if sys.stdout is None and arguments.output_dir is None:
+        raise UserError("Standard output is closed: give --output_dir.")
     check_model(arguments.model)
     search = search_options(arguments)
     folder = None if arguments.output_dir is None else made_folder(Path(arguments.output_dir))
@@ -143,7 +147,7 @@ def transcribe(arguments: argparse.Namespace) -> int:
                     failures.append(str(error))
                     break
             elif name == "txt" and len(sources) > 1:
-                _print(f"{source.name}\t{text}")
+                _print(f"{_in_one_field(source.name)}\t{text}")
             else:
                 _print(text)
     return report_failures(failures, "transcribed")
@@ -215,6 +219,11 @@ def _streamed(
             return
 
 
+def _in_one_field(name: str) -> str:
+    """A file's name, which may have tabs and line ends in it, as a field of a table's line."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
+
+
 def _print(text: str) -> None:
     """To standard output at once, above a progress bar if there is one."""
     from tqdm import tqdm
@@ -225,7 +234,8 @@ def _print(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return exit_status(transcribe, build_parser().parse_args(argv))
+    # Recordings may stand behind options, too.
+    return exit_status(transcribe, build_parser().parse_intermixed_args(argv))
 
 
 if __name__ == "__main__":

@@ -207,14 +207,18 @@ def join(
             their_tokens[:] = [t for t in their_tokens if t.end_s <= last_s + _ROUNDING_S]
             tokens = [t for t in tokens if t.start_s >= first_s - _ROUNDING_S]
             words = words[num_left_out:]
+            # The word that both have may lie elsewhere in the next piece.
+            _end_before(earlier, words)
+            _end_before(their_tokens, tokens)
         parts.append((words, tokens))
     segments = []
     cut = 0
-    for piece, (words, _) in zip(pieces, parts, strict=True):
+    for piece, transcript, (words, _) in zip(pieces, transcripts, parts, strict=True):
         if words:
             start_s = max(piece.start, cut) / sample_rate
             end_s = min(piece.stop, piece.cut) / sample_rate
-            segments.append(Segment(" ".join(word.text for word in words), start_s, end_s))
+            text = " ".join(word.text for word in words)
+            segments.append(Segment(text, start_s, end_s, transcript.alternatives))
         cut = piece.cut
     return Transcript(
         " ".join(segment.text for segment in segments),
@@ -223,6 +227,13 @@ def join(
         tuple(segments),
         pieces[-1].cut / sample_rate,
     )
+
+
+def _end_before(parts: list[_Timed], following: Sequence[_Timed]) -> None:
+    """Ends the last part, if need be, where what follows begins."""
+    if parts and following and parts[-1].end_s > following[0].start_s:
+        end_s = max(parts[-1].start_s, following[0].start_s)
+        parts[-1] = replace(parts[-1], end_s=end_s)
 
 
 def _join_at(left: Sequence[Word], right: Sequence[Word], cut_s: float) -> tuple[float, float]:

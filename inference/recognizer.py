@@ -23,7 +23,7 @@ from inference.search import Found, SearchOptions, TextSearch, options_of
 from inference.streaming_text import Endpoints, StreamSearch
 from inference.transcript import Segment, Transcript
 from inference.words import words_of
-from inference.workers import Map, side_by_side
+from inference.workers import Map, side_by_side, threads_of_caller
 
 __all__ = ["PRECISIONS", "AudioSource", "Recognizer", "SearchOptions"]
 
@@ -82,6 +82,7 @@ class Recognizer:
         model.to(self.device)
         self.sample_rate = model.sample_rate
         self._search = TextSearch(model)
+        self._process = os.getpid()
 
     @classmethod
     def from_bundle(cls, folder: str | os.PathLike, **options: Any) -> "Recognizer":
@@ -233,7 +234,7 @@ class Recognizer:
 
         Operations on short recordings are too small to be shared by threads.
         """
-        threads = torch.get_num_threads()
+        threads = threads_of_caller()
         return min(threads, _MAX_WORKERS) if self.device.type == "cpu" and threads > 1 else 0
 
     @contextlib.contextmanager
@@ -242,7 +243,7 @@ class Recognizer:
         if not workers or how.whole or how.chunk_ms is not None:
             yield map
             return
-        with side_by_side(workers, max(1, torch.get_num_threads() // workers)) as spread:
+        with side_by_side(workers, max(1, threads_of_caller() // workers)) as spread:
             yield spread
 
     def _begin(
@@ -310,7 +311,7 @@ class Recognizer:
         if len(wav_S) < self.model.min_samples:
             how.progress(1.0, duration_s)
             return self._transcript(Found([[]], []), duration_s)
-        with self._autocast():
+        with self._computing():
             encoder_out_TD = self._encode_in_pieces(
                 wav_S, lambda share: how.progress(share, share * duration_s)
             )
@@ -354,7 +355,7 @@ class Recognizer:
         for first in range(0, frames, chunks.step):
             count = min(chunks.frames, frames - first)
             start = first * encoder.stride_samples
-            with self._autocast():
+            with self._computing():
                 encoder_out_1TD, state = encoder.forward_streaming(
                     padded_S[None, start : start + size].to(self.device),
                     state,
@@ -403,7 +404,7 @@ class Recognizer:
         lengths = [len(wav_S) for wav_S in waveforms]
         is_long = len(lengths) == 1 and lengths[0] > _PLAIN_S * self.sample_rate
         if is_long and chunks is None and self._can_in_pieces:
-            with self._autocast():
+            with self._computing():
                 encoder_out_1TD = self._encode_in_pieces(waveforms[0])[None]
                 logits_1TV = self.model.ctc_lin(encoder_out_1TD)
             num_frames_1 = torch.tensor([encoder_out_1TD.shape[1]], device=self.device)
@@ -412,7 +413,7 @@ class Recognizer:
         for row_S, wav_S in zip(wav_BS, waveforms, strict=True):
             row_S[: len(wav_S)] = torch.from_numpy(wav_S)
         num_samples_B = torch.tensor(lengths, device=self.device)
-        with self._autocast():
+        with self._computing():
             encoder_out_BTD, num_frames_B = self.model.encoder(
                 wav_BS.to(self.device), num_samples_B, None if chunks is None else chunks.mask
             )
@@ -449,7 +450,24 @@ class Recognizer:
         except ValueError as error:
             raise UserError(f"whole: {error}") from None
 
-    def _autocast(self) -> torch.autocast:
+    def _computing(self) -> torch.autocast:
+        """The context of all that the network computes.
+
+        Raises:
+            UserError: this process is a copy of the recogniser's, which would wait for ever.
+        """
+        if os.getpid() != self._process and (
+            self.device.type != "cpu" or torch.get_num_threads() > 1
+        ):
+            raise UserError(
+                "This recogniser was loaded in another process, of which this one is a copy "
+                "(fork), without its threads. Load it in each process that uses it (gunicorn "
+                "without --preload; multiprocessing with the method spawn), or load it with "
+                "threads=1 on a CPU."
+            )
+        if os.getpid() == self._process:
+            # Asked for the first time, for operations of this thread.
+            threads_of_caller()
         dtype = PRECISIONS[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
@@ -532,7 +550,8 @@ def _device(name: str | None) -> torch.device:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        # One without content, such as meta, has nothing to give back.
+        torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name}: {str(error).splitlines()[0]}") from None
     return device

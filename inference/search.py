@@ -1,7 +1,7 @@
 """Texts for encoder output: the model's own search, or another one of its CTC branch."""
 
 import math
-import threading
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +20,20 @@ from decoding.ctc_beam_search import (
     HotwordTree,
     ctc_greedy,
     greedy_path,
+    read_ngram,
 )
 from decoding.ctc_beam_search.hotwords import spelled
 from decoding.ctc_beam_search.hypothesis import Vocabulary
+from decoding.ctc_beam_search.ngram import Ngram
 from decoding.hotword_scorer import HotwordScorer
 from inference.config import CTC_SETTINGS
+from inference.kept import Kept
 from inference.model import Model, build_joint_search
 from inference.words import Placed
 from modules.lengths import relative_lengths
 from text.tokenizer import EOS_ID, WORD_MARK, vocabulary
 
-_KEPT_SEARCHES = 8
+_KEPT_SEARCHES, _KEPT_NGRAMS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,10 @@ class TextSearch:
         self.model = model
         self.vocabulary = vocabulary(model.tokenizer)
         self.blank = model.config["tokens"]["blank"]
-        self._ctc_searches: dict[tuple, CTCBeamSearch] = {}
-        self._lock = threading.Lock()
+        self._ngrams: Kept[Ngram] = Kept(_KEPT_NGRAMS)
+        self._ctc_searches: Kept[CTCBeamSearch] = Kept(_KEPT_SEARCHES)
+        self._hotwords: Kept[HotwordTree | None] = Kept(_KEPT_SEARCHES)
+        self._hotword_scorers: Kept[HotwordScorer] = Kept(_KEPT_SEARCHES)
 
     @torch.inference_mode()
     def __call__(
@@ -137,6 +142,8 @@ class TextSearch:
             log_probs: log probabilities (T, V) of the CTC branch for each piece, float32.
             options: of the search.
         """
+        if options.alternatives:
+            raise UserError("alternatives: a recording that is encoded whole has one text.")
         arrays = (piece_TV[:, : len(self.vocabulary)].cpu().numpy() for piece_TV in log_probs)
         if options.search == "greedy":
             best = [(piece_TV.argmax(1), piece_TV.max(1)) for piece_TV in arrays]
@@ -198,7 +205,8 @@ class TextSearch:
     ) -> tuple[CTCBeamSearch, HotwordTree | None]:
         """The search of these options, and its hotwords.
 
-        Some searches are kept, since an n-gram takes a while to read.
+        Some searches are kept, since an n-gram takes a while to read; with other options they share
+        it.
         """
         settings = {k: v for k, v in self.model.config["search"].items() if k in CTC_SETTINGS}
         chosen = {
@@ -212,21 +220,25 @@ class TextSearch:
             if chosen[name] is not None and settings.get("ngram") is None:
                 raise UserError(f"{name} belongs to an n-gram, and there is none.")
         settings |= {"topk": 1 + options.alternatives, **overrides}
-        key = tuple(sorted(settings.items()))
-        with self._lock:
-            if key not in self._ctc_searches:
-                try:
-                    search = CTCBeamSearch(self.vocabulary, self.blank, **settings)
-                except (ValueError, OSError) as error:
-                    raise UserError(in_words(error)) from None
-                while len(self._ctc_searches) >= _KEPT_SEARCHES:
-                    del self._ctc_searches[next(iter(self._ctc_searches))]
-                self._ctc_searches[key] = search
-            search = self._ctc_searches[key]
+        ngram = settings.pop("ngram", None)
+
+        def read() -> Ngram | None:
+            if ngram is None:
+                return None
+            return self._ngrams.get(
+                key[1:], lambda: read_ngram(ngram, settings.get("backend", "auto"))
+            )
+
+        key = (tuple(sorted(settings.items())), ngram, None if ngram is None else _version(ngram))
         try:
-            return search, search.compile(options.hotwords)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+            search = self._ctc_searches.get(
+                key, lambda: CTCBeamSearch(self.vocabulary, self.blank, ngram=read(), **settings)
+            )
+            phrases = tuple((options.hotwords or {}).items())
+            hotwords = self._hotwords.get((key, phrases), lambda: search.compile(options.hotwords))
+        except (ValueError, OSError) as error:
+            raise UserError(in_words(error)) from None
+        return search, hotwords
 
     def _joint(
         self,
@@ -273,19 +285,20 @@ class TextSearch:
         """A description of scorers, with one of hotwords, if there are any."""
         if not hotwords:
             return scorer
-        vocabulary = Vocabulary(self.vocabulary, self.blank)
-        try:
+
+        def make() -> HotwordScorer:
+            vocabulary = Vocabulary(self.vocabulary, self.blank)
             tree = HotwordTree(spelled(hotwords, vocabulary))
+            return HotwordScorer(tree, vocabulary, self.model.config["tokens"]["outputs"], EOS_ID)
+
+        try:
+            of_hotwords = self._hotword_scorers.get(tuple(hotwords.items()), make)
         except ValueError as error:
             raise UserError(str(error)) from None
-        outputs = self.model.config["tokens"]["outputs"]
         scorer = scorer or {"class": "ScorerBuilder"}
         return {
             **scorer,
-            "full_scorers": [
-                *scorer.get("full_scorers", []),
-                HotwordScorer(tree, vocabulary, outputs, EOS_ID),
-            ],
+            "full_scorers": [*scorer.get("full_scorers", []), of_hotwords],
             "weights": {**scorer.get("weights", {}), "hotword": 1.0},
         }
 
@@ -309,6 +322,15 @@ class TextSearch:
                 continue
             kept.append(i)
         return kept[::-1]
+
+
+def _version(path: str) -> tuple[int, int] | None:
+    """What changes with a file's content."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def options_of(given: Mapping[str, Any]) -> SearchOptions:

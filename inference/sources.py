@@ -48,6 +48,9 @@ def find_sources(arguments: Sequence[str]) -> tuple[list[Source], list[str]]:
     problems = []
     for argument in arguments:
         if argument == STANDARD_INPUT:
+            if sys.stdin is None:
+                problems.append("-: standard input is closed")
+                continue
             found.append((sys.stdin.buffer, PurePath("stdin")))
             continue
         if not argument:

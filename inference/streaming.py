@@ -459,7 +459,7 @@ class StreamingRecognizer(Recognizer):
         """Log probabilities of a chunk of each row, and the next state."""
         partial = num_frames is not None and num_frames < self._chunks.frames
         num_frames_B = torch.tensor([num_frames], device=self.device) if partial else None
-        with self._autocast():
+        with self._computing():
             encoder_out_BTD, later = self._encoder.forward_streaming(
                 torch.from_numpy(wav_BS).to(self.device), state, num_frames_B, self._chunks.mask
             )

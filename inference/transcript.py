@@ -46,11 +46,14 @@ class Segment:
     Attributes:
         text: what was said in it.
         start_s, end_s: seconds from the start of the audio.
+        alternatives: other texts of a part of a long recording, the likeliest first, where they
+            were asked for. Where parts overlap they have what their neighbours say, too.
     """
 
     text: str
     start_s: float
     end_s: float
+    alternatives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Transcript:
         tokens: those of the words.
         segments: one for a short recording, several for a long one.
         duration_s: of the audio.
-        alternatives: other texts, the likeliest first, where they were asked for.
+        alternatives: other texts, the likeliest first, where they were asked for. Those of a long
+            recording are its segments'.
     """
 
     text: str

@@ -16,6 +16,15 @@ Map = Callable[[Callable[[_Item], _Result], Iterable[_Item]], Iterator[_Result]]
 _lock = threading.Lock()
 
 
+def threads_of_caller() -> int:
+    """Threads that the calling thread's operations have.
+
+    A thread keeps the number that holds when it first asks: not while workers get theirs.
+    """
+    with _lock:
+        return torch.get_num_threads()
+
+
 @contextlib.contextmanager
 def side_by_side(workers: int, threads: int) -> Iterator[Map]:
     """A ``map`` whose calls are begun at once, in order, by so many workers.

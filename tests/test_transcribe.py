@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -328,3 +329,31 @@ def test_interruptions_and_full_memory_have_a_message_and_a_status(capsys):
         exit_status(raising(RuntimeError("another memory format")), arguments)
     assert exit_status(raising(OSError(28, "No space left on device")), arguments) == 2
     assert capsys.readouterr().err == "error: No space left on device\n"
+
+
+def test_recordings_may_stand_behind_options(run, recordings):
+    first, *others = recordings
+    expected = run(*recordings, "--format", "json")
+    assert expected[0] == 0
+    assert run(first, "--format", "json", *others) == expected
+    assert run("--format", "json", *recordings) == expected
+
+
+def test_names_with_line_ends_stay_in_their_line(run, recordings, tmp_path):
+    odd = tmp_path / "new\nline\t\u202f.flac"
+    odd.write_bytes(recordings[0].read_bytes())
+    _, out, _ = run(odd, recordings[0])
+    assert len(out.splitlines()) == 2
+    assert out.startswith(f"{tmp_path}/new\\nline\\t\u202f.flac\t")
+
+
+def test_closed_standard_streams_are_told(tiny_bundle, recordings):
+    for arguments, message in (
+        (f"{recordings[0]} >&-", "error: Standard output is closed: give --output_dir."),
+        ("- <&-", "-: standard input is closed"),
+    ):
+        command = f"{sys.executable} -m transcribe {tiny_bundle} --device cpu {arguments}"
+        ran = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+        assert ran.returncode
+        assert message in ran.stderr
+        assert "Traceback" not in ran.stderr

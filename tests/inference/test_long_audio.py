@@ -178,3 +178,23 @@ def test_without_a_common_word_each_side_of_the_cut_gives_its_own():
     left = Transcript("A B", (Word("A", 2.0, 2.4, 1.0), Word("B", 10.5, 11.0, 1.0)))
     right = Transcript("C D", (Word("C", 1.0, 1.5, 1.0), Word("D", 5.0, 5.5, 1.0)))
     assert join(pieces, [left, right], RATE).text == "A D"
+
+
+def test_words_do_not_overlap_where_pieces_meet():
+    # Both have B, the right piece half a second earlier.
+    pieces = [Piece(0, 13000, 10000), Piece(7000, 20000, 20000)]
+    left = Transcript("A B", (Word("A", 2.0, 2.4, 1.0), Word("B", 9.8, 10.2, 1.0)))
+    right = Transcript("B C", (Word("B", 2.5, 2.9, 1.0), Word("C", 2.95, 3.4, 1.0)))
+    joined = join(pieces, [left, right], RATE)
+    assert joined.text == "A B C"
+    assert joined.words[1].end_s == joined.words[2].start_s == pytest.approx(9.95)
+
+
+def test_alternatives_are_those_of_the_parts():
+    pieces = [Piece(0, 9000, 10000), Piece(11000, 20000, 20000)]
+    parts = [
+        Transcript(text, (Word(text, 1.0, 1.5, 1.0),), alternatives=(text + "S",)) for text in "AB"
+    ]
+    joined = join(pieces, parts, RATE)
+    assert [segment.alternatives for segment in joined.segments] == [("AS",), ("BS",)]
+    assert joined.alternatives == ()

@@ -1,5 +1,8 @@
 """One object serves everybody: the same alone, in any batch and from many threads."""
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +11,21 @@ import pytest
 import torch
 
 from common.errors import UserError
+from decoding.ctc_beam_search import HotwordTree
+from inference import Recognizer
+from inference.kept import Kept
 from tests.inference.transcripts import assert_same
+
+ARPA = """\\data\\
+ngram 1=3
+
+\\1-grams:
+-1\t<s>
+-1\tOWN{second}
+-1\tTWO
+
+\\end\\
+"""
 
 
 def test_the_run_hears_something(recognizer, waveforms):
@@ -123,7 +140,98 @@ def test_searches_are_kept_but_not_without_end(recognizers, waveforms):
     recognizer = recognizers["ctc"]
     for beam_size in range(2, 14):
         recognizer.transcribe(waveforms[0], beam_size=beam_size)
-    assert len(recognizer._search._ctc_searches) == 8
+    assert len(recognizer._search._ctc_searches._made) == 8
+
+
+def test_searches_share_an_ngram_until_its_file_changes(recognizers, waveforms, tmp_path):
+    recognizer, path = recognizers["ctc"], tmp_path / "words.arpa"
+
+    def ngram_of(**options):
+        recognizer.transcribe(waveforms[0], ngram=path, **options)
+        *_, latest = recognizer._search._ctc_searches._made.values()
+        return latest.result().ngram
+
+    path.write_text(ARPA.format(second=""), encoding="utf-8")
+    first = ngram_of()
+    assert all(ngram_of(**more) is first for more in ({"alpha": 0.1}, {"beam_size": 3}, {}))
+    path.write_text(ARPA.format(second=" 0.2"), encoding="utf-8")
+    assert ngram_of() is not first
+    path.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        ngram_of()
+
+
+@pytest.mark.parametrize("kind", ["ctc", "s2s"])
+def test_hotwords_are_made_ready_once(recognizers, waveforms, kind, monkeypatch):
+    recognizer, made = recognizers[kind], []
+    make = HotwordTree.__init__
+
+    def counted(self, *arguments):
+        made.append(self)
+        make(self, *arguments)
+
+    monkeypatch.setattr(HotwordTree, "__init__", counted)
+    for wav_S in waveforms[:3]:
+        recognizer.transcribe(wav_S, hotwords={"OWN": 1.25})
+    assert len(made) == 1
+
+
+def test_who_asks_meanwhile_waits_and_others_do_not():
+    kept, may_go_on, begun = Kept(2), threading.Event(), threading.Event()
+
+    def slow():
+        begun.set()
+        assert may_go_on.wait(30)
+        return "slow"
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(kept.get, "a", slow)
+        assert begun.wait(30)
+        second = pool.submit(kept.get, "a", lambda: "twice")
+        assert kept.get("b", lambda: "at once") == "at once"
+        may_go_on.set()
+        assert first.result() == second.result() == "slow"
+    with pytest.raises(ValueError, match="no"):
+        kept.get("c", lambda: int("no"))
+    assert kept.get("c", lambda: 3) == 3
+    kept.get("d", lambda: 4)
+    assert kept.get("c", lambda: 0) == 3
+    assert kept.get("a", lambda: "anew") == "anew"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_in_a_fork_there_are_no_threads_to_wait_for(ctc_run, audio_files, threads):
+    script = f"""
+import os, sys
+from inference import Recognizer
+asr = Recognizer.from_run({str(ctc_run)!r}, device="cpu", threads={threads})
+if os.fork() == 0:
+    try:
+        print(asr.transcribe({str(audio_files[0])!r}).text, flush=True)
+    except BaseException as error:
+        print(type(error).__name__, error, flush=True)
+    os._exit(0)
+print(asr.transcribe({str(audio_files[0])!r}).text, flush=True)
+os.wait()
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    child = [line for line in ran.stdout.splitlines() if line.startswith("UserError")]
+    assert len(ran.stdout.splitlines()) == 2, ran.stderr
+    assert len(child) == (threads > 1)
+    assert all("Load it in each process that uses it" in line for line in child)
+
+
+def test_a_device_without_content_is_refused(ctc_run):
+    with pytest.raises(UserError, match="device meta"):
+        Recognizer.from_run(ctc_run, device="meta")
+
+
+def test_a_recording_encoded_whole_has_one_text(recognizers, waveforms):
+    with pytest.raises(UserError, match="alternatives"):
+        recognizers["ctc"].transcribe(waveforms[0], whole=True, alternatives=1)
 
 
 @pytest.mark.parametrize("options", [{}, {"whole": True}, {"search": "greedy"}])

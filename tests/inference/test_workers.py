@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from inference import workers
 from inference.audio import AudioError
 from inference.workers import side_by_side
 from tests.inference.transcripts import assert_same
@@ -79,6 +80,25 @@ def test_workers_have_threads_of_their_own_and_nobody_else_has():
         assert (torch.get_num_threads(), found) == (5, [5])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_new_thread_does_not_take_the_workers_number_for_its_own(
+    recognizers, waveforms, three_threads
+):
+    def transcribe():
+        recognizers["ctc"].transcribe(waveforms[0])
+        found.append(torch.get_num_threads())
+
+    found: list[int] = []
+    thread = threading.Thread(target=transcribe)
+    with workers._lock:
+        # As while workers are started.
+        torch.set_num_threads(1)
+        thread.start()
+        thread.join(0.5)
+        torch.set_num_threads(3)
+    thread.join()
+    assert found == [3]
 
 
 def test_threads_that_cannot_be_started_leave_none(monkeypatch):
