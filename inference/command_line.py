@@ -105,7 +105,7 @@ def search_options(arguments: argparse.Namespace) -> dict[str, Any]:
         UserError: a file cannot be used, or an option belongs to another search.
     """
     if arguments.search == "greedy":
-        for name in ("beam_size", "hotwords", "kenlm_model_path"):
+        for name in ("beam_size", "hotwords", "kenlm_model_path", "alpha", "beta"):
             if getattr(arguments, name) is not None:
                 raise UserError(f"--{name} belongs to --search beam.")
     ngram = arguments.kenlm_model_path

@@ -34,8 +34,10 @@ def subtitles_of(transcript: Transcript) -> list[Subtitle]:
     subtitles = []
     for line, limit_s in zip(lines, limits_s, strict=False):
         start_s = line[0].start_s
-        longest_s = min(start_s + MAX_SUBTITLE_S, limit_s)
-        end_s = max(line[-1].end_s, min(line[-1].end_s + LINGER_S, longest_s))
+        spoken_s = line[-1].end_s
+        end_s = max(spoken_s, min(spoken_s + LINGER_S, limit_s))
+        # A word without a place may have all the time between its neighbours.
+        end_s = min(end_s, start_s + MAX_SUBTITLE_S)
         # Words without a place may have no time at all, but players want some.
         end_s = max(end_s, start_s + 0.001)
         subtitles.append(Subtitle(" ".join(word.text for word in line), start_s, end_s))

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +66,10 @@ class SearchOptions:
             raise UserError(f"search is {self.search!r}; it must be beam or greedy.")
         if self.beam_size is not None and self.beam_size < 1:
             raise UserError(f"beam_size is {self.beam_size}; it must be at least 1.")
-        if self.hotwords and self.search == "greedy":
-            raise UserError("hotwords need search beam: the greedy one weighs nothing.")
+        of_beam = ("beam_size", "hotwords", "ngram", "alpha", "beta")
+        given = [name for name in of_beam if getattr(self, name) not in (None, {})]
+        if self.search == "greedy" and given:
+            raise UserError(f"{given[0]} belongs to search beam: the greedy one weighs nothing.")
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
@@ -76,6 +78,12 @@ class SearchOptions:
             raise UserError(f"alternatives is {self.alternatives}; it cannot be negative.")
         if self.alternatives and self.search == "greedy":
             raise UserError("alternatives need search beam: the greedy one finds one text.")
+
+    def describe(self) -> str:
+        """The same for options that find the same."""
+        ngram = None if self.ngram is None else os.fspath(self.ngram)
+        hotwords = dict(sorted((self.hotwords or {}).items())) or None
+        return repr(replace(self, ngram=ngram, hotwords=hotwords))
 
 
 class Found(NamedTuple):

@@ -477,7 +477,7 @@ class StreamingRecognizer(Recognizer):
             "model": self._model_id,
             "precision": self.precision,
             "chunks": self._chunks.describe(),
-            "search": repr(self._options),
+            "search": self._options.describe(),
             "endpoints": json.dumps(endpoints),
         }
 

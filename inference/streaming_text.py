@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -60,12 +61,21 @@ class Frames(NamedTuple):
 
 
 class ClosedSegment(NamedTuple):
-    """A finished segment; frames are counted from the beginning of the stream."""
+    """A finished segment; frames are counted from the beginning of the stream.
+
+    Attributes:
+        tokens: as the search found them.
+        start_frame, end_frame: of the segment.
+        text: what they spell.
+        words, placed: with their times, once they have been spelled.
+    """
 
     tokens: list[CTCToken]
     start_frame: int
     end_frame: int
     text: str = ""
+    words: tuple[Word, ...] = ()
+    placed: tuple[Token, ...] = ()
 
 
 @dataclass
@@ -164,30 +174,39 @@ class StreamSearch:
     def transcript(self, state: TextState, duration_s: float) -> Transcript:
         """The text if the stream ends here, after ``duration_s``; ``state`` may go on."""
         ((best, *_),) = self._search.finish(state.search)
-        segments = [*state.closed, self._closed(state, best.tokens, state.num_frames)]
-        texts: list[Segment] = []
-        words: list[Word] = []
-        tokens: list[Token] = []
-        for segment, is_last in zip(segments, [*[False] * len(state.closed), True], strict=True):
-            text, placed = self._texts.found(segment.tokens)
-            if not text.split():
-                continue
-            found = words_of(text.split(), placed, self._frame_s, duration_s)
-            words += found[0]
-            tokens += found[1]
-            end_s = duration_s if is_last else self._seconds(segment.end_frame, duration_s)
-            start_s = self._seconds(segment.start_frame, duration_s)
-            texts.append(Segment(" ".join(text.split()), start_s, end_s))
-        text = " ".join(segment.text for segment in texts)
-        return Transcript(text, tuple(words), tuple(tokens), tuple(texts), duration_s)
+        last = self._closed(state, best.tokens, state.num_frames)
+        segments = [
+            # The last frame may reach beyond the samples.
+            self._spelled(segment, duration_s)
+            if segment is last or segment.end_frame * self._frame_s > duration_s
+            else segment
+            for segment in (*state.closed, last)
+        ]
+        spoken = [segment for segment in segments if segment.text]
+        return Transcript(
+            " ".join(segment.text for segment in spoken),
+            tuple(word for segment in spoken for word in segment.words),
+            tuple(token for segment in spoken for token in segment.placed),
+            tuple(
+                Segment(
+                    segment.text,
+                    self._seconds(segment.start_frame, duration_s),
+                    duration_s
+                    if segment is segments[-1]
+                    else self._seconds(segment.end_frame, duration_s),
+                )
+                for segment in spoken
+            ),
+            duration_s,
+        )
 
     def segments(self, state: TextState) -> tuple[Segment, ...]:
         """The closed segments that have a text."""
         return tuple(
             Segment(
                 segment.text,
-                segment.start_frame * self._frame_s,
-                segment.end_frame * self._frame_s,
+                self._seconds(segment.start_frame),
+                self._seconds(segment.end_frame),
             )
             for segment in state.closed
             if segment.text
@@ -233,13 +252,16 @@ class StreamSearch:
         moved = [CTCToken(id_, a + first, b + first, p) for id_, a, b, p in tokens]
         return ClosedSegment(moved, first, end_frame)
 
-    def _spelled(self, segment: ClosedSegment) -> ClosedSegment:
-        return segment._replace(text=" ".join(self._words(segment.tokens)))
+    def _spelled(self, segment: ClosedSegment, duration_s: float = math.inf) -> ClosedSegment:
+        text, placed = self._texts.found(segment.tokens)
+        end_s = self._seconds(segment.end_frame, duration_s)
+        words, tokens = words_of(text.split(), placed, self._frame_s, end_s)
+        return segment._replace(text=" ".join(text.split()), words=words, placed=tokens)
 
     def _words(self, tokens: Sequence[CTCToken]) -> list[str]:
         return self._texts.found(tokens)[0].split()
 
-    def _seconds(self, frame: int, duration_s: float) -> float:
+    def _seconds(self, frame: int, duration_s: float = math.inf) -> float:
         return min(round(frame * self._frame_s, 3), duration_s)
 
     def _started(self) -> CTCSearchState:

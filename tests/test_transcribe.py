@@ -69,6 +69,7 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
         ([model, audio, "--precision", "int3"], 2, "invalid choice"),
         ([model, audio, "--channel", "-1"], 2, "channels are counted from 0"),
         ([model, audio, "--search", "greedy", "--beam_size", "4"], 2, "belongs to --search beam"),
+        ([model, audio, "--search", "greedy", "--alpha", "1"], 2, "alpha belongs to --search beam"),
         ([model, audio, "--hotwords", str(tmp_path / "hotwords")], 2, "line 1: 'much' is no boost"),
         ([model, audio, "--hotwords", str(tmp_path / "none")], 2, "none: there is no such file"),
         ([model, audio, "--kenlm_model_path", "none.arpa"], 2, "none.arpa: there is no such file"),

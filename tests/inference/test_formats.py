@@ -88,7 +88,7 @@ def test_a_subtitle_stays_a_second_where_the_next_one_or_the_end_leaves_it():
 
 @given(
     st.lists(
-        st.tuples(st.text("ABC", min_size=1, max_size=50), st.floats(0, 2), st.floats(0, 3)),
+        st.tuples(st.text("ABC", min_size=1, max_size=50), st.floats(0, 2), st.floats(0, 9)),
         max_size=40,
     )
 )
@@ -103,7 +103,7 @@ def test_subtitles_hold_every_word_once_and_never_overlap(steps):
         alone = " " not in subtitle.text
         assert subtitle.start_s < subtitle.end_s
         assert alone or len(subtitle.text) <= MAX_LINE_CHARACTERS
-        assert alone or subtitle.end_s - subtitle.start_s <= MAX_SUBTITLE_S + 1e-6
+        assert subtitle.end_s - subtitle.start_s <= MAX_SUBTITLE_S + 1e-6
         assert subtitle.end_s <= time_s + 0.001
     for earlier, later in itertools.pairwise(subtitles):
         assert earlier.end_s <= later.start_s + 0.002

@@ -90,6 +90,8 @@ def test_words_that_do_not_fit_into_the_frames_share_the_recording(recognizers, 
         ({"beam_size": 0}, "beam_size is 0"),
         ({"alternatives": -1}, "alternatives is -1"),
         ({"alternatives": 2, "search": "greedy"}, "alternatives need search beam"),
+        ({"beam_size": 2, "search": "greedy"}, "beam_size belongs to search beam"),
+        ({"ngram": "words.arpa", "alpha": 1.0, "search": "greedy"}, "ngram belongs to search beam"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"beta": float("inf")}, "beta is inf"),
         ({"beam": 3}, "beam"),
@@ -108,7 +110,7 @@ def test_weights_of_an_ngram_need_one(recognizers, waveforms):
 def test_a_joint_search_refuses_what_it_would_ignore(recognizers, waveforms):
     with pytest.raises(UserError, match="alpha: the joint search"):
         recognizers["s2s"].transcribe(waveforms[0], alpha=0.3)
-    with pytest.raises(UserError, match="hotwords need search beam"):
+    with pytest.raises(UserError, match="hotwords belongs to search beam"):
         recognizers["s2s"].transcribe(waveforms[0], search="greedy", hotwords={"ONE": 1})
 
 

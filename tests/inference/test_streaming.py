@@ -353,6 +353,12 @@ def test_a_stream_of_another_model_or_version_is_refused(streaming, runs):
         runs["conmamba"], device="cpu", lookahead=0.52, search=GREEDY
     )
     same.finish(same.restore(data))
+    hotwords = {"OWN": 1.0, "TWO": 2.0}, {"TWO": 2.0, "OWN": 1.0}
+    one, other = (
+        StreamingRecognizer.from_run(runs["mamba"], device="cpu", search={"hotwords": phrases})
+        for phrases in hotwords
+    )
+    other.finish(other.restore(one.save(one.open())))
     turned = bytearray(data)
     turned[-5] ^= 1
     for damaged in (b"", b"nothing", data[:-3], bytes(turned)):

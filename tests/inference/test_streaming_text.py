@@ -152,5 +152,8 @@ def test_what_is_said_is_spelled_once(texts, monkeypatch):
         spelled.clear()
         assert search.words(state)[0] == ["SEVEN"] * (num_words - 1)
         assert [s.text for s in search.segments(state)] == ["SEVEN"] * (num_words - 1)
+        whole = search.transcript(state, state.num_frames * FRAME_S)
+        assert whole.segments[:-1] == search.segments(state)
+        assert len(whole.words) == num_words
         counts.append(sum(spelled))
     assert counts[0] == counts[1]
