@@ -205,6 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, help="the ARPA file to write")
     parser.add_argument("--tokenizer", help="sentencepiece model: an n-gram of its tokens")
     arguments = parser.parse_args(argv)
+    if arguments.tokenizer is not None and arguments.order < 2:
+        parser.error("an n-gram of tokens needs --order 2 at least: KenLM reads no other")
     try:
         sentences = _split(read_sentences(arguments.text), arguments.tokenizer)
         model = estimate(sentences, arguments.order)

@@ -264,6 +264,8 @@ class Ngram {
   static bool number(const std::string& text, float& value) {
     char* end;
     value = static_cast<float>(std::strtod(text.c_str(), &end));
+    // What never comes, such as <s>; some programs write it so.
+    if (std::isinf(value) && value < 0) value = -99;
     return *end == 0 && std::isfinite(value);
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import re
 import zlib
@@ -15,12 +16,16 @@ START, UNKNOWN = "<s>", "<unk>"
 UNKNOWN_LOG10_PROB = -100.0
 """Of words that the model does not know, where it has no <unk>; as in KenLM."""
 
+IMPOSSIBLE = -99.0
+"""The log10 probability of what never comes, such as <s>; some programs write -inf."""
+
 NUM_FIRST_WORDS = 10_000
 """Of a file, that tell what kind of words it is of."""
 SENTENCE_MARKS = (START, "</s>", UNKNOWN)
 
 _BLOCK_BYTES = 1 << 22
 _KENLM_BINARY = b"mmap lm http://kheafield.com"
+_OTHER_COMPRESSIONS = {"bzip2": b"BZh", "xz": b"\xfd7zXZ", "zstd": b"\x28\xb5\x2f\xfd"}
 
 
 class Ngram(ABC):
@@ -122,7 +127,7 @@ class ReferenceNgram(Ngram):
                 if section > len(counts) or line != b"\\%d-grams:" % section:
                     raise _Damage(f"line {number} is {_shown(line)}")
             elif line and section == 0:
-                announced = re.fullmatch(rb"ngram +%d *= *(\d+)" % (len(counts) + 1), line)
+                announced = re.fullmatch(rb"ngram\s*%d\s*=\s*(\d+)" % (len(counts) + 1), line)
                 if announced is None:
                     raise _Damage(f"line {number} is {_shown(line)}")
                 counts.append(int(announced[1]))
@@ -135,7 +140,7 @@ class ReferenceNgram(Ngram):
         raise _Damage("it has no \\data\\" if section is None else "it ends before \\end\\")
 
     def _add(self, fields: list[bytes], length: int) -> None:
-        numbers = [float(np.float32(float(x))) for x in (fields[0], *fields[length + 1 :])]
+        numbers = [_log10(x) for x in (fields[0], *fields[length + 1 :])]
         words = tuple(map(_decoded, fields[1 : length + 1]))
         if len(words) < length or len(numbers) > 2 or not np.isfinite(numbers).all():
             raise ValueError
@@ -158,7 +163,7 @@ def arpa_blocks(path: str | Path) -> Iterator[bytes]:
     """The text of an ARPA file, plain or gzip, in blocks of some megabytes.
 
     Raises:
-        ValueError: a binary of KenLM's, or damaged compression.
+        ValueError: a binary of KenLM's, another or a damaged compression, or no UTF-8.
     """
     with Path(path).open("rb") as file:
         magic = file.read(len(_KENLM_BINARY))
@@ -168,12 +173,33 @@ def arpa_blocks(path: str | Path) -> Iterator[bytes]:
                 f"{path} is a binary of KenLM's, whose layout only KenLM reads: give the ARPA file "
                 "that it was built from (plain or .gz)."
             )
+        for program, first_bytes in _OTHER_COMPRESSIONS.items():
+            if magic.startswith(first_bytes):
+                raise ValueError(
+                    f"{path} is compressed with {program}: unpack it, or compress it with gzip."
+                )
         stream = gzip.GzipFile(fileobj=file) if magic[:2] == b"\x1f\x8b" else file
+        # Words in another encoding would all be unknown, without a word.
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        num_bytes = 0
         try:
             while block := stream.read(_BLOCK_BYTES):
-                yield block
+                decoder.decode(block)
+                yield block.removeprefix(codecs.BOM_UTF8) if not num_bytes else block
+                num_bytes += len(block)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{path} cannot be unpacked: {error}") from None
+        except UnicodeDecodeError as error:
+            if not num_bytes and b"\\data\\" not in error.object:
+                # Something else, which the readers name.
+                yield error.object
+                return
+            line = error.object[: error.start].rpartition(b"\n")[2]
+            line += error.object[error.start :].partition(b"\n")[0]
+            raise ValueError(
+                f"{path} is not UTF-8 (at {_shown(line)!r}): convert it, as with iconv -f "
+                "ISO-8859-1 -t UTF-8."
+            ) from None
 
 
 def first_words(path: str | Path, limit: int = NUM_FIRST_WORDS) -> list[str]:
@@ -199,6 +225,11 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         *lines, rest = (rest + block).split(b"\n")
         yield from lines
     yield rest
+
+
+def _log10(number: bytes) -> float:
+    value = float(np.float32(float(number)))
+    return IMPOSSIBLE if value == -np.inf else value
 
 
 def _decoded(word: bytes) -> str:

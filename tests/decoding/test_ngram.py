@@ -1,5 +1,6 @@
 """Word n-grams score as KenLM does, and files that are none are named."""
 
+import bz2
 import gzip
 
 import numpy as np
@@ -110,6 +111,16 @@ def test_a_file_may_be_packed_and_have_windows_line_ends_and_a_preamble(backend,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_what_other_programs_write_is_read_alike(backend, write):
+    words = ["b", "c", "d", "é"]
+    expected = read_ngram(write(PRUNED), backend).log10_probs(words)
+    other = PRUNED.replace("-99\t", "-inf\t").replace("ngram 1=6", "ngram\t1 = 6")
+    assert read_ngram(write("\ufeff" + other.strip()), backend).log10_probs(words) == expected
+    impossible = read_ngram(write(PRUNED.replace("-0.9\td", "-inf\td")), backend)
+    assert impossible.log10_probs(["d"], in_sentence=False) == [-99.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -142,6 +153,15 @@ def test_other_files_are_named(backend, tmp_path):
         read_ngram(path, backend)
     path.write_bytes(gzip.compress(PRUNED.encode())[:-20])
     with pytest.raises(ValueError, match=r"words.bin cannot be unpacked"):
+        read_ngram(path, backend)
+    path.write_bytes(bz2.compress(PRUNED.encode()))
+    with pytest.raises(ValueError, match=r"words.bin is compressed with bzip2: unpack it"):
+        read_ngram(path, backend)
+    path.write_bytes(PRUNED.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"words.bin is not UTF-8 \(at '-1.3\\t.*iconv"):
+        read_ngram(path, backend)
+    path.write_bytes(bytes(range(256)) * 9)
+    with pytest.raises(ValueError, match=r"it has no \\data\\"):
         read_ngram(path, backend)
     with pytest.raises(FileNotFoundError, match=r"nowhere.arpa"):
         read_ngram(tmp_path / "nowhere.arpa", backend)

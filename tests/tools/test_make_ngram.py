@@ -147,7 +147,7 @@ class TestCommand:
         assert self.run(tmp_path / "text.gz", "--output", tmp_path / "o.arpa") == 2
         assert "text.gz is damaged" in capsys.readouterr().err
 
-    def test_with_a_tokenizer_the_units_are_its_pieces(self, tmp_path):
+    def test_with_a_tokenizer_the_units_are_its_pieces(self, tmp_path, capsys):
         text_file = tmp_path / "a.txt"
         text_file.write_text("ABBA\nBAAB\n" * 20)
         sentencepiece.SentencePieceTrainer.train(
@@ -167,6 +167,9 @@ class TestCommand:
         assert self.run(*arguments, "--order", 2) == 0
         unigrams = output.read_text().split("\\1-grams:")[1].split("\\2-grams:")[0].split()
         assert {"A", "B", "▁"} <= set(unigrams)
+        with pytest.raises(SystemExit):
+            self.run(*arguments, "--order", 1)
+        assert "needs --order 2 at least" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("content", "message"),
