@@ -254,3 +254,24 @@ def test_the_command_in_a_files_header_names_the_file(name):
     assert re.findall(r"train_CTC\.py (\S+)", header) == [f"hparams/CTC/{name}.yaml"]
     place = name if name.startswith("demo") else f"CTC/{name}"
     assert f"output_folder: !ref results/{place}" in content
+
+
+SCRIPTS = "".join(
+    path.read_text(encoding="utf-8")
+    for folder in ("", "training/**/", "inference/", "modules/")
+    for path in sorted(FOLDER.parents[1].glob(f"{folder}*.py"))
+)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.parent.glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_every_key_is_referred_to_or_read(path):
+    content = path.read_text(encoding="utf-8")
+    keys = re.findall(r"^([a-zA-Z]\w*):", content, re.MULTILINE)
+    assert len(keys) > 20
+    without_effect = [
+        key
+        for key in keys
+        if not re.search(rf"<{key}[>\[.]", content)
+        and not re.search(rf"""["']{key}["']|\.{key}\b""", SCRIPTS)
+    ]
+    assert without_effect == []
