@@ -61,6 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", metavar="FOLDER", help="a file for each input and format goes there")
     add("--channel", type=int, metavar="N", help="from 0 (default: all mixed down)")
     add(
+        "--max_duration_s",
+        type=positive(float),
+        metavar="S",
+        help="longer recordings are refused: small files may hold more than fits into memory",
+    )
+    add(
         "--max_segment_s",
         type=float,
         metavar="S",
@@ -168,6 +174,7 @@ def _transcribed(
         [source.audio for source in sources],
         batch_seconds=arguments.batch_seconds,
         channel=arguments.channel,
+        max_duration_s=arguments.max_duration_s,
         max_segment_s=_MAX_SEGMENT_S if longest_s is None else longest_s,
         whole=arguments.whole,
         chunk_ms=arguments.chunk_ms,
@@ -208,7 +215,12 @@ def _streamed(
         return
     for source in sources:
         try:
-            wav_S = load_audio(source.audio, recognizer.sample_rate, arguments.channel)
+            wav_S = load_audio(
+                source.audio,
+                recognizer.sample_rate,
+                arguments.channel,
+                max_duration_s=arguments.max_duration_s,
+            )
         except AudioError as error:
             yield source, error
             continue

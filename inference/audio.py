@@ -4,10 +4,12 @@ import contextlib
 import io
 import itertools
 import logging
+import math
 import numbers
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,49 +39,86 @@ HEADROOM = 2.0**-40
 """What blocks are multiplied by meanwhile: sums of float32's greatest numbers stay numbers."""
 
 _MAX_OGG_PAGE_BYTES = 65_307
+# By the first bytes of a file, what is sought in turn to find where the next recording begins: in
+# Ogg a page that begins a stream after one that does not (RFC 3533, section 6), in FLAC a header
+# (RFC 9639, section 6).
+_JOINTS = {
+    b"OggS": (re.compile(rb"OggS\0[\0\1\4\5]"), re.compile(rb"OggS\0[\2\6]\0{8}")),
+    b"fLaC": (re.compile(rb"fLaC[\0\x80]\0\0\x22"),),
+}
+_JOINT_BYTES, _SCANNED_BYTES = 14, 1 << 20
+# What begins a frame of MP3, and a first frame that has its recording's size in place of sound.
+_MP3_FRAME = rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\0-\xef]"
+_MP3_SIZE = re.compile(
+    _MP3_FRAME
+    + rb".(?:..)?(?:.{9}|.{17}|.{32})(?:Xing|Info)\0{3}"
+    + rb"(?:[\2\6\x0a\x0e]|[\3\7\x0b\x0f].{4})(.{4})",
+    re.DOTALL,
+)
+_MP3_BEGIN = re.compile(rb"(?:TAG.{125})?(ID3|" + _MP3_FRAME + rb")", re.DOTALL)
 # A decoder may keep a little to itself at the end of a whole file.
 _MAX_MISSING_S = 0.1
 # Silence that a container's times ask for; more in one place is a damaged time.
 _MIN_GAP_S, _MAX_GAP_S = 0.1, 3600.0
+# In a damaged recording it is what was lost, a block of a codec at least.
+_MIN_LOSS_S = 0.01
 # libsndfile's number for a file whose length nothing tells is the highest of 64 bits.
 _KNOWN_FRAMES = 1 << 62
 # Sizes from here on stand in headers written before the length was known.
 _PLACEHOLDER_BYTES = 0x7FF00000
 _CUT_CHUNK = re.compile(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)")
+# Beyond it one wrong sample makes speech hard to hear.
+_LOUD_PEAK = 4.0
 
 
 class AudioError(ValueError):
     """Audio that cannot be read or used; the message says which and why."""
 
 
+class _TooLong(AudioError):
+    """Audio beyond the duration that is allowed."""
+
+
 def load_audio(
-    source: str | os.PathLike | bytes | IO[bytes], sample_rate: int, channel: int | None = None
+    source: str | os.PathLike | bytes | IO[bytes],
+    sample_rate: int,
+    channel: int | None = None,
+    *,
+    max_duration_s: float | None = None,
 ) -> np.ndarray:
     """Samples (S,), float32; full scale is 1.
 
-    What can be read of a file that was cut short is returned, with a warning in the log.
+    What can be read of a file that was cut short or damaged is returned, with a warning in the
+    log. Recordings that were joined in one file are read one after another.
 
     Args:
         source: a file's path, its bytes, or an open binary file.
         sample_rate: the model's rate, in Hz; other rates are resampled.
         channel: the channel to take, counted from 0; None mixes all down.
+        max_duration_s: the longest recording that is read; None reads any.
 
     Raises:
-        AudioError: the audio is missing, empty, broken, of an impossible rate, or has no such
-            channel.
+        AudioError: the audio is missing, empty, broken, too long, of an impossible rate, or has no
+            such channel.
     """
     name, file, size_bytes = _opened(source)
     if size_bytes == 0:
         raise AudioError(f"{name}: the file is empty")
 
     def waveform(rate: int, channels: int) -> _Waveform:
-        return _Waveform(name, rate, channels, sample_rate, channel)
+        return _Waveform(name, rate, channels, sample_rate, channel, max_duration_s)
 
     try:
-        return _read_with_soundfile(file, name, size_bytes, waveform)
-    # A TypeError of a file that is called .raw, whatever is in it.
-    except (soundfile.SoundFileError, OSError, MemoryError, TypeError) as error:
-        return _read_with_av(file, name, error, waveform)
+        joints = _joints(file)
+        if not joints:
+            reading = _read(file, name, size_bytes, waveform)
+        else:
+            reading = _read_parts(_parts(file, joints), name, waveform)
+    except OSError as error:
+        raise AudioError(f"{name}: cannot be read ({_first_line(error)})") from error
+    if reading.missing is not None:
+        logger.warning("%s: %s", name, reading.missing)
+    return reading.found.finish()
 
 
 def as_waveform(
@@ -88,6 +127,8 @@ def as_waveform(
     sample_rate: int,
     name: str = "audio",
     channel: int | None = None,
+    *,
+    max_duration_s: float | None = None,
 ) -> np.ndarray:
     """Samples of any rate and channel count as (S,), float32; full scale is 1.
 
@@ -97,13 +138,14 @@ def as_waveform(
         sample_rate: wanted, in Hz.
         name: of the audio, for messages.
         channel: as in ``load_audio``.
+        max_duration_s: as in ``load_audio``.
 
     Raises:
         AudioError: see ``load_audio``; or samples that are not finite.
     """
     samples_SC = with_channels(samples, name)
     channels = samples_SC.shape[1]
-    waveform = _Waveform(name, rate, channels, sample_rate, channel)
+    waveform = _Waveform(name, rate, channels, sample_rate, channel, max_duration_s)
     step = max(1, _BLOCK_VALUES // max(1, channels))
     for start in range(0, len(samples_SC), step):
         waveform.add(samples_SC[start : start + step])
@@ -180,22 +222,28 @@ class _Waveform:
         channels: of the blocks.
         sample_rate: wanted, in Hz.
         channel: as in ``load_audio``.
+        max_duration_s: as in ``load_audio``.
 
     Raises:
         AudioError: see ``as_waveform``.
     """
 
     def __init__(
-        self, name: str, rate: int, channels: int, sample_rate: int, channel: int | None
+        self,
+        name: str,
+        rate: int,
+        channels: int,
+        sample_rate: int,
+        channel: int | None,
+        max_duration_s: float | None,
     ) -> None:
         check_rate(rate, name)
-        if channel is not None and not 0 <= channel < channels:
-            raise AudioError(
-                f"{name}: there is no channel {channel}; it has {channels}, counted from 0"
-            )
         self.name = name
         self.rate = rate
-        self._channels = slice(None) if channel is None else slice(channel, channel + 1)
+        self._channel = channel
+        self._check_channel(channels)
+        self._max_duration_s = max_duration_s
+        self._joined_s, self._num_in = 0.0, 0
         # Grows in place where the system can; numpy's arrays do not.
         self._samples = bytearray()
         self._peak = 1.0
@@ -205,22 +253,65 @@ class _Waveform:
 
     def add(self, block_SC: np.ndarray) -> None:
         """Takes the samples that follow."""
-        wav_S, peak = mixed_down(block_SC[:, self._channels], self.name)
+        # Channels may change within a file.
+        self._check_channel(block_SC.shape[1])
+        self._count(len(block_SC))
+        if self._channel is not None:
+            block_SC = block_SC[:, self._channel : self._channel + 1]
+        wav_S, peak = mixed_down(block_SC, self.name)
         self._peak = max(self._peak, peak)
         self._append(wav_S)
 
     def add_silence(self, samples: int) -> None:
         """Takes so many zeros."""
+        self._count(samples)
         for start in range(0, samples, _BLOCK_VALUES):
             self._append(np.zeros(min(_BLOCK_VALUES, samples - start), np.float32))
 
+    def join(self, other: "_Waveform") -> None:
+        """Takes what another one took; nothing can be added then."""
+        self._end()
+        other._end()
+        self._joined_s += other.duration_s
+        self._count(0)
+        self._peak = max(self._peak, other._peak)
+        self._samples += other._samples
+
+    @property
+    def duration_s(self) -> float:
+        """Of what was taken."""
+        return self._joined_s + self._num_in / self.rate
+
     def finish(self) -> np.ndarray:
         """All samples (S,), float32; full scale is 1."""
-        self._append(np.zeros(0, np.float32), last=True)
+        if self._peak > _LOUD_PEAK:
+            logger.warning(
+                "%s: made quieter by a factor of %.3g, since its samples go so far beyond full "
+                "scale",
+                self.name,
+                self._peak,
+            )
+        self._end()
         wav_S = np.frombuffer(self._samples, np.float32)
         # A float file may go beyond full scale: quieter is the same speech, clipped is not.
         wav_S *= np.float32(1 / HEADROOM / self._peak)
         return wav_S
+
+    def _check_channel(self, channels: int) -> None:
+        if self._channel is not None and not 0 <= self._channel < channels:
+            raise AudioError(
+                f"{self.name}: there is no channel {self._channel}; it has {channels}, counted "
+                "from 0"
+            )
+
+    def _count(self, samples: int) -> None:
+        self._num_in += samples
+        if self._max_duration_s is not None and self.duration_s > self._max_duration_s:
+            raise _TooLong(f"{self.name}: is longer than the {self._max_duration_s:g} s allowed")
+
+    def _end(self) -> None:
+        self._append(np.zeros(0, np.float32), last=True)
+        self._resampler = None
 
     def _append(self, wav_S: np.ndarray, last: bool = False) -> None:
         if self._resampler is not None:
@@ -246,14 +337,19 @@ def _opened(source: Any) -> tuple[str, Any, int]:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "audio", _InMemory(source), len(source)
     if not isinstance(source, (str, os.PathLike)):
-        content = source.read() if hasattr(source, "read") else None
+        name = getattr(source, "name", None)
+        name = name if isinstance(name, str) else "audio"
+        try:
+            content = source.read() if hasattr(source, "read") else None
+        # Sockets, archives and whatever else can be read have errors of their own.
+        except Exception as error:
+            raise AudioError(f"{name}: cannot be read ({_first_line(error)})") from error
         if not isinstance(content, bytes):
             raise AudioError(
                 f"audio is {type(source).__name__}; wanted a file's path, its bytes, a file open "
                 "for reading in binary mode, or, of transcribe alone, an array of samples"
             )
-        name = getattr(source, "name", None)
-        return name if isinstance(name, str) else "audio", _InMemory(content), len(content)
+        return name, _InMemory(content), len(content)
     path = Path(source)
     try:
         if path.is_dir():
@@ -272,9 +368,151 @@ def _opened(source: Any) -> tuple[str, Any, int]:
         raise AudioError(f"{str(source)!r}: is no name of a file ({error})") from None
 
 
+def _open(file: Any) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """What ``_opened`` gave, from its start."""
+    if isinstance(file, bytes):
+        return open(file, "rb")
+    file.seek(0)
+    return contextlib.nullcontext(file)
+
+
+def _joints(file: Any) -> list[int]:
+    """Where in a file recordings begin that were joined to the first, in bytes."""
+    with _open(file) as stream:
+        start = _tag_bytes(stream)
+        stream.seek(start)
+        patterns = _JOINTS.get(stream.read(4))
+        if patterns is None:
+            return _joints_of_mp3(stream, start)
+        # Past where the first recording begins.
+        joints, at, window = [], start + 1, b""
+        stream.seek(at)
+        wanted = itertools.cycle(patterns)
+        pattern = next(wanted)
+        while block := stream.read(_SCANNED_BYTES):
+            window += block
+            while (found := pattern.search(window)) is not None:
+                if pattern is patterns[-1]:
+                    joints.append(at + found.start())
+                at, window = at + found.end(), window[found.end() :]
+                pattern = next(wanted)
+            searched = max(0, len(window) - _JOINT_BYTES)
+            at, window = at + searched, window[searched:]
+        return joints
+
+
+def _joints_of_mp3(stream: IO[bytes], start: int) -> list[int]:
+    """Where audio goes on behind what a first frame says is all of its recording.
+
+    libmpg123 stops there; without such a frame it reads on.
+    """
+    joints: list[int] = []
+    while True:
+        stream.seek(start)
+        frame = _MP3_SIZE.match(stream.read(256))
+        size_bytes = int.from_bytes(frame[1], "big") if frame else 0
+        if frame is None or size_bytes < len(frame[0]):
+            return joints
+        stream.seek(start + size_bytes)
+        begin = _MP3_BEGIN.match(stream.read(256))
+        if begin is None:
+            return joints
+        joints.append(start + size_bytes + begin.start(1))
+        stream.seek(joints[-1])
+        start = joints[-1] + _tag_bytes(stream)
+
+
+def _tag_bytes(stream: IO[bytes]) -> int:
+    """The size of the ID3 tag here, 0 if there is none."""
+    head = stream.read(10)
+    if len(head) < 10 or head[:3] != b"ID3":
+        return 0
+    return 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+
+
+def _parts(file: Any, joints: list[int]) -> Iterator[_InMemory]:
+    """The recordings that were joined in a file."""
+    with _open(file) as stream:
+        for start, end in itertools.pairwise([0, *joints, None]):
+            stream.seek(start)
+            yield _InMemory(stream.read(-1 if end is None else end - start))
+
+
+@dataclass
+class _Reading:
+    """What a reader found in a file.
+
+    Attributes:
+        found: the samples.
+        missing: what of the file is not among them, for a message; None if nothing.
+        is_damaged: whether the reader did not come to the end.
+    """
+
+    found: _Waveform
+    missing: str | None
+    is_damaged: bool = False
+
+
+def _read_parts(
+    parts: Iterable[_InMemory], name: str, waveform: Callable[[int, int], _Waveform]
+) -> _Reading:
+    """All recordings that were joined in a file, but for those that cannot be read."""
+    whole: _Waveform | None = None
+    missing, unreadable = [], []
+    number = 0
+    for number, part in enumerate(parts, 1):
+        try:
+            reading = _read(part, name, len(part.getbuffer()), waveform)
+        except _TooLong:
+            raise
+        except AudioError as error:
+            unreadable.append(error)
+            continue
+        if reading.missing is not None:
+            missing.append(f"recording {number} of those joined in it is {reading.missing}")
+        if whole is None:
+            whole = reading.found
+        else:
+            whole.join(reading.found)
+    if whole is None:
+        raise unreadable[0]
+    if unreadable:
+        reason = str(unreadable[0]).removeprefix(f"{name}: ")
+        missing.append(
+            f"{len(unreadable)} of the {number} recordings joined in it could not be read "
+            f"({reason})"
+        )
+    return _Reading(whole, "; ".join(missing) or None)
+
+
+def _read(
+    file: Any, name: str, size_bytes: int, waveform: Callable[[int, int], _Waveform]
+) -> _Reading:
+    """A recording, read with what reads most of it."""
+    try:
+        first = _read_with_soundfile(file, size_bytes, waveform)
+    # A TypeError of a file that is called .raw, whatever is in it.
+    except (soundfile.SoundFileError, OSError, MemoryError, TypeError) as error:
+        return _read_with_av(file, name, _first_line(error), waveform)
+    if first.missing is None or not first.is_damaged:
+        return first
+    if _pyav() is None:
+        first.missing = f"{first.missing}. PyAV may read more: pip install -e '.[media]'"
+        return first
+    try:
+        reading = _read_with_av(file, name, "", waveform, is_damaged=True)
+    except _TooLong:
+        raise
+    except AudioError:
+        return first
+    return reading if reading.found.duration_s > first.found.duration_s else first
+
+
 def _read_with_soundfile(
-    file: Any, name: str, size_bytes: int, waveform: Callable[[int, int], "_Waveform"]
-) -> np.ndarray:
+    file: Any, size_bytes: int, waveform: Callable[[int, int], _Waveform]
+) -> _Reading:
+    if hasattr(file, "seek"):
+        file.seek(0)
     with soundfile.SoundFile(file) as audio:
         promised = audio.frames if audio.frames < _KNOWN_FRAMES else 0
         for held_bytes_text, read_bytes_text in _CUT_CHUNK.findall(audio.extra_info):
@@ -290,9 +528,10 @@ def _read_with_soundfile(
             try:
                 in_block = len(audio.read(out=block))
             except soundfile.SoundFileError as read_error:
-                # The decoder does not say how far it came in this block.
+                # The decoder does not say how far it came in this block, and fills it with zeros
+                # if it came beyond the promised end.
                 error = read_error
-                in_block = int((~np.isnan(block[:, 0])).sum())
+                in_block = min(int((~np.isnan(block[:, 0])).sum()), audio.frames - count)
             if not in_block:
                 break
             found.add(block[:in_block])
@@ -302,40 +541,74 @@ def _read_with_soundfile(
         raise error
     if not count and kind.startswith("WAV") and size_bytes > 4096:
         raise soundfile.SoundFileRuntimeError("its header says that there is no sound in it")
-    if kind == "OGG" and _ends_early(file):
-        logger.warning(
-            "%s: cut short: %.1f s could be read, and what follows is missing", name, count / rate
-        )
-    _warn_of_missing(name, count / rate, promised / rate)
-    return found.finish()
+    # Of a file of unknown length soundfile looks for its place behind the end.
+    is_damaged = error is not None and "psf_fseek" not in str(error)
+    if (kind == "OGG" and _ends_early(file)) or (is_damaged and not promised):
+        missing: str | None = _cut_short(count / rate)
+    else:
+        missing = _less_than_promised(count / rate, promised / rate)
+    return _Reading(found, missing, is_damaged)
 
 
 def _ends_early(file: Any) -> bool:
     """Whether the last page of an Ogg stream is not marked as the last (RFC 3533, section 6)."""
-    with open(file, "rb") if isinstance(file, bytes) else contextlib.nullcontext(file) as stream:
+    with _open(file) as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - _MAX_OGG_PAGE_BYTES))
         page = stream.read().rpartition(b"OggS")[2]
     return len(page) < 2 or not page[1] & 4
 
 
-def _read_with_av(
-    file: Any, name: str, error: Exception, waveform: Callable[[int, int], "_Waveform"]
-) -> np.ndarray:
-    """What soundfile does not read, read by ffmpeg's libraries where PyAV is installed."""
+def _pyav() -> Any:
+    """PyAV; None where it is not installed."""
     try:
         import av
     except ImportError:
+        return None
+    return av
+
+
+def _read_with_av(
+    file: Any,
+    name: str,
+    reason: str,
+    waveform: Callable[[int, int], _Waveform],
+    is_damaged: bool = False,
+) -> _Reading:
+    """What soundfile does not read, read by ffmpeg's libraries where PyAV is installed.
+
+    Args:
+        file: as ``_opened`` gives it.
+        name: of the audio, for messages.
+        reason: why soundfile does not read it.
+        waveform: makes what takes the samples, of their rate and channel count.
+        is_damaged: whether soundfile read some of it, up to where it is damaged.
+
+    Raises:
+        AudioError: it cannot be read either.
+    """
+    av = _pyav()
+    if av is None:
         raise AudioError(
-            f"{name}: cannot be read ({_first_line(error)}). Video, m4a and some more need PyAV: "
+            f"{name}: cannot be read ({reason}). Video, m4a and some more need PyAV: "
             "pip install -e '.[media]'"
-        ) from None
+        )
     if hasattr(file, "seek"):
         file.seek(0)
     found: _Waveform | None = None
-    count, promised_s = 0, 0.0
+    promised_s = silent_s = failed_s = 0.0
+    is_cut = is_ogg = False
+
+    def take(parts: list[Any]) -> None:
+        nonlocal found
+        for part in parts:
+            block_SC = part.to_ndarray().reshape(part.samples, -1)
+            found = found or waveform(rate, block_SC.shape[1])
+            found.add(block_SC)
+
     try:
         path_or_file = os.fsdecode(file) if isinstance(file, bytes) else file
         with av.open(path_or_file, options={"format_whitelist": _CONTAINERS}) as container:
+            is_ogg = container.format.name == "ogg"
             if not container.streams.audio:
                 raise _NoSound
             stream = container.streams.audio[0]
@@ -343,50 +616,73 @@ def _read_with_av(
                 raise ValueError("an unknown codec")
             rate = stream.rate
             begin_s = (container.start_time or 0) / av.time_base
-            longest_s = (container.duration or 0) / av.time_base
+            longest_s = container.duration / av.time_base if container.duration else math.inf
             if stream.duration and stream.time_base:
                 promised_s = float(stream.duration * stream.time_base)
-            # Interleaved: of eight channels in a plane each, PyAV 18 reads a ninth, and crashes.
-            resampler = av.AudioResampler(format="flt", rate=rate)
-            for frame in itertools.chain(container.decode(stream), [None]):
-                if frame is not None and frame.time is not None:
-                    # The sound of a video may begin later than it, or have a gap.
-                    at_s = min(frame.time - begin_s, longest_s)
-                    missing = round((at_s - count / rate) * rate)
-                    if _MIN_GAP_S * rate < missing < _MAX_GAP_S * rate:
-                        found = found or waveform(rate, len(frame.layout.channels))
-                        found.add_silence(missing)
-                        count += missing
-                for part in resampler.resample(frame):
-                    block_SC = part.to_ndarray().reshape(part.samples, -1)
-                    found = found or waveform(rate, block_SC.shape[1])
-                    found.add(block_SC)
-                    count += len(block_SC)
+            if stream.codec_context.name == "flac":
+                # Else damaged blocks are noise.
+                stream.codec_context.options = {"err_detect": "crccheck+explode"}
+            resampler = resampled_kind = None
+            for packet in container.demux(stream):
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    is_damaged = True
+                    failed_s += float((packet.duration or 0) * (packet.time_base or 0))
+                    continue
+                for frame in frames:
+                    if frame.time is not None:
+                        # The sound of a video may begin later than it, or have a gap.
+                        at_s = min(frame.time - begin_s, longest_s)
+                        gap_s = at_s - (found.duration_s if found else 0.0)
+                        if (_MIN_LOSS_S if is_damaged else _MIN_GAP_S) < gap_s < _MAX_GAP_S:
+                            found = found or waveform(rate, len(frame.layout.channels))
+                            found.add_silence(round(gap_s * rate))
+                            silent_s += gap_s if is_damaged else 0.0
+                    kind = frame.format.name, frame.layout.name, frame.sample_rate
+                    if kind != resampled_kind:
+                        resampled_kind = kind
+                        take(resampler.resample(None) if resampler else [])
+                        # Interleaved: of eight channels in a plane each, PyAV 18 reads a ninth,
+                        # and crashes.
+                        resampler = av.AudioResampler(format="flt", rate=rate)
+                    take(resampler.resample(frame))
+            take(resampler.resample(None) if resampler else [])
     except AudioError:
         raise
     except (av.FFmpegError, OSError, ValueError, MemoryError):
-        if found is None:
-            raise AudioError(f"{name}: cannot be read ({_first_line(error)})") from None
+        is_cut = True
     except _NoSound:
         pass
     if found is None:
+        if is_cut or is_damaged:
+            raise AudioError(f"{name}: cannot be read ({reason})")
         raise AudioError(f"{name}: there is no sound in it")
-    _warn_of_missing(name, count / found.rate, promised_s)
-    return found.finish()
+    lost_s = max(silent_s + max(promised_s - found.duration_s, 0.0), failed_s)
+    if is_damaged and lost_s > 0.0:
+        missing: str | None = f"cut short or damaged: {lost_s:.2f} s could not be read"
+    else:
+        missing = _less_than_promised(found.duration_s, promised_s)
+        if missing is None and (is_cut or (is_ogg and _ends_early(file))):
+            missing = _cut_short(found.duration_s)
+    return _Reading(found, missing)
 
 
 class _NoSound(Exception):
     """A container without a stream of audio."""
 
 
-def _warn_of_missing(name: str, found_s: float, promised_s: float) -> None:
-    if promised_s - found_s > _MAX_MISSING_S:
-        logger.warning(
-            "%s: cut short or damaged: %.1f s could be read of the %.1f s that its header promises",
-            name,
-            found_s,
-            promised_s,
-        )
+def _less_than_promised(found_s: float, promised_s: float) -> str | None:
+    if promised_s - found_s <= _MAX_MISSING_S:
+        return None
+    return (
+        f"cut short or damaged: {found_s:.1f} s could be read of the {promised_s:.1f} s that its "
+        "header promises"
+    )
+
+
+def _cut_short(found_s: float) -> str:
+    return f"cut short: {found_s:.1f} s could be read, and what follows is missing"
 
 
 def _first_line(error: Exception) -> str:

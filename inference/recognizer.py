@@ -129,6 +129,7 @@ class Recognizer:
         sample_rate: int | None = None,
         *,
         channel: int | None = None,
+        max_duration_s: float | None = None,
         max_segment_s: float = MAX_SEGMENT_S,
         whole: bool = False,
         chunk_ms: float | None = None,
@@ -142,6 +143,8 @@ class Recognizer:
             audio: a file's path, its bytes, an open binary file, or samples (S,) or (S, channels).
             sample_rate: of samples, in Hz; None means the model's.
             channel: the channel to take, counted from 0; None mixes all down.
+            max_duration_s: a longer recording is refused; None takes any. A small file may hold
+                hours, whose samples take 230 MB of memory for each.
             max_segment_s: a longer recording is cut in its pauses into segments of at most so many
                 seconds, which are recognised like recordings of their own and joined.
             whole: encode the recording as one instead, every frame in sight of all others, in
@@ -156,21 +159,27 @@ class Recognizer:
             AudioError: the audio cannot be read or used.
             UserError: an option that cannot be.
         """
-        wav_S = self.load(audio, sample_rate, channel)
+        wav_S = self.load(audio, sample_rate, channel, max_duration_s)
         how = _How(max_segment_s, whole, chunk_ms, batch_seconds, options_of(search), progress)
         is_long = len(wav_S) > max_segment_s * self.sample_rate
         with self._spread(how, self._cpu_workers if is_long else 0) as spread:
             return self._begin({0: wav_S}, how, spread)()[0]
 
     def load(
-        self, audio: AudioSource, sample_rate: int | None = None, channel: int | None = None
+        self,
+        audio: AudioSource,
+        sample_rate: int | None = None,
+        channel: int | None = None,
+        max_duration_s: float | None = None,
     ) -> np.ndarray:
         """The waveform (S,) that the model takes; arguments as in ``transcribe``."""
         if isinstance(audio, (np.ndarray, Tensor)):
             samples = _as_array(audio) if isinstance(audio, Tensor) else audio
             rate = self.sample_rate if sample_rate is None else sample_rate
-            return as_waveform(samples, rate, self.sample_rate, channel=channel)
-        return load_audio(audio, self.sample_rate, channel)
+            return as_waveform(
+                samples, rate, self.sample_rate, channel=channel, max_duration_s=max_duration_s
+            )
+        return load_audio(audio, self.sample_rate, channel, max_duration_s=max_duration_s)
 
     def transcribe_many(
         self,
@@ -178,6 +187,7 @@ class Recognizer:
         *,
         batch_seconds: float = BATCH_SECONDS,
         channel: int | None = None,
+        max_duration_s: float | None = None,
         max_segment_s: float = MAX_SEGMENT_S,
         whole: bool = False,
         chunk_ms: float | None = None,
@@ -191,8 +201,7 @@ class Recognizer:
             batch_seconds: seconds of audio, padding included, that are encoded at once. Files of
                 like lengths go together: some batches are read ahead. A CPU has several batches
                 at work, one for each thread, and together no more audio than this.
-            channel: as in ``transcribe``.
-            max_segment_s, whole, chunk_ms: as in ``transcribe``.
+            channel, max_duration_s, max_segment_s, whole, chunk_ms: as in ``transcribe``.
             progress: is told how many recordings are newly done, and how many seconds of audio.
             **search: see ``SearchOptions``.
         """
@@ -201,7 +210,7 @@ class Recognizer:
         workers = self._cpu_workers if self.device.type == "cpu" else 1
         with self._spread(how, workers) as spread:
             begun: deque[_Begun] = deque()
-            for window in self._windows(paths, channel, batch_seconds):
+            for window in self._windows(paths, channel, max_duration_s, batch_seconds):
                 waveforms = {i: w for i, (_, w) in enumerate(window) if isinstance(w, np.ndarray)}
                 begun.append(_Begun(window, self._begin(waveforms, how, spread)))
                 # Workers go on with the next window while the results of one are awaited.
@@ -211,14 +220,18 @@ class Recognizer:
                 yield from _finished(last, how.progress)
 
     def _windows(
-        self, paths: Iterable[FileSource], channel: int | None, batch_seconds: float
+        self,
+        paths: Iterable[FileSource],
+        channel: int | None,
+        max_duration_s: float | None,
+        batch_seconds: float,
     ) -> Iterator[list[_Loaded]]:
         """Recordings, some batches at a time."""
         window: list[_Loaded] = []
         seconds = 0.0
         for path in paths:
             try:
-                wav_S = load_audio(path, self.sample_rate, channel)
+                wav_S = load_audio(path, self.sample_rate, channel, max_duration_s=max_duration_s)
                 seconds += len(wav_S) / self.sample_rate
                 window.append((path, wav_S))
             except AudioError as error:

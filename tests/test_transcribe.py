@@ -173,7 +173,7 @@ def test_bad_recordings_are_listed_and_the_others_transcribed(run, recordings, t
     warnings, _, failures = error.partition(f"\n{len(bad)} could not be transcribed:\n")
     assert {Path(line.strip().partition(": ")[0]).name for line in failures.splitlines()} == bad
     told = {Path(line.partition(": ")[0]).name for line in warnings.splitlines()}
-    assert told == {"cut.flac", "claims.flac", "promises.wav"}
+    assert told == {"cut.flac", "claims.flac", "promises.wav", "loud.wav"}
     for name in ("no_samples", "one_sample"):
         assert json.loads((tmp_path / "out" / f"{name}.json").read_text())["text"] == ""
 
@@ -338,6 +338,15 @@ def test_recordings_may_stand_behind_options(run, recordings):
     assert expected[0] == 0
     assert run(first, "--format", "json", *others) == expected
     assert run("--format", "json", *recordings) == expected
+
+
+def test_a_recording_may_be_too_long(run, recordings, tmp_path):
+    soundfile.write(tmp_path / "long.wav", tone(9.0), SAMPLE_RATE)
+    status, out, err = run(recordings[0], tmp_path / "long.wav", "--max_duration_s", 8.5)
+    assert status == 1
+    assert out.count("\n") == 1
+    assert "long.wav: is longer than the 8.5 s" in err
+    assert run(tmp_path / "long.wav", "--max_duration_s", 9)[0] == 0
 
 
 def test_names_with_line_ends_stay_in_their_line(run, recordings, tmp_path):

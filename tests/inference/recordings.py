@@ -34,14 +34,17 @@ def cut(path: Path, source: Path, share: float = 0.5) -> Path:
     return path
 
 
+def flac_with_total(content: bytes, total_samples: int) -> bytes:
+    """A FLAC file whose header has another number of samples; 0 is unknown."""
+    # STREAMINFO: 36 bits after rate, channels and width (RFC 9639, section 8.2).
+    fields = int.from_bytes(content[18:26], "big") >> 36 << 36 | total_samples
+    return content[:18] + fields.to_bytes(8, "big") + content[26:]
+
+
 def flac_claiming(path: Path, total_samples: int) -> Path:
     """A FLAC file of one second whose header has another number of samples."""
     soundfile.write(path, tone(), SAMPLE_RATE)
-    content = bytearray(path.read_bytes())
-    # STREAMINFO: 36 bits after rate, channels and width (RFC 9639, section 8.2).
-    fields = int.from_bytes(content[18:26], "big") >> 36 << 36 | total_samples
-    content[18:26] = fields.to_bytes(8, "big")
-    path.write_bytes(content)
+    path.write_bytes(flac_with_total(path.read_bytes(), total_samples))
     return path
 
 

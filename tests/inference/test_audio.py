@@ -1,5 +1,6 @@
 """Reading recordings: formats, rates, channels, and what is said of each that is bad."""
 
+import gzip
 import io
 import os
 import sys
@@ -19,6 +20,7 @@ from tests.inference.recordings import (
     SAMPLE_RATE,
     cut,
     flac_claiming,
+    flac_with_total,
     make_video,
     tone,
     wav_bytes,
@@ -40,6 +42,20 @@ FORMATS = {
     "rf64": {"format": "RF64"},
     "voc": {"subtype": "PCM_16"},
 }
+
+
+def encoded(samples: np.ndarray, suffix: str, rate: int = SAMPLE_RATE) -> bytes:
+    """A file of one of ``FORMATS``."""
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, rate, **{"format": suffix, **FORMATS[suffix]})
+    return stream.getvalue()
+
+
+def need_or_hide_pyav(monkeypatch: pytest.MonkeyPatch, with_pyav: bool) -> None:
+    if with_pyav:
+        pytest.importorskip("av", reason="needs pip install -e '.[media]'")
+    else:
+        monkeypatch.setitem(sys.modules, "av", None)
 
 
 def fill(pipe: int, content: bytes) -> None:
@@ -187,6 +203,17 @@ def test_float_samples_beyond_full_scale_are_made_quieter_not_clipped(tmp_path, 
     np.testing.assert_allclose(wav_S, WAVE / np.abs(WAVE).max(), atol=1e-6)
 
 
+@pytest.mark.parametrize("peak", [1.2, 1e4])
+def test_a_wild_sample_that_makes_all_quieter_is_told(tmp_path, caplog, peak):
+    samples = WAVE.copy()
+    samples[100] = peak
+    soundfile.write(tmp_path / "a.wav", samples, SAMPLE_RATE, subtype="FLOAT")
+    load_audio(tmp_path / "a.wav", SAMPLE_RATE)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ([] if peak < 4 else [messages[0]])
+    assert all("a.wav: made quieter by a factor of 1e+04" in message for message in messages)
+
+
 @pytest.mark.parametrize(
     ("dtype", "scale", "offset", "step"),
     [
@@ -295,16 +322,209 @@ def test_of_a_file_cut_short_the_rest_is_read_with_a_warning(tmp_path, caplog, s
     assert f"cut.{suffix}: cut short" in record.getMessage()
 
 
-def test_of_a_file_damaged_in_the_middle_the_beginning_is_read(tmp_path, caplog):
-    soundfile.write(tmp_path / "a.flac", tone(3.0), SAMPLE_RATE)
-    content = bytearray((tmp_path / "a.flac").read_bytes())
+@pytest.mark.parametrize("with_pyav", [False, True])
+@pytest.mark.parametrize("total_samples", [10 * 44100, 0])
+@pytest.mark.parametrize("damaged_bytes", [3, 30_000])
+def test_of_a_flac_damaged_in_the_middle_the_rest_is_read(
+    monkeypatch, caplog, with_pyav, total_samples, damaged_bytes
+):
+    need_or_hide_pyav(monkeypatch, with_pyav)
+    content = bytearray(flac_with_total(encoded(tone(10.0, 44100), "flac", 44100), total_samples))
     middle = len(content) // 2
-    content[middle : middle + 3000] = np.random.default_rng(0).bytes(3000)
-    (tmp_path / "a.flac").write_bytes(content)
-    wav_S = load_audio(tmp_path / "a.flac", SAMPLE_RATE)
-    np.testing.assert_allclose(wav_S[:16000], tone(3.0)[:16000], atol=1e-4)
-    assert len(wav_S) < 3 * SAMPLE_RATE
-    assert "cut short or damaged" in caplog.text
+    content[middle : middle + damaged_bytes] = np.random.default_rng(0).bytes(damaged_bytes)
+    wav_S = load_audio(bytes(content), 44100)
+    wanted = tone(10.0, 44100)
+    np.testing.assert_allclose(wav_S[:200_000], wanted[:200_000], atol=1e-4)
+    (record,) = caplog.records
+    if with_pyav:
+        assert len(wav_S) == len(wanted)
+        np.testing.assert_allclose(wav_S[300_000:], wanted[300_000:], atol=1e-4)
+        # What was damaged is not noise either.
+        assert np.abs(wav_S).max() < 0.5
+        blocks_s = {3: "0.09", 30_000: "0.56"}[damaged_bytes]
+        assert f"damaged: {blocks_s} s could not be read" in record.getMessage()
+    else:
+        assert len(wav_S) < 250_000
+        assert "4.9 s could be read" in record.getMessage()
+        assert "pip install -e '.[media]'" in record.getMessage()
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_behind_a_damaged_packet_of_a_video_it_is_read_on(tmp_path, caplog, suffix):
+    av = pytest.importorskip("av", reason="needs pip install -e '.[media]'")
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=44100, layout="mono")
+        block = av.AudioFrame.from_ndarray(tone(6.0, 44100)[None], format="flt", layout="mono")
+        block.sample_rate, block.pts = 44100, 0
+        container.mux(sound.encode(block))
+        container.mux(sound.encode(None))
+    whole_S = load_audio(path, 44100)
+    assert not caplog.records
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 500] = np.random.default_rng(0).bytes(500)
+    wav_S = load_audio(bytes(content), 44100)
+    assert len(wav_S) == pytest.approx(len(whole_S), abs=2000)
+    assert np.corrcoef(wav_S[-44100:], whole_S[-44100:])[0, 1] > 0.9
+    (record,) = caplog.records
+    assert "s could not be read" in record.getMessage()
+
+
+@pytest.mark.parametrize("suffix", ["ogg", "opus", "mp3", "flac"])
+def test_joined_recordings_are_all_read(tmp_path, monkeypatch, caplog, suffix):
+    need_or_hide_pyav(monkeypatch, with_pyav=False)
+    # The bytes that tell of it are cut apart.
+    monkeypatch.setattr(audio, "_SCANNED_BYTES", 7)
+    # What follows the first fills many blocks, which no zeros may stand for.
+    parts = [tone(3.1), tone(2.0)[::-1].copy(), tone(66.0)]
+    (tmp_path / "a").write_bytes(b"".join(encoded(part, suffix) for part in parts))
+    wav_S = load_audio(tmp_path / "a", SAMPLE_RATE)
+    wanted = np.concatenate(parts)
+    assert wav_S.shape == wanted.shape
+    assert np.corrcoef(wav_S, wanted)[0, 1] > 0.97
+    np.testing.assert_array_equal(load_audio((tmp_path / "a").read_bytes(), SAMPLE_RATE), wav_S)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("suffix", ["ogg", "opus", "mp3", "flac"])
+def test_joined_recordings_of_other_rates_and_channels(caplog, suffix):
+    stereo_SC = np.stack([tone(2.0, 8000)] * 2, axis=1)
+    content = encoded(stereo_SC, suffix, 8000) + encoded(tone(3.0), suffix)
+    assert len(load_audio(content, SAMPLE_RATE)) == 5 * SAMPLE_RATE
+    assert not caplog.records
+    assert len(load_audio(content, SAMPLE_RATE, channel=1)) == 2 * SAMPLE_RATE
+    (record,) = caplog.records
+    assert "1 of the 2 recordings joined in it could not be read" in record.getMessage()
+    assert "there is no channel 1" in record.getMessage()
+    with pytest.raises(AudioError, match="there is no channel 2"):
+        load_audio(content, SAMPLE_RATE, channel=2)
+
+
+@pytest.mark.parametrize("suffix", ["ogg", "mp3", "flac"])
+def test_of_joined_recordings_the_last_may_be_cut_short(caplog, suffix):
+    content = encoded(tone(3.0), suffix) + encoded(tone(2.0), suffix)[:-4000]
+    assert 3.5 * SAMPLE_RATE < len(load_audio(content, SAMPLE_RATE)) < 4.9 * SAMPLE_RATE
+    (record,) = caplog.records
+    assert "recording 2 of those joined in it is cut short" in record.getMessage()
+
+
+def test_tags_of_mp3_are_no_joined_recordings(caplog):
+    one = b"ID3\3\0\0\0\0\1\x0a" + bytes(138) + encoded(WAVE, "mp3") + b"TAG" + bytes(125)
+    assert audio._joints(io.BytesIO(one)) == []
+    assert len(load_audio(one, SAMPLE_RATE)) == len(WAVE)
+    assert len(load_audio(one + one + one, SAMPLE_RATE)) == 3 * len(WAVE)
+    assert not caplog.records
+
+
+def test_an_mp3_by_another_encoder_is_not_joined(caplog):
+    av = pytest.importorskip("av", reason="needs pip install -e '.[media]'")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp3") as container:
+        sound = container.add_stream("libmp3lame", rate=44100, layout="stereo")
+        samples = np.repeat(tone(1.0, 44100), 2)[None]
+        block = av.AudioFrame.from_ndarray(samples, format="flt", layout="stereo")
+        block.sample_rate = 44100
+        for part in av.AudioResampler(format="fltp", rate=44100).resample(block):
+            container.mux(sound.encode(part))
+        container.mux(sound.encode(None))
+    one = file.getvalue()
+    assert audio._joints(io.BytesIO(one)) == []
+    assert audio._joints(io.BytesIO(one + one)) == [len(one)]
+    assert len(load_audio(one, SAMPLE_RATE)) == pytest.approx(SAMPLE_RATE, abs=800)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_behind_the_promised_end_of_a_flac_zeros_are_no_samples(monkeypatch, joined):
+    need_or_hide_pyav(monkeypatch, with_pyav=False)
+    # Its header promises less than there is, and the decoder fails behind it.
+    content = flac_with_total(encoded(WAVE, "flac"), len(WAVE) - 1)
+    content += encoded(tone(66.0), "flac") if joined else bytes(range(256)) * 100
+    wav_S = load_audio(content, SAMPLE_RATE)
+    assert len(wav_S) == len(WAVE) - 1 + joined * 66 * SAMPLE_RATE
+    np.testing.assert_allclose(wav_S[: len(WAVE) - 1], WAVE[:-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("with_pyav", [False, True])
+def test_a_tag_behind_a_flac_is_nothing_missing(monkeypatch, caplog, with_pyav):
+    need_or_hide_pyav(monkeypatch, with_pyav)
+    content = encoded(WAVE, "flac") + b"TAG" + bytes(125)
+    assert len(load_audio(content, SAMPLE_RATE)) == len(WAVE)
+    assert not caplog.records
+
+
+class Unplugged(io.RawIOBase):
+    """A file whose source is gone."""
+
+    name = "line"
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_a_file_that_fails_while_it_is_read_is_refused_with_the_reason(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav_bytes(b"\xff" * 100))
+    (tmp_path / "a.wav.gz").write_bytes(gzip.compress(wav_bytes(PCM))[:-2000])
+    with open(path, "rb") as closed:
+        pass
+    with (
+        open(path, "ab") as write_only,
+        open(path, encoding="utf-8") as text,
+        gzip.open(f"{path}.gz") as archive,
+    ):
+        for source, message in (
+            (closed, r"a\.wav: cannot be read \(.*closed file\)"),
+            (Unplugged(), r"line: cannot be read \(.*reset by peer\)"),
+            (write_only, r"a\.wav: cannot be read \(read\)"),
+            (text, r"a\.wav: cannot be read \('utf-8'"),
+            (archive, r"cannot be read \(.*end-of-stream"),
+        ):
+            with pytest.raises(AudioError, match=message):
+                load_audio(source, SAMPLE_RATE)
+
+
+@pytest.mark.parametrize("rate", [8000, SAMPLE_RATE])
+def test_recordings_beyond_the_duration_that_is_allowed_are_refused(tmp_path, rate):
+    wav_S = tone(3.0, rate)
+    soundfile.write(tmp_path / "a.flac", wav_S, rate)
+    assert len(load_audio(tmp_path / "a.flac", SAMPLE_RATE, max_duration_s=3)) == 3 * SAMPLE_RATE
+    assert len(as_waveform(wav_S, rate, SAMPLE_RATE, max_duration_s=3)) == 3 * SAMPLE_RATE
+    with pytest.raises(AudioError, match=r"a\.flac: is longer than the 2\.5 s allowed"):
+        load_audio(tmp_path / "a.flac", SAMPLE_RATE, max_duration_s=2.5)
+    with pytest.raises(AudioError, match=r"audio: is longer than the 2\.5 s allowed"):
+        as_waveform(wav_S, rate, SAMPLE_RATE, max_duration_s=2.5)
+
+
+def test_a_small_file_of_much_silence_is_refused_before_it_takes_memory():
+    content = encoded(np.zeros(3600 * SAMPLE_RATE, np.float32), "flac")
+    tracemalloc.start()
+    with pytest.raises(AudioError, match="is longer than the 60 s allowed"):
+        load_audio(content, SAMPLE_RATE, max_duration_s=60)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 30e6
+
+
+def test_joined_recordings_count_together_as_duration():
+    content = encoded(tone(3.0), "flac") + encoded(tone(2.0), "flac")
+    assert len(load_audio(content, SAMPLE_RATE, max_duration_s=5)) == 5 * SAMPLE_RATE
+    with pytest.raises(AudioError, match="is longer than the 4 s allowed"):
+        load_audio(content, SAMPLE_RATE, max_duration_s=4)
+
+
+def test_gaps_count_as_duration():
+    pytest.importorskip("av", reason="needs pip install -e '.[media]'")
+    content = bytearray(encoded(tone(10.0), "flac"))
+    middle = len(content) // 2
+    content[middle : middle + 30_000] = bytes(30_000)
+    # More than what could be read of it.
+    with pytest.raises(AudioError, match=r"is longer than the 9\.9 s allowed"):
+        load_audio(bytes(content), SAMPLE_RATE, max_duration_s=9.9)
 
 
 @pytest.mark.parametrize("claimed", [10**6, 2**31 - 2])
