@@ -115,7 +115,7 @@ def evaluate(arguments: argparse.Namespace, command: Sequence[str]) -> int:
     folder = made_folder(Path(arguments.output_dir or default_folder(arguments, search)))
 
     record = run_record(
-        seed=0,
+        seed=recognizer.model.config.get("training", {}).get("seed"),
         precision=arguments.precision,
         eval_precision=arguments.precision,
         device=str(recognizer.device),

@@ -3,13 +3,14 @@
 import csv
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,12 +96,12 @@ def read_table(
     path = Path(path)
     splits: dict[str, TableSplit] = {}
     rows = _rows(path)
-    columns = _column_names(path, rows[0][1] if rows else {})
+    columns = _column_names(path, dict.fromkeys(name for _, row in rows for name in row))
     numbers: Counter[str] = Counter()
     for place, row in rows:
         values = {
-            key: str(row.get(name) if row.get(name) is not None else "").strip()
-            for key, name in columns.items()
+            key: str(next((row[n] for n in names if row.get(n) is not None), "")).strip()
+            for key, names in columns.items()
         }
         if path.suffix.lower() != ".jsonl" and any("\n" in value for value in values.values()):
             raise ValueError(
@@ -191,7 +192,9 @@ def prepare_tables(
             if target.resolve() == Path(table).resolve():
                 raise ValueError(f"{target} is the table itself: choose another --save_folder.")
             parts[part.name] = Path(table), part
-    _hold_out(parts, set(merge_lst), held_out)
+    # What a table's own column calls so is a split like others.
+    new = {n for n, path in tables.items() if n.endswith(HELD_OUT_SUFFIX) and Path(path).stem != n}
+    _hold_out(parts, set(merge_lst), held_out, new)
     folder.mkdir(parents=True, exist_ok=True)
     record = PreparationRecord(folder, RECORD_NAME)
     counts, problems = {}, []
@@ -248,16 +251,22 @@ def prepare_tables(
 
 
 def _hold_out(
-    parts: dict[str, tuple[Path, TableSplit]], training: set[str], speakers: set[str]
+    parts: dict[str, tuple[Path, TableSplit]],
+    training: set[str],
+    speakers: set[str],
+    new: set[str],
 ) -> None:
     """Put the other speakers' utterances in the place of training splits, theirs in the new ones.
+
+    Args:
+        new: splits that are made of the held-out speakers in the table of another one.
 
     Raises:
         ValueError: a table does not say who speaks, or there are no such speakers, or no others.
     """
     found: set[str] = set()
     for name, (table, part) in parts.items():
-        is_new = name.endswith(HELD_OUT_SUFFIX) and table.stem != name
+        is_new = name in new
         if is_new and not speakers:
             raise ValueError(f"{name} needs held_out_speakers: there is no table of that name.")
         if not speakers or not (is_new or name in training):
@@ -307,6 +316,9 @@ def _rows(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     )
     rows: list[tuple[str, Mapping[str, Any]]] = []
     try:
+        known = itertools.chain(*COLUMNS.values())
+        if twice := [name for name in known if (reader.fieldnames or []).count(name) > 1]:
+            raise ValueError(f"{path} has two columns {twice[0]}: rename or remove one of them.")
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"{path}, line {reader.line_num}: not as many cells as columns.")
@@ -334,18 +346,16 @@ def _json_rows(path: Path, text: str) -> list[tuple[str, Mapping[str, Any]]]:
     return rows
 
 
-def _column_names(path: Path, row: Mapping[str, Any]) -> dict[str, str]:
-    """What a table calls each column that it has."""
-    found = {
-        key: next((name for name in names if name in row), "") for key, names in COLUMNS.items()
-    }
-    if missing := [key for key in ("path", "text") if row and not found[key]]:
+def _column_names(path: Path, columns: Collection[str]) -> dict[str, list[str]]:
+    """What a table calls each column that it has: of several names the first that a row fills."""
+    found = {key: [name for name in names if name in columns] for key, names in COLUMNS.items()}
+    if missing := [key for key in ("path", "text") if columns and not found[key]]:
         known = "; ".join(f"{key}: {', '.join(COLUMNS[key])}" for key in missing)
         raise ValueError(
-            f"{path} has the columns {', '.join(map(str, row))}, and none for "
+            f"{path} has the columns {', '.join(columns)}, and none for "
             f"{' and '.join(missing)}. It may be called ({known})."
         )
-    return {key: name for key, name in found.items() if name}
+    return {key: names for key, names in found.items() if names}
 
 
 def _size_of(path: Path) -> tuple[int, str | None]:

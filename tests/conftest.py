@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.generated_corpus import make_corpus
 
@@ -15,6 +16,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Two threads, as on the smallest machine that CI has: results of reductions depend on the number.
 torch.set_num_threads(2)
+
+# How long an example takes says what else the machine is doing.
+settings.register_profile("any_machine", deadline=None)
+settings.load_profile("any_machine")
 
 # A shell's background job inherits an ignored Ctrl-C, and so would every run that is tested here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -27,9 +32,10 @@ def tone_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("tones") / "LibriSpeech")
 
 
-@pytest.fixture(autouse=True)
+# Around every test it would meet much that others write to the checkout for a moment.
+@pytest.fixture(scope="module", autouse=True)
 def _leaves_the_checkout_as_it_is() -> Iterator[None]:
-    """A test writes to its own folder alone."""
+    """The tests of a module write to their own folders alone."""
     before = set(in_checkout())
     yield
     left = sorted(set(in_checkout()) - before)

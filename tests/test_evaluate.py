@@ -54,6 +54,8 @@ def test_a_run_scores_as_in_its_own_evaluation(run, tiny_run, tone_corpus, tmp_p
     assert told == trained["model"].keys() - {"weights"}
     assert all(results["model"][key] == trained["model"][key] for key in told)
     assert results["run"].keys() == trained["run"].keys() | {"evaluated"}
+    # Seeds tell the runs of a recipe apart.
+    assert results["run"]["seed"] == trained["run"]["seed"] > 0
     assert results["intervals"] == trained["intervals"]
     for split in ("test-clean", "test-other"):
         assert without_time(results, split) == without_time(trained, split)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -12,15 +13,17 @@ from speechbrain.lobes.models.transformer.TransformerLM import (
 )
 
 from common.errors import Interrupted, UserError
+from inference.scoring.reports import read_any_results
 from modules.lm import MambaLM
 from tests.ctc_runs import quick_runs
 from text.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 from train_LM import main
 from training.brains.optimization import count_parameters
 from training.launch.command_line import load_hparams, parse_command_line
-from training.lm.brain import LMBrain
-from training.lm.recipe import with_text_name
+from training.lm.brain import LMBrain, Perplexity
+from training.lm.recipe import name_evaluation, with_text_name, write_results
 from training.lm.text_batches import TextBatches, read_sentences
+from training.named_evaluation import earlier_evaluations
 
 WORDS = "ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN".split()  # noqa: SIM905
 SENTENCES = [
@@ -275,6 +278,29 @@ class TestRun:
         arguments = [word.format(empty=tmp_path / "empty.txt") for word in arguments]
         with pytest.raises(UserError, match=message):
             run(files, tmp_path, "transformer_small", *arguments)
+
+
+def test_results_of_a_damaged_file_are_kept_and_infinity_is_null(tmp_path, caplog):
+    path = tmp_path / "results.json"
+    path.write_text('{"splits": {', encoding="utf-8")
+    hparams = SimpleNamespace(
+        seed=1, model=torch.nn.Linear(1, 1), token_type="char", output_neurons=9
+    )
+    brain = SimpleNamespace(
+        hparams=hparams, precision="fp32", eval_precision="fp32", device=torch.device("cpu")
+    )
+    assert name_evaluation(tmp_path, "mine", {}) == "mine"
+    scores = {"valid": Perplexity(800.0, 1, 1), "test": Perplexity(0.0, 1, 1)}
+    write_results(tmp_path, brain, scores, ["train_LM.py"], None)
+    written = json.loads(path.read_text(encoding="utf-8"))
+    found = {name: entry["perplexity"] for name, entry in written["splits"].items()}
+    assert found == {"valid": None, "test": 1.0}
+    assert (tmp_path / "results.json.unreadable").read_text(encoding="utf-8") == '{"splits": {'
+    assert "kept as" in caplog.text
+    # What a language model has written is not taken for damaged.
+    write_results(tmp_path, brain, scores, ["train_LM.py"], ("mine", {}))
+    assert json.loads(path.read_text(encoding="utf-8"))["run"] == written["run"]
+    assert earlier_evaluations(tmp_path, read_any_results).keys() == {"mine"}
 
 
 class TestFiles:

@@ -1,8 +1,9 @@
 """Evaluations of a trained run beside its own one: a name, a folder and a record for each."""
 
 import io
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ SEARCH_KEYS = (
 )
 """Keys of the YAML files that can change what is recognised."""
 
-_LONGEST_NAME = 120
+_LONGEST_NAME = 120  # bytes
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def plan_evaluation(
     if not splits:
         raise UserError("test_splits is empty: --test_only evaluates at least one split.")
     own = _settings_of_run(run)
-    search = _search_settings(resolved)
+    search = search_settings(resolved)
     with beside(run, [f"{split}.csv" for split in splits]) as scratch:
         if not hparams["skip_prep"]:
             prepare_manifests(hparams, scratch, test_only=True)
@@ -111,7 +112,7 @@ def plan_evaluation(
                 for split, digest in digests.items()
             )
         )
-        earlier = _earlier_evaluations(place)
+        earlier = earlier_evaluations(place, read_results)
         if eval_name is None:
             name = _distinguishing(splits, search, eval_precision, own)
             name = free_name(name, settings, earlier)
@@ -124,7 +125,7 @@ def plan_evaluation(
     return Evaluation(name, place, folder, manifests, settings, is_own)
 
 
-def _search_settings(resolved: str) -> dict[str, Any]:
+def search_settings(resolved: str) -> dict[str, Any]:
     """Those of ``SEARCH_KEYS`` that a file has, as JSON values."""
     document = ruamel.yaml.YAML().load(io.StringIO(resolved))
     # Wherever it is begun from, a run's own files are the same ones.
@@ -140,6 +141,9 @@ def _plain(node: Any, paths: Mapping[str, Any]) -> Any:
     if isinstance(node, bool) or node is None:
         return node
     if isinstance(node, (int, float)):
+        if not math.isfinite(node):
+            # JSON has no such number.
+            return str(float(node))
         # ruamel's own numbers, and 1 for 1.0
         return int(node) if node == int(node) else float(node)
     # An object of the file is told by its tag; its arguments are keys of their own.
@@ -154,7 +158,7 @@ def _settings_of_run(run: Path) -> dict[str, Any]:
         text = (run / "hyperparams.yaml").read_text(encoding="utf-8")
         splits = _plain(ruamel.yaml.YAML().load(text)["test_splits"], {})
         found["splits"] = [splits] if isinstance(splits, str) else splits
-        found["search"] = _search_settings(text)
+        found["search"] = search_settings(text)
         found["eval_precision"] = read_results(run)["run"].get("eval_precision")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ruamel.yaml.YAMLError):
         # What cannot be read is not the same; without results everything is still to be scored.
@@ -162,9 +166,14 @@ def _settings_of_run(run: Path) -> dict[str, Any]:
     return found
 
 
-def _earlier_evaluations(place: Path) -> dict[str, Any]:
+def earlier_evaluations(place: Path, read: Callable[[Path], dict]) -> dict[str, Any]:
+    """The evaluations by name that a folder's ``results.json`` has.
+
+    Args:
+        read: reads that file, or raises a ValueError.
+    """
     try:
-        return read_results(place).get("evaluations") or {}
+        return read(place).get("evaluations") or {}
     except (OSError, ValueError):
         return {}
 
@@ -190,11 +199,12 @@ def _distinguishing(
             parts.append(f"{key}{value}")
     if own["eval_precision"] not in (None, eval_precision):
         parts.append(eval_precision)
-    return re.sub(r"[^\w.+-]+", "-", "_".join(parts)).strip("-.")[:_LONGEST_NAME] or "none"
+    return re.sub(r"[^\w.+-]+", "-", "_".join(parts)).strip("-.") or "none"
 
 
 def free_name(name: str, settings: Mapping[str, Any], earlier: Mapping[str, Any]) -> str:
-    """The name, with a number where another evaluation has it."""
+    """The name as that of a folder, with a number where another evaluation has it."""
+    name = name.encode()[:_LONGEST_NAME].decode(errors="ignore")
     number, candidate = 1, name
     while not _is_same(earlier.get(candidate), settings):
         number += 1

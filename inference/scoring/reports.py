@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -206,7 +206,7 @@ def update_results(
         model: facts about the model (``parameters``, ``weights``, ...); replaces the earlier ones.
         run: see :func:`run_record`; replaces the earlier one. None keeps it.
         test_only: keep the earlier ``run``, of the training; ``run`` goes to ``evaluations``, split
-            by split.
+            by split. An evaluation of the run that is called like a split keeps its place there.
 
     Returns:
         The path of ``results.json``, which has the scores' intervals, low and high, under
@@ -216,7 +216,7 @@ def update_results(
     path = Path(output_folder) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone_with(path):
-        earlier = _earlier_results(path)
+        earlier = kept_results(path, read_results)
         if _are_others(earlier.get("model"), model):
             earlier = {k: v for k, v in earlier.items() if k != "intervals"} | {"splits": {}}
         results = dict(earlier)
@@ -233,12 +233,12 @@ def update_results(
         }
         if test_only and run is not None and earlier.get("run"):
             results["run"] = earlier["run"]
-            evaluations |= {name: dict(run) for name in splits}
+            evaluations |= {name: dict(run) for name in splits if name not in evaluations}
         for name, value in (("intervals", intervals), ("evaluations", evaluations)):
             results.pop(name, None)
             if value:
                 results[name] = value
-        _write_results(path, results)
+        store_results(path, results)
     return path
 
 
@@ -260,7 +260,7 @@ def record_evaluation(
     """
     path = Path(output_folder) / "results.json"
     with alone_with(path):
-        results = _earlier_results(path)
+        results = kept_results(path, read_results)
         evaluations = results.setdefault("evaluations", {})
         earlier = evaluations.get(name) or {}
         same = earlier.get("settings") == dict(settings)
@@ -274,7 +274,7 @@ def record_evaluation(
         entry["splits"] |= {split: score.as_json() for split, score in splits.items()}
         entry["intervals"] |= _intervals_of(splits)
         evaluations[name] = entry
-        _write_results(path, results)
+        store_results(path, results)
     return path
 
 
@@ -289,11 +289,15 @@ def _are_others(earlier: object, now: Mapping) -> bool:
     )
 
 
-def _earlier_results(path: Path) -> dict:
-    """What is to be kept of a ``results.json``; one that cannot be read is set aside."""
+def kept_results(path: Path, read: Callable[[Path], dict]) -> dict:
+    """What is to be kept of a ``results.json``; one that cannot be read is set aside.
+
+    Args:
+        read: reads that of a folder, or raises a ValueError.
+    """
     if path.exists():
         try:
-            return read_results(path.parent)
+            return read(path.parent)
         except ValueError as error:
             aside = path.with_name("results.json.unreadable")
             os.replace(path, aside)
@@ -312,12 +316,34 @@ def _intervals_of(splits: Mapping[str, SplitScore]) -> dict[str, dict[str, list[
     }
 
 
-def _write_results(path: Path, results: Mapping) -> None:
+def store_results(path: Path, results: Mapping) -> None:
+    """Write a ``results.json``.
+
+    Raises:
+        ValueError: a number that JSON does not have.
+    """
     _write_text(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_results(output_folder: str | os.PathLike) -> dict:
     """Read a run's ``results.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not one of ours.
+    """
+    results = read_any_results(output_folder)
+    for split, entry in results["splits"].items():
+        try:
+            SplitScore.from_json(entry)
+        except ValueError as error:
+            path = Path(output_folder) / "results.json"
+            raise ValueError(f"{path}, split {split}: {error}. Evaluate again.") from None
+    return results
+
+
+def read_any_results(output_folder: str | os.PathLike) -> dict:
+    """Read the ``results.json`` of a recogniser or a language model, whatever its scores are.
 
     Raises:
         FileNotFoundError: there is none.
@@ -330,11 +356,6 @@ def read_results(output_folder: str | os.PathLike) -> dict:
         raise ValueError(f"{path} is not valid JSON ({error}): evaluate again.") from None
     if not isinstance(results, dict) or not isinstance(results.get("splits"), dict):
         raise ValueError(f"{path} holds no scores of splits: evaluate again.")
-    for split, entry in results["splits"].items():
-        try:
-            SplitScore.from_json(entry)
-        except ValueError as error:
-            raise ValueError(f"{path}, split {split}: {error}. Evaluate again.") from None
     for key in ("model", "run", "intervals", "evaluations"):
         if not isinstance(results.get(key, {}), dict):
             raise ValueError(f"{path}: {key} is {results[key]!r}, no mapping: evaluate again.")
@@ -346,7 +367,7 @@ def read_results(output_folder: str | os.PathLike) -> dict:
 
 def run_record(
     *,
-    seed: int,
+    seed: int | None,
     precision: str,
     device: str,
     command: str | Sequence[str],
@@ -355,7 +376,7 @@ def run_record(
     """What it takes to repeat a run: the ``run`` entry of ``results.json``.
 
     Args:
-        seed: seed of the run.
+        seed: seed of the run; None if that is not known.
         precision: fp32, fp16 or bf16.
         device: device it ran on.
         command: the command line, or its arguments (as in ``sys.argv``), which are then quoted.

@@ -83,6 +83,22 @@ def test_a_table_may_have_ids_splits_and_paths_of_its_own(folder):
     assert named == {"test": 3}
 
 
+def test_rows_of_json_may_have_other_keys_than_the_first(folder):
+    rows = [
+        {"path": "clips/a.wav", "text": "ONE", "speaker": None},
+        {"audio": "clips/b c.flac", "sentence": "TWO", "speaker_id": "ben", "id": "b"},
+        {"path": "more/ö.ogg", "text": "THREE", "speaker": "anna", "utt_id": 3},
+    ]
+    (part,) = read_table(write(folder / "t.jsonl", rows))
+    found = [(u.id, u.speaker, u.path, u.words) for u in part.utterances]
+    assert found == [
+        ("clips-a", "clips-a", "clips/a.wav", "ONE"),
+        ("b", "ben", "clips/b c.flac", "TWO"),
+        ("3", "anna", "more/ö.ogg", "THREE"),
+    ]
+    assert part.has_speakers
+
+
 def test_separators_of_spreadsheets_and_a_mark_at_the_beginning_are_read(folder):
     table = folder / "a.csv"
     table.write_bytes("\ufeffpath;text\r\nclips/a.wav;EINS, ZWEI\r\n".encode())
@@ -151,6 +167,7 @@ def test_what_cannot_be_used_is_named_and_may_be_left_out(folder):
         ('path,text\na.wav,"A B\nb.wav,C\n', r"line 3: no row of a table"),
         ('path,text\na.wav,"A B\nb.wav,"C"\n', r"line 3: (no row|a cell has several lines)"),
         ('path,text\na.wav,"A B\nb.wav",C\n', r"line 3: (no row|not as many|a cell)"),
+        ("path,text,text\nclips/a.wav,A,B\n", "t.csv has two columns text: rename or remove"),
         ("path,text,split\nclips/a.wav,A,../x\n", "cannot be the name of a split"),
     ],
 )
@@ -290,6 +307,13 @@ class TestHeldOut:
         tables = self.tables(folder)
         assert tables["train-held-out"].name == "train-held-out.csv"
         assert self.prepared(folder, [], tables) == [["anna", "ben, jr", "anna"], ["anna"]]
+
+    def test_what_the_column_of_splits_calls_so_is_a_split_like_others(self, folder):
+        names = ("train", "train-held-out", "train")
+        rows = [dict(row, split=name) for row, name in zip(ROWS, names, strict=True)]
+        table = write(folder / "all.csv", rows)
+        made = prepare_tables({"": table}, folder / "out", noprogressbar=True)
+        assert made == {"train": 2, "train-held-out": 1}
 
     @pytest.mark.parametrize("together", [False, True])
     def test_a_lost_recording_of_theirs_is_said(self, folder, together):

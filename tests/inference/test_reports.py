@@ -247,6 +247,15 @@ def test_results_of_earlier_evaluations_stay(tmp_path):
     assert (results["model"], results["run"]) == ({"parameters": 8}, {"seed": 2})
 
 
+def test_an_evaluation_that_is_called_like_a_split_stays(tmp_path):
+    update_results(tmp_path, {"a": score()}, {}, {"seed": 1})
+    record_evaluation(tmp_path, "a", {"a": score(wer=2.0)}, {"beam": 1}, {"seed": 1})
+    update_results(tmp_path, {"a": score(), "b": score()}, {}, {"seed": 3}, test_only=True)
+    evaluations = read_results(tmp_path)["evaluations"]
+    assert evaluations["a"]["splits"]["a"]["wer"] == 2.0
+    assert evaluations["b"] == {"seed": 3}
+
+
 def test_results_have_the_intervals_whatever_the_order_of_the_utterances(tmp_path):
     in_order, reversed_ = (
         write(tmp_path),

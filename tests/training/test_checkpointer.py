@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -274,6 +275,22 @@ def test_the_best_and_the_two_latest_are_kept(checkpointer):
     assert kept == {60.0, None}
 
 
+def test_a_metric_that_is_no_number_ranks_nowhere(checkpointer):
+    for wer in (30.0, 10.0, math.nan, 20.0, math.inf, 40.0, math.nan):
+        save(checkpointer, wer, WER=wer)
+    for best, kept in (
+        ({"min_key": "WER"}, {10.0, 20.0, 40.0}),
+        ({"max_key": "WER"}, {20.0, 40.0}),
+    ):
+        checkpointer.keep_best(2, **best)
+        left = [checkpoint.meta["WER"] for checkpoint in checkpointer.list_checkpoints()]
+        # The two latest stay for going on.
+        assert sorted(map(str, left)) == sorted(map(str, kept | {math.nan}))
+    found = checkpointer.find_intact(min_key="WER")
+    assert [checkpoint.meta["WER"] for checkpoint in found] == [20.0, 40.0]
+    assert math.isnan(checkpointer.recover_if_possible().meta["WER"])
+
+
 def test_one_process_alone_deletes(checkpointer, monkeypatch):
     for wer in (30.0, 10.0, 20.0, 40.0):
         save(checkpointer, wer, WER=wer)
@@ -300,6 +317,16 @@ def test_going_back_leaves_later_checkpoints_out(checkpointer):
     found = checkpointer.find_intact(min_key="WER")
     assert [checkpoint.path for checkpoint in found] == [again.path, first.path]
     assert len([name for name in folders(checkpointer) if name.startswith("superseded+")]) == 1
+
+
+def test_going_on_from_another_run_leaves_all_of_this_one_out(checkpointer, model, tmp_path):
+    save(checkpointer, 1.0, WER=10.0)
+    other = RunCheckpointer(tmp_path / "other", {"model": Weights(value=2.0)})
+    other.save_checkpoint(meta={"WER": 30.0})
+    checkpointer.go_back_to(str(tmp_path / "other"))
+    assert model.value == 2.0
+    assert checkpointer.list_checkpoints() == []
+    assert len(other.list_checkpoints()) == 1
 
 
 @pytest.mark.parametrize("where", ["elsewhere", ".", "CKPT+empty"])

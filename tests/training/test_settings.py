@@ -101,6 +101,7 @@ def test_a_value_in_the_file_is_checked_before_its_objects_are_built(tmp_path):
         ),
         ({"min_decode_ratio": 2, "max_decode_ratio": 1}, "min_decode_ratio", "max_decode_ratio"),
         ({"n_warmup_steps": 20, "total_steps": 10}, "n_warmup_steps", "total_steps"),
+        ({"chunk_size_min": 4, "chunk_size_max": 3}, "chunk_size_min", "chunk_size_max"),
     ],
 )
 def test_two_values_that_exclude_each_other_are_refused_together(values, first, second):
@@ -110,9 +111,34 @@ def test_two_values_that_exclude_each_other_are_refused_together(values, first, 
 
 
 @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"encoder_module": "conmamba", "kernel_size": 30}, "kernel_size is 30; .* an odd one"),
+        (
+            {"encoder_module": "conformer", "kernel_size": 2, "causal_convolution": False},
+            "kernel_size is 2; .* --causal_convolution True",
+        ),
+        ({"encoder_module": "branchformer", "chunkwise_prob": 0.7}, "encoder_module is branchf"),
+        (
+            {"encoder_module": "conformer", "attention_type": "hypermixing", "chunkwise_prob": 1},
+            "attention_type is hypermixing",
+        ),
+    ],
+)
+def test_what_would_end_the_first_batch_is_refused(values, message):
+    with pytest.raises(UserError, match=f"^a.yaml: {message}"):
+        check_together(values, "a.yaml: ")
+
+
+@pytest.mark.parametrize(
     "values",
     [
         {},
+        {"chunk_size_min": 4, "chunk_size_max": 4},
+        {"encoder_module": "conmamba", "kernel_size": 30, "causal_convolution": True},
+        {"encoder_module": "conformer", "kernel_size": 30, "causal": True},
+        {"encoder_module": "mamba", "kernel_size": 30},
+        {"encoder_module": "conmamba", "attention_type": "hypermixing", "chunkwise_prob": 1},
         {"encoder_module": "conmamba", "d_model": 130, "nhead": 4},
         {"encoder_module": "conformer", "d_model": 128, "nhead": 4},
         {"min_decode_ratio": 1, "max_decode_ratio": 1},
@@ -138,6 +164,8 @@ def test_values_that_fit_together_are_taken(values):
         ("n_fft", 511, "n_fft is 511; wanted an even number"),
         ("lr_adam", float("inf"), "must be a number"),
         ("weight_decay", float("nan"), "must be a number"),
+        ("speed_perturb", {"speeds": []}, r"has the speeds \[\]; .* --speed_perturb null"),
+        ("speed_perturb", {"speeds": [90, -5]}, "needs percentages above 0"),
         ("CNN", {"kernel_sizes": 3}, "ConvolutionFrontEnd cannot be made with these values"),
     ],
 )

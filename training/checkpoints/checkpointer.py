@@ -3,6 +3,7 @@
 import glob
 import json
 import logging
+import math
 import os
 import shutil
 import uuid
@@ -141,6 +142,26 @@ class RunCheckpointer(Checkpointer):
     def _all_checkpoint_dirs(self):
         return super()._list_checkpoint_dirs() if self.checkpoints_dir.is_dir() else []
 
+    def find_checkpoints(
+        self,
+        importance_key=None,
+        max_key=None,
+        min_key=None,
+        ckpt_predicate=None,
+        max_num_checkpoints=None,
+    ):
+        """As in the parent; a checkpoint whose metric is not finite is none of the best."""
+        metric = max_key or min_key
+
+        def is_eligible(checkpoint: Checkpoint) -> bool:
+            if metric and not math.isfinite(checkpoint.meta[metric]):
+                return False
+            return ckpt_predicate is None or ckpt_predicate(checkpoint)
+
+        return super().find_checkpoints(
+            importance_key, max_key, min_key, is_eligible, max_num_checkpoints
+        )
+
     @staticmethod
     def _unfinished(path: Path) -> Path:
         return path.with_name(f"{UNFINISHED_PREFIX}{uuid.uuid4().hex[:8]}+{path.name}")
@@ -275,7 +296,7 @@ class RunCheckpointer(Checkpointer):
         """Load the checkpoint that is asked for; later ones of this run are renamed.
 
         They belong to a course of training that is left: they must not be averaged with what
-        follows.
+        follows. Where the checkpoint is another run's, so do all of this run.
 
         Raises:
             UserError: see :meth:`checkpoint_at`.
@@ -284,8 +305,9 @@ class RunCheckpointer(Checkpointer):
         self.load_checkpoint(checkpoint)
         ddp_barrier()
         if if_main_process():
+            is_own = checkpoint.path.resolve().parent == self.checkpoints_dir.resolve()
             for other in self.list_checkpoints():
-                if ckpt_recency(other) > ckpt_recency(checkpoint):
+                if not is_own or ckpt_recency(other) > ckpt_recency(checkpoint):
                     _set_aside(other.path, SUPERSEDED_PREFIX)
         ddp_barrier()
         return checkpoint

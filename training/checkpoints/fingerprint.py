@@ -85,7 +85,7 @@ def check_seed_of_scores(folder: str | Path, seed: int) -> None:
         scored = (read_results(folder).get("run") or {}).get("seed", seed)
     except (OSError, ValueError):
         return
-    if scored != seed:
+    if scored not in (None, seed):
         raise UserError(
             f"{folder} holds a finished run of seed {scored}; now it is {seed}, with which nothing "
             "would be trained and the scores be taken for those of another run. Give its own "

@@ -365,6 +365,12 @@ def load_hparams(param_file: str, overrides: dict) -> dict:
             f"{param_file}: n_warmup_steps is {schedule.n_warmup_steps}; the NoamScheduler of this "
             "file needs at least 1."
         )
+    speeds = getattr(hparams.get("speed_perturb"), "speeds", [100])
+    if not speeds or min(speeds) <= 0:
+        raise UserError(
+            f"{param_file}: speed_perturb has the speeds {speeds}; it needs percentages above 0, "
+            "such as [90, 100, 110]. To train at the recorded speed, give --speed_perturb null."
+        )
     return DEFAULTS | hparams
 
 

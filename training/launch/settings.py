@@ -388,6 +388,7 @@ def check_together(values: Mapping[str, Any], where: str) -> None:
     for low, high in (
         ("min_decode_ratio", "max_decode_ratio"),
         ("n_warmup_steps", "total_steps"),
+        ("chunk_size_min", "chunk_size_max"),
     ):
         if (
             has({low, high})
@@ -395,3 +396,21 @@ def check_together(values: Mapping[str, Any], where: str) -> None:
             and values[low] > values[high]
         ):
             refuse(low, "not be above", high)
+    encoder, is_causal = values.get("encoder_module"), values.get("causal")
+    if (
+        encoder in ("conformer", "conmamba")
+        and values.get("kernel_size", 1) % 2 == 0
+        and not (is_causal or values.get("causal_convolution"))
+    ):
+        raise UserError(
+            f"{where}kernel_size is {values['kernel_size']}; a convolution that sees as many "
+            "frames ahead as behind needs an odd one. Give another --kernel_size, or "
+            "--causal_convolution True."
+        )
+    if "chunkwise_prob" in values and encoder in ATTENTION_ENCODERS and not is_causal:
+        for key, whole in (("encoder_module", "branchformer"), ("attention_type", "hypermixing")):
+            if values.get(key) == whole:
+                raise UserError(
+                    f"{where}{key} is {whole}, which needs whole utterances, and this file trains "
+                    f"in chunks. Give another --{key}."
+                )

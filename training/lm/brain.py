@@ -40,8 +40,11 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """The perplexity."""
-        return math.exp(self.total_nats / self.num_tokens)
+        """The perplexity; infinity beyond what a number can hold."""
+        try:
+            return math.exp(self.total_nats / self.num_tokens)
+        except OverflowError:
+            return math.inf
 
 
 class LMBrain(RunBrain):

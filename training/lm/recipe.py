@@ -1,7 +1,7 @@
 """From a command line and text to a trained language model that decoding can load."""
 
-import json
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from speechbrain.utils.run_opts import RunOptions
 from common.errors import UserError
 from common.files import alone_with, atomic_write, file_digest
 from decoding.pretrained_lm import LM_FILE, TOKENIZER_FILE
-from inference.scoring.reports import run_record
+from inference.scoring.reports import kept_results, read_any_results, run_record, store_results
 from modules.weights import load_model_weights
 from text.tokenizer import (
     MOST_CHARACTERS,
@@ -60,7 +60,7 @@ from training.launch.start import (
 from training.launch.yaml_file import read_yaml, resolved_text
 from training.lm.brain import LMBrain, Perplexity, num_ranks
 from training.lm.text_batches import TextBatches, TextLoader, read_sentences
-from training.named_evaluation import checked_name, free_name
+from training.named_evaluation import checked_name, earlier_evaluations, free_name
 from training.reporting.loggers import make_loggers
 
 logger = logging.getLogger(__name__)
@@ -369,8 +369,9 @@ def _mean(
         return mean
     if not model_file.is_file():
         raise UserError(
-            f"{brain.checkpointer.checkpoints_dir} holds no finished epoch to evaluate. "
-            "Train first, or give the output_folder of a trained run."
+            f"{brain.checkpointer.checkpoints_dir} holds no finished epoch to evaluate, or none "
+            "whose perplexity is a finite number. Train first, or give the output_folder of a "
+            "trained run."
         )
     load_model_weights(brain.hparams.model, model_file, "file")
     return torch.load(model_file, map_location="cpu", weights_only=True)
@@ -382,7 +383,7 @@ def name_evaluation(place: Path, chosen: str | None, settings: Mapping[str, Any]
     Raises:
         UserError: the user's name is that of another evaluation.
     """
-    earlier = _earlier_results(place / "results.json").get("evaluations", {})
+    earlier = earlier_evaluations(place, read_any_results)
     if chosen is not None:
         return checked_name(chosen, settings, earlier)
     paths = [path for of_text in settings["texts"].values() for path in of_text]
@@ -409,7 +410,8 @@ def write_results(
     path = place / "results.json"
     splits = {
         name: {
-            "perplexity": score.value,
+            # JSON has no infinity.
+            "perplexity": score.value if math.isfinite(score.value) else None,
             "tokens": score.num_tokens,
             "sentences": score.num_sentences,
         }
@@ -423,26 +425,14 @@ def write_results(
         command=command,
     )
     with alone_with(path):
-        results = _earlier_results(path)
+        results = kept_results(path, read_any_results)
         if evaluation is None:
             results |= {"splits": splits, "model": _model_described(brain), "run": run}
         else:
             name, settings = evaluation
             entry = {"splits": splits, "settings": dict(settings), "run": run}
             results.setdefault("evaluations", {})[name] = entry
-        with atomic_write(path) as stream:
-            json.dump(results, stream, indent=2)
-            stream.write("\n")
-
-
-def _earlier_results(path: Path) -> dict:
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(results["splits"], dict):
-            return results
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {"splits": {}}
+        store_results(path, results)
 
 
 def _model_described(brain: LMBrain) -> dict:
