@@ -1,6 +1,7 @@
 """What a training run's files say of its model, read without executing any of them."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ CTC_SEARCHERS = (
     "decoding.ctc_beam_search.CTCBeamSearch",
 )
 """Searches of one algorithm, with the same settings."""
+
+_BEYOND_NATS = 1e9
+"""More than any log probability."""
 
 _LM = "decoding.pretrained_lm.PretrainedLM"
 _TOKEN_NGRAM = "decoding.pretrained_lm.TokenNgram"
@@ -157,6 +161,11 @@ class _Reader:
             )
         settings = document.get("test_beam_search", document)
         search = {key: _plain(settings[key], key) for key in CTC_SETTINGS if key in settings}
+        # Thresholds that leave nothing out; JSON has no infinity.
+        search = {
+            key: math.copysign(_BEYOND_NATS, value) if value in (math.inf, -math.inf) else value
+            for key, value in search.items()
+        }
         search["beam_size"] = _plain(document["test_beam_size"], "test_beam_size")
         if settings.get("ngram") or settings.get("kenlm_model_path"):
             self.left_out.append("word n-gram")

@@ -1,5 +1,7 @@
 """Convolution module of Conformer and ConMamba, and the feed-forward module beside it."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from speechbrain.lobes.models.transformer.Conformer import (
@@ -74,7 +76,19 @@ class ConvolutionModule(SpeechBrainConvolutionModule):
     SpeechBrain masks the output only; here the input of the depthwise convolution is masked too, so
     that the last frames of an item do not depend on what follows it in a batch. Parameters and
     their names are SpeechBrain's.
+
+    Raises:
+        ValueError: an even ``kernel_size`` of a module that is not causal, whose output would have
+            a frame less.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.kernel_size % 2 == 0 and not self.causal:
+            raise ValueError(
+                f"kernel_size is {self.kernel_size}; a convolution that sees as many frames ahead "
+                "as behind needs an odd one."
+            )
 
     def forward(
         self,

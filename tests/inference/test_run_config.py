@@ -53,6 +53,12 @@ def test_n_grams_are_left_out_and_named(config_of):
     assert set(found["search"]["scorer"]["weights"]) == {"ctc"}
 
 
+def test_a_threshold_that_leaves_nothing_out_is_a_number(config_of):
+    found = config_of("CTC/demo", test_beam_search={"token_prune_min_logp": float("-inf")}).config
+    check_config(found)
+    assert found["search"]["token_prune_min_logp"] < -1e6
+
+
 def test_a_file_that_is_no_recipe_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read as a run's"):
         read_run_config(tmp_path)

@@ -53,3 +53,10 @@ def test_feed_forward_numbers_are_speechbrains():
     ours.load_state_dict(theirs.state_dict())
     x_BTD = torch.randn(2, 9, WIDTH)
     torch.testing.assert_close(ours(x_BTD), theirs(x_BTD))
+
+
+def test_an_even_kernel_is_for_causal_modules_alone():
+    with pytest.raises(ValueError, match="kernel_size is 6; .* needs an odd one"):
+        ConvolutionModule(8, kernel_size=6)
+    module = ConvolutionModule(8, kernel_size=6, causal=True)
+    assert module(torch.randn(1, 9, 8)).shape == (1, 9, 8)
