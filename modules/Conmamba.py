@@ -99,11 +99,11 @@ class ConmambaEncoderLayer(nn.Module):
         """Applies the layer to the next chunk of streams, or to whole utterances (None)."""
         padding_BT, lengths_B = surroundings.padding_BT, surroundings.lengths_B
         ahead = surroundings.ahead
-        if state is not None and lengths_B is None and self.fused and self.fused.takes(x_BTD):
-            x_BTD, conv, ssm, conv_BPD = self.fused(
-                x_BTD, state.mamba.conv, state.mamba.ssm, state.conv_BPD, ahead
-            )
-            return x_BTD, ConmambaLayerState(MambaState(conv, ssm), conv_BPD)
+        if state is not None and lengths_B is None and self.fused:
+            states = state.mamba.conv, state.mamba.ssm, state.conv_BPD
+            if self.fused.takes(x_BTD, *states):
+                x_BTD, conv, ssm, conv_BPD = self.fused(x_BTD, *states, ahead)
+                return x_BTD, ConmambaLayerState(MambaState(conv, ssm), conv_BPD)
         mask_BT1 = None if padding_BT is None else padding_BT.unsqueeze(-1)
         x_BTD = torch.add(x_BTD, self.ffn_module1(x_BTD), alpha=0.5)
         mixed_BTD, mamba = self.mamba.forward_in_chunks(

@@ -9,10 +9,17 @@ from types import ModuleType
 
 import torch
 
+from ops.checks import is_transformed
+
 logger = logging.getLogger(__name__)
 
 OVERRIDE = "MAMBA_ASR_SCAN"
 OVERRIDE_VALUES = ("auto", "reference", "torch", "cpu", "triton", "mamba_ssm")
+
+
+def override() -> str:
+    """What the environment names instead of ``auto``, or ``auto``; it may be no backend at all."""
+    return os.environ.get(OVERRIDE) or "auto"
 
 
 class Backends:
@@ -70,20 +77,20 @@ class Backends:
         """
         if requested != "auto":
             return self._demand(requested, arguments)
-        override = os.environ.get(OVERRIDE) or "auto"
-        if override not in OVERRIDE_VALUES:
-            raise ValueError(f"{OVERRIDE}={override}; wanted one of {', '.join(OVERRIDE_VALUES)}")
+        forced = override()
+        if forced not in OVERRIDE_VALUES:
+            raise ValueError(f"{OVERRIDE}={forced}; wanted one of {', '.join(OVERRIDE_VALUES)}")
         # A name that only the other operation knows leaves this one its own choice.
-        if override in self.names:
-            module = self.module(override)
-            self._require_available(override, module, f"{OVERRIDE}={override}")
-            reason = module.unsupported(arguments)
+        if forced in self.names:
+            module = self.module(forced)
+            self._require_available(forced, module, f"{OVERRIDE}={forced}")
+            reason = self._unsupported(forced, arguments)
             if reason is None:
                 return module
-            self._announce(logging.WARNING, f"{OVERRIDE}={override} does not fit a call: {reason}")
+            self._announce(logging.WARNING, f"{OVERRIDE}={forced} does not fit a call: {reason}")
         for name in self.order(device.type):
             module = self.module(name)
-            if module.unsupported(arguments) is not None:
+            if self._unsupported(name, arguments) is not None:
                 continue
             reason = obstacle(module)
             if reason is None:
@@ -96,12 +103,17 @@ class Backends:
     def _demand(self, name: str, arguments: tuple) -> ModuleType:
         module = self.module(name)
         self._require_available(name, module, f"backend={name!r}")
-        reason = module.unsupported(arguments)
+        reason = self._unsupported(name, arguments)
         if reason is not None:
             raise ValueError(
                 f"{self.operation} backend {name} does not support this call: {reason}"
             )
         return module
+
+    def _unsupported(self, name: str, arguments: tuple) -> str | None:
+        if name != "reference" and is_transformed():
+            return "torch.func transforms the backend reference alone"
+        return self.modules[name].unsupported(arguments)
 
     def _require_available(self, name: str, module: ModuleType, origin: str) -> None:
         reason = obstacle(module)

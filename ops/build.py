@@ -46,7 +46,7 @@ _NATIVE = {"x86_64": "-march=native", "amd64": "-march=native"}
 
 _lock = threading.Lock()
 _libraries: dict[Path, ctypes.CDLL] = {}
-_failure: str | None = None
+_failures: dict[Path, str] = {}
 
 
 class BuildError(RuntimeError):
@@ -55,9 +55,7 @@ class BuildError(RuntimeError):
 
 def unavailable(uses_torch: bool = True) -> str | None:
     """Why no kernel can be built on this machine, as far as that is known without trying."""
-    if _failure is not None:
-        return _failure
-    if not _libraries and (reason := _no_compiler()):
+    if reason := _no_compiler():
         return reason
     if uses_torch and _parallel_for() is None:
         return f"torch {_torch_version()} has no torch_parallel_for; torch 2.11 has"
@@ -83,16 +81,21 @@ class Kernel:
         self._source, self._header = source, header
         self._flags, self._uses_torch = flags, uses_torch
 
+    def unavailable(self) -> str | None:
+        """Why it cannot be built on this machine, as far as that is known without trying."""
+        if self._source in _libraries:
+            return None
+        return _failures.get(self._source) or unavailable(self._uses_torch)
+
     def load(self) -> ctypes.CDLL:
         """The library; built unless this machine has it already.
 
         Raises:
             BuildError: no compiler, or it failed. What failed is not tried again by this process.
         """
-        global _failure
         with _lock:
             if self._source not in _libraries:
-                reason = unavailable(self._uses_torch)
+                reason = self.unavailable()
                 if reason is not None:
                     raise BuildError(reason)
                 try:
@@ -100,8 +103,9 @@ class Kernel:
                         self._source, self._header, self._flags, self._uses_torch
                     )
                 except (OSError, subprocess.SubprocessError) as error:
-                    _failure = f"the kernels could not be built: {_explain(error)}"
-                    raise BuildError(_failure) from error
+                    reason = f"the kernels could not be built: {_explain(error)}"
+                    _failures[self._source] = reason
+                    raise BuildError(reason) from error
             return _libraries[self._source]
 
     def prepare(self) -> str | None:
@@ -141,13 +145,16 @@ def _load(
     command = [*_command(), *flags]
     folder = cache_folder() / _key(source, header, command, _torch_version() if uses_torch else "")
     library = folder / f"{source.parent.name}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
-            # Another process may have built it while this one waited.
-            if not library.exists():
-                _build(command, source, library)
-    return ctypes.CDLL(str(library))
+    # What cannot be loaded is missing, or was damaged and is built again.
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(str(library))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "lock"):
+        # Another process may have built it while this one waited.
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(library))
+        _build(command, source, library)
+        return ctypes.CDLL(str(library))
 
 
 def _build(command: list[str], source: Path, library: Path) -> None:
@@ -165,7 +172,9 @@ def _build(command: list[str], source: Path, library: Path) -> None:
                 _run(*plain, *files)
             except subprocess.CalledProcessError:
                 raise error from None
-        # Renamed into place whole, so that a build cut short is never loaded.
+        # Renamed into place whole and on disk, so that a build cut short is never loaded.
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(unfinished, library)
 
 
@@ -232,12 +241,13 @@ def _key(source: Path, header: Path, command: list[str], torch_version: str) -> 
     return digest.hexdigest()[:20]
 
 
-def _instruction_set() -> str:
+def _instruction_set(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """What this CPU can execute: in a shared home the next machine may lack it."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in cpuinfo.read_text().splitlines():
             name, _, value = line.partition(":")
-            if name.strip() in ("flags", "Features"):
+            # Of x86, Arm, s390x, RISC-V and POWER.
+            if name.strip() in ("flags", "Features", "features", "isa", "cpu"):
                 return f"{platform.machine()} {' '.join(sorted(value.split()))}"
     model = platform.processor()
     if sys.platform == "darwin":

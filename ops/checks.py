@@ -13,6 +13,14 @@ def is_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def is_transformed() -> bool:
+    """Whether torch.func differentiates or maps this call, and has to see torch's operations."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def check_float_types(device: torch.device, **tensors: Tensor | None) -> None:
     """All tensors real floating point on ``device``; float64 for all of them or for none."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}

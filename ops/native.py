@@ -8,6 +8,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ops.checks import is_transformed
+
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -59,6 +61,11 @@ def empty_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def without_views(*outputs: Tensor) -> tuple[Tensor, ...]:
+    """The same memory: what an autograd Function returns as a view cannot be changed in place."""
+    return tuple(x.detach() for x in outputs)
+
+
 def ceil_div(number: int, divisor: int) -> int:
     """The quotient, rounded up; Triton's of that name takes a hundred times as long."""
     return -(-number // divisor)
@@ -71,7 +78,9 @@ def next_power_of_2(number: int) -> int:
 
 def are_float32_on_cpu(*tensors: Tensor | None) -> bool:
     """Whether all of them that are there are float32 in the memory of the CPU."""
-    return all(x is None or (x.dtype == torch.float32 and x.device.type == "cpu") for x in tensors)
+    return not is_transformed() and all(
+        x is None or (x.dtype == torch.float32 and x.is_cpu) for x in tensors
+    )
 
 
 def unsupported_types(*tensors: Tensor | None) -> str | None:

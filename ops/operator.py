@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ops.native import without_views
+
 
 def register(
     name: str,
@@ -86,7 +88,7 @@ def register(
             tensors = [x if isinstance(x, Tensor) else None for x in arguments]
             ctx.save_for_backward(*tensors, *kept)
             ctx.set_materialize_grads(False)
-            return y, state
+            return without_views(y, state)
 
         @staticmethod
         @torch.autograd.function.once_differentiable
@@ -122,12 +124,11 @@ def _saved(ctx, grad_y: Tensor | None) -> tuple[Tensor, list, list[Tensor]]:
 
 
 def _is_observed(x: Tensor) -> bool:
-    """Whether a compiler, a mode or a transformation of torch's has to see the operator."""
+    """Whether a compiler or a mode of torch's has to see the operator."""
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

@@ -18,7 +18,7 @@ from ops.causal_conv1d.operator import new_gradient, register
 from ops.native import NativeTensor, address, empty_like, float32, native, unsupported_types
 
 _kernel = build.Kernel(Path(__file__).with_name("cpu.cpp"))
-unavailable, prepare = build.unavailable, _kernel.prepare
+unavailable, prepare = _kernel.unavailable, _kernel.prepare
 # Elements of (batch, dim, time) that are worth another thread: it takes a while to wake up.
 _THREAD_ELEMENTS = 1 << 16
 # Channels of a unit of work: with float32 and the kernel's tile they stay in a small L2 cache.

@@ -16,10 +16,11 @@ BACKENDS = Backends(
         "cpu": cpu,
         "triton": triton,
     },
+    # The last is for what torch.func transforms.
     preference={
-        "cpu": ("cpu", "torch"),
-        "cuda": ("triton", "torch"),
-        None: ("torch",),
+        "cpu": ("cpu", "torch", "reference"),
+        "cuda": ("triton", "torch", "reference"),
+        None: ("torch", "reference"),
     },
 )
 
@@ -55,7 +56,8 @@ def causal_conv1d_fn(
             reaches; an initial state enters the block that is scanned first.
         return_last_state: return (y, last state).
         backend: ``auto``, ``reference``, ``torch``, ``cpu`` or ``triton``. ``auto`` follows the
-            environment variable MAMBA_ASR_SCAN, else takes the fastest that fits.
+            environment variable MAMBA_ASR_SCAN, else takes the fastest that fits,
+            and what torch.func transforms goes to ``reference``.
 
     Returns:
         y (batch, dim, time) in the dtype of ``x``; with ``return_last_state`` also the last

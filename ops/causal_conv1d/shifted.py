@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ops.causal_conv1d.arguments import ConvArguments
 from ops.frames import select, valid_frames
+from ops.native import without_views
 
 
 def unavailable() -> str | None:
@@ -82,7 +83,7 @@ class _Convolution(torch.autograd.Function):
         x, weight, bias, activation, lengths, reverse, initial_state, reset_every = arguments
         ctx.save_for_backward(x, weight, bias, lengths, initial_state)
         ctx.activation, ctx.reverse, ctx.reset_every = activation, reverse, reset_every
-        return conv_forward(ConvArguments(*arguments))
+        return without_views(*conv_forward(ConvArguments(*arguments)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

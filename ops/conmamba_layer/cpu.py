@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ops import build, packed_linear
 from ops.mamba_inner import Direction, chunk_cpu
+from ops.mamba_inner.arguments import check_directions
 from ops.mamba_inner.chunk_cpu import MAX_FRAMES
 from ops.native import address, are_float32_on_cpu
 
@@ -152,10 +153,27 @@ class Layer:
             self._norm(last_norm),
         )
         self._directions = chunk_cpu.Directions(directions)
+        inner, state, taps = check_directions(directions)
+        self._state_shapes = (inner, taps - 1), (inner, state), (left, width)
 
-    def takes(self, x_BTD: Tensor) -> bool:
-        """Whether these frames are few enough, float32 on the CPU and without gradients."""
-        return 0 < x_BTD.shape[1] <= MAX_FRAMES and len(x_BTD) > 0 and chunk_cpu.fits(x_BTD)
+    def takes(self, x_BTD: Tensor, *states: Tensor) -> bool:
+        """Whether a call fits: few frames, their states, float32 on the CPU, without gradients.
+
+        Args:
+            x_BTD: as in a call.
+            states: those of a call, in its order.
+        """
+        batch, frames, width = x_BTD.shape
+        return (
+            batch > 0
+            and 0 < frames <= MAX_FRAMES
+            and width == self._layer.width
+            and all(
+                x.shape == (batch, *shape)
+                for x, shape in zip(states, self._state_shapes, strict=True)
+            )
+            and chunk_cpu.fits(x_BTD, *states)
+        )
 
     def __call__(
         self,

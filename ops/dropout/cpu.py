@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops import build
+from ops.checks import is_transformed
 from ops.native import ELEMENT_TYPES, unsupported_types
 
 _kernel = build.Kernel(Path(__file__).with_name("cpu.cpp"))
@@ -37,6 +38,7 @@ def fits(x: Tensor) -> bool:
     return (
         unsupported_types(x) is None
         and not torch.compiler.is_compiling()
+        and not is_transformed()
         and _kernel.prepare() is None
     )
 
@@ -70,7 +72,7 @@ def _run(x: Tensor, p: float, seed: int) -> Tensor:
         elements=x.numel(),
         type=ELEMENT_TYPES[x.dtype],
         seed=seed,
-        dropped=round(p * 2**32),
+        dropped=min(round(p * 2**32), 2**32 - 1),
         scale=1.0 / (1.0 - p),
         threads=min(torch.get_num_threads(), 1 + x.numel() // _THREAD_ELEMENTS),
         parallel_for=build.parallel_for_address(),

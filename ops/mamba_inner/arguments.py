@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.causal_conv1d.arguments import ConvArguments
+from ops.checks import check_shape
 from ops.selective_scan.arguments import ScanArguments, Way
 
 
@@ -44,6 +45,37 @@ class Direction(NamedTuple):
         """Step sizes, B and C in the last axis of what ``x_proj`` gives."""
         state = self.A_log.shape[1]
         return projected.split([self.dt_proj.shape[1], state, state], dim=-1)
+
+
+_AXES = "(E, W)", "(E,)", "(R + 2N, E)", "(E, R)", "(E,)", "(E, N)", "(E,)"
+
+
+def check_directions(directions: Sequence[Direction]) -> tuple[int, int, int]:
+    """E, N and W of the directions, which agree in them and in R.
+
+    Raises:
+        ValueError: a parameter does not have the shape that A_log, conv_weight and dt_proj of the
+            first direction ask for.
+    """
+    first = directions[0]
+    A_log, conv_weight, dt_proj = matrices = first.A_log, first.conv_weight, first.dt_proj
+    if not A_log.dim() == conv_weight.dim() == dt_proj.dim() == 2 or conv_weight.shape[1] < 1:
+        shapes = ", ".join(str(tuple(x.shape)) for x in matrices)
+        raise ValueError(
+            f"A_log, conv_weight and dt_proj have shapes {shapes}; wanted (E, N), (E, W) and "
+            "(E, R), W at least 1"
+        )
+    (inner, state), taps, rank = A_log.shape, conv_weight.shape[1], dt_proj.shape[1]
+    wanted = (
+        (inner, taps), (inner,), (rank + 2 * state, inner), (inner, rank), (inner,),
+        (inner, state), (inner,),
+    )  # fmt: skip
+    for whose, direction in zip(("", " of the backward direction"), directions, strict=False):
+        for name, x, shape, axes in zip(Direction._fields, direction, wanted, _AXES, strict=True):
+            # Compared here first: decoding comes by for every token.
+            if x is not None and x.shape != shape:
+                check_shape(name + whose, x, shape, axes)
+    return inner, state, taps
 
 
 class InnerArguments(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ops import build
+from ops.backends import override
 from ops.mamba_inner.arguments import Direction
 from ops.native import address, are_float32_on_cpu
 
@@ -40,12 +41,16 @@ class Chunk(ctypes.Structure):
 
 
 def fits(*tensors: Tensor | None) -> bool:
-    """Whether `chunk` can compute with these: compiled, float32 on the CPU, without gradients."""
+    """Whether `chunk` can compute with these: compiled, float32 on the CPU, without gradients.
+
+    It is the backend ``cpu``, which the environment may have ruled out.
+    """
     return (
         not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and are_float32_on_cpu(*tensors)
+        and override() in ("auto", "cpu")
         and prepare() is None
     )
 

@@ -13,7 +13,7 @@ from ops.causal_conv1d.arguments import ConvArguments
 from ops.causal_conv1d.dispatch import BACKENDS as CONV_BACKENDS
 from ops.checks import check_shape, normalise_lengths, normalise_reset
 from ops.mamba_inner import chunk_cpu, composed, fused
-from ops.mamba_inner.arguments import Direction, InnerArguments
+from ops.mamba_inner.arguments import Direction, InnerArguments, check_directions
 from ops.selective_scan import triton as triton_scan
 from ops.selective_scan.arguments import ScanArguments, Way
 from ops.selective_scan.dispatch import BACKENDS as SCAN_BACKENDS
@@ -51,20 +51,17 @@ def mamba_inner_fn(
     Raises:
         ValueError: an argument does not fit.
     """
-    inner, state = forward.A_log.shape
+    directions = (forward,) if backward is None else (forward, backward)
+    inner, state, taps = check_directions(directions)
     if xz_BTF.dim() != 3 or xz_BTF.shape[-1] != 2 * inner:
         raise ValueError(f"xz has shape {tuple(xz_BTF.shape)}; wanted (batch, time, {2 * inner})")
     batch, time, _ = xz_BTF.shape
-    if backward is not None:
-        check_shape("A_log of the backward direction", backward.A_log, (inner, state), "(E, N)")
     check_shape("ssm_state", ssm_state, (batch, inner, state), "(batch, E, N)")
-    edge = forward.conv_weight.shape[1] - 1
-    check_shape("conv_state", conv_state, (batch, inner, edge), "(batch, E, W-1)")
-    directions = (forward,) if backward is None else (forward, backward)
+    check_shape("conv_state", conv_state, (batch, inner, taps - 1), "(batch, E, W-1)")
     arguments = InnerArguments(xz_BTF, directions, lengths, conv_state, ssm_state, chunk_size)
     if _is_short(arguments, backend):
         if conv_state is None:
-            conv_state = xz_BTF.new_zeros(batch, inner, edge)
+            conv_state = xz_BTF.new_zeros(batch, inner, taps - 1)
         if ssm_state is None:
             ssm_state = xz_BTF.new_zeros(batch, inner, state)
         outputs = chunk_cpu.chunk(xz_BTF, directions, conv_state, ssm_state)
@@ -73,12 +70,13 @@ def mamba_inner_fn(
     modules: tuple[ModuleType, ...] = ()
     # A compiler sees the parts and decides by itself what to keep.
     if xz_BTF.numel() and not torch.compiler.is_compiling():
-        arguments = arguments._replace(
-            # Of those that take raw calls on an accelerator, the kernels clamp.
-            lengths=normalise_lengths(lengths, batch, time, xz_BTF.device, clamp=False),
-            chunk_size=normalise_reset(chunk_size, time),
-        )
+        arguments = arguments._replace(chunk_size=normalise_reset(chunk_size, time))
         modules = _choose(arguments, backend, conv_backend)
+        # Triton's kernels clamp by themselves.
+        clamp = modules != (triton_scan, triton_conv)
+        arguments = arguments._replace(
+            lengths=normalise_lengths(lengths, batch, time, xz_BTF.device, clamp)
+        )
     if modules and hasattr(modules[0], "backward") and hasattr(modules[1], "conv_backward"):
         outputs = _fused(arguments, *modules)
     else:

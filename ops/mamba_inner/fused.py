@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ops.mamba_inner.arguments import Direction, InnerArguments, prepare_ways
+from ops.native import without_views
 
 _PARAMETERS = len(Direction._fields)
 
@@ -39,7 +40,7 @@ class _MambaInner(torch.autograd.Function):
             ctx.modules, ctx.chunk_size = (scan, conv), chunk_size
             ctx.num_tensors = len(tensors)
             ctx.save_for_backward(*tensors, *saved)
-        return y_BET.transpose(1, 2), conv_states[0], last_states[0]
+        return without_views(y_BET.transpose(1, 2), conv_states[0], last_states[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -27,7 +27,7 @@ from ops.mamba_inner.triton_kernels import (
     collect_projections_kernel,
     prepare_parameters_kernel,
 )
-from ops.native import ceil_div, float32, next_power_of_2
+from ops.native import ceil_div, float32, next_power_of_2, without_views
 from ops.selective_scan import triton_launch
 from ops.selective_scan.triton import TILE_FRAMES
 from ops.selective_scan.triton_backward import WayGradientPointers
@@ -188,7 +188,7 @@ class _MambaInner(torch.autograd.Function):
             ctx.set_materialize_grads(False)
             ctx.chunk_size, ctx.num_tensors = chunk_size, len(tensors)
             ctx.save_for_backward(*tensors, *kept)
-        return outputs
+        return without_views(*outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.checks import check_shape
 from ops.mamba_inner import chunk_cpu
-from ops.mamba_inner.arguments import Direction
+from ops.mamba_inner.arguments import Direction, check_directions
 
 
 @torch.no_grad()
@@ -28,7 +29,15 @@ def mamba_inner_step(
     Returns:
         y (batch, E) in the dtype of ``xz_BF``, and both states after the frame; those given are
         left as they are.
+
+    Raises:
+        ValueError: a shape does not fit.
     """
+    inner, state, taps = check_directions((parameters,))
+    batch = xz_BF.shape[0]
+    check_shape("xz", xz_BF, (batch, 2 * inner), "(batch, 2 E)")
+    check_shape("conv_state", conv_state, (batch, inner, taps - 1), "(batch, E, W-1)")
+    check_shape("ssm_state", ssm_state, (batch, inner, state), "(batch, E, N)")
     if chunk_cpu.fits(xz_BF, conv_state, ssm_state, *parameters):
         y_B1E, next_conv, next_ssm = chunk_cpu.chunk(
             xz_BF[:, None], [parameters], conv_state, ssm_state

@@ -20,7 +20,7 @@ from ops.selective_scan.arguments import ScanArguments, Way, WayGradients
 from ops.selective_scan.operator import register
 
 _kernel = build.Kernel(Path(__file__).with_name("cpu.cpp"))
-unavailable, prepare = build.unavailable, _kernel.prepare
+unavailable, prepare = _kernel.unavailable, _kernel.prepare
 # Elements of (batch, dim, time, state) that are worth another thread: it takes a while to wake up.
 _THREAD_ELEMENTS = 1 << 18
 # Channels of a unit of work: with float32 and the kernel's tile they stay in a small L2 cache.

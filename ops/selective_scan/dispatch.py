@@ -17,10 +17,11 @@ BACKENDS = Backends(
         "triton": triton,
         "mamba_ssm": mamba_ssm,
     },
+    # The last is for what torch.func transforms.
     preference={
-        "cpu": ("cpu", "torch"),
-        "cuda": ("triton", "mamba_ssm", "torch"),
-        None: ("torch",),
+        "cpu": ("cpu", "torch", "reference"),
+        "cuda": ("triton", "mamba_ssm", "torch", "reference"),
+        None: ("torch", "reference"),
     },
 )
 
@@ -66,7 +67,8 @@ def selective_scan_fn(
         reset_every: cut time into blocks [0, k), [k, 2k), ... that no state enters or leaves; an
             initial state enters the block that is scanned first.
         backend: ``auto``, ``reference``, ``torch``, ``cpu``, ``triton`` or ``mamba_ssm``. ``auto``
-            follows the environment variable MAMBA_ASR_SCAN, else takes the fastest that fits.
+            follows the environment variable MAMBA_ASR_SCAN, else takes the fastest that fits,
+            and what torch.func transforms goes to ``reference``.
 
     Returns:
         y (batch, dim, time) in the dtype of ``u``; with ``return_last_state`` also the state after

@@ -63,7 +63,7 @@ def scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
         h = torch.exp(dt_BE1 * A) * h + dt_BE1 * x_frames[t].unsqueeze(-1) * B_frames[t]
         outputs[t] = (h * C_frames[t]).sum(-1)
 
-    y = torch.stack(outputs, dim=-1) if outputs else torch.zeros_like(x)
+    y = torch.stack(outputs, dim=-1) if outputs else x.clone()
     if D is not None:
         y = y + D.to(dtype)[:, None] * x
     if z is not None:

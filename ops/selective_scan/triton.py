@@ -32,7 +32,11 @@ def unavailable() -> str | None:
     """Why this backend cannot be used on this machine, None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    if not torch.cuda.is_available() and not interpreted():
+    if interpreted():
+        return None
+    if torch.version.hip is not None:
+        return "its kernels have not been made ready for AMD GPUs (ROCm)"
+    if not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests only)"
     return None
 

@@ -308,7 +308,7 @@ def test_without_a_compiler_the_search_runs_in_python_and_one_message_says_why(
     monkeypatch, tmp_path, caplog
 ):
     monkeypatch.setattr(build, "_libraries", {})
-    monkeypatch.setattr(build, "_failure", None)
+    monkeypatch.setattr(build, "_failures", {})
     monkeypatch.setenv("CXX", "no-such-compiler")
     native._library.cache_clear()
     search._tell.cache_clear()

@@ -85,3 +85,32 @@ def test_the_state_given_stays_as_it_was():
     fused.forward_streaming(x_BTD, Surroundings(chunks=CHUNKS), state)
     assert not any(x.any() for x in state.tensors())
     assert torch.equal(x_BTD, before)
+
+
+@torch.no_grad()
+def test_frames_and_states_that_do_not_fit_are_not_taken():
+    fused = for_streams(layer())
+    if fused.fused is None:
+        pytest.skip("not compiled here")
+    x_BTD, state = torch.randn(2, 4, 24), fused.initial_state(2, CHUNKS)
+    states = state.mamba.conv, state.mamba.ssm, state.conv_BPD
+    assert fused.fused.takes(x_BTD, *states)
+    for place, x in enumerate(states):
+        for other in (x[:1], x[..., 1:], x.bfloat16()):
+            assert not fused.fused.takes(x_BTD, *states[:place], other, *states[place + 1 :])
+    for wrong in (x_BTD[:1], x_BTD[..., 1:]):
+        with pytest.raises((ValueError, RuntimeError), match="shape"):
+            fused.forward_streaming(wrong, Surroundings(chunks=CHUNKS), state)
+
+
+@torch.no_grad()
+def test_the_override_rules_out_the_fused_layer(monkeypatch):
+    monkeypatch.delenv("MAMBA_ASR_SCAN", raising=False)
+    fused = for_streams(layer())
+    if fused.fused is None:
+        pytest.skip("not compiled here")
+    state = fused.initial_state(1, CHUNKS)
+    call = torch.randn(1, 4, 24), state.mamba.conv, state.mamba.ssm, state.conv_BPD
+    assert fused.fused.takes(*call)
+    monkeypatch.setenv("MAMBA_ASR_SCAN", "torch")
+    assert not fused.fused.takes(*call)

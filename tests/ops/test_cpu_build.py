@@ -29,7 +29,7 @@ with_compiler = pytest.mark.skipif(
 def nothing_built(monkeypatch, tmp_path):
     """As in a new process on a machine with an empty cache; the old state returns afterwards."""
     monkeypatch.setattr(build, "_libraries", {})
-    monkeypatch.setattr(build, "_failure", None)
+    monkeypatch.setattr(build, "_failures", {})
     monkeypatch.setattr(backends, "_passed", set())
     monkeypatch.setenv("MAMBA_ASR_CACHE", str(tmp_path / "cache"))
     backends._tell_what_is_missing.cache_clear()
@@ -94,6 +94,24 @@ def test_every_change_that_matters_makes_a_new_build(nothing_built, source, monk
     assert len(built(nothing_built)) == 2
 
 
+@pytest.mark.parametrize(
+    ("line", "other"),
+    [
+        ("flags\t\t: fpu sse2", "flags\t\t: fpu sse2 avx2"),
+        ("Features\t: fp asimd", "Features\t: fp asimd sve"),
+        ("cpu\t\t: POWER8 (architected)", "cpu\t\t: POWER10 (architected)"),
+        ("features\t: esan3 zarch", "features\t: esan3 zarch vx"),
+        ("isa\t\t: rv64imafdc", "isa\t\t: rv64imafdcv"),
+    ],
+)
+def test_instruction_sets_are_told_apart(line, other, tmp_path):
+    found = []
+    for text in (line, other, line):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{text}\ncpu MHz\t\t: 2400\n")
+        found.append(build._instruction_set(tmp_path / "cpuinfo"))
+    assert found[0] == found[2] != found[1]
+
+
 @with_compiler
 def test_processes_that_start_together_build_once(nothing_built, source, monkeypatch, tmp_path):
     log = tmp_path / "log"
@@ -130,8 +148,40 @@ def test_a_build_cut_short_leaves_nothing_behind(nothing_built, source, monkeypa
         with pytest.raises(build.BuildError):
             build.Kernel(*source).load()
     assert not built(nothing_built)
-    monkeypatch.setattr(build, "_failure", None)
+    monkeypatch.setattr(build, "_failures", {})
     assert build.Kernel(*source).load().times_factor(3) == 6
+
+
+@with_compiler
+@pytest.mark.parametrize("content", [b"", b"no library"])
+def test_a_damaged_library_is_built_again(nothing_built, source, monkeypatch, tmp_path, content):
+    build.Kernel(*source).load()
+    (library,) = built(nothing_built)
+    # Under a path of its own: a path that is loaded is not opened again.
+    damaged = tmp_path / "damaged" / library.parent.name / library.name
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(content)
+    monkeypatch.setenv("MAMBA_ASR_CACHE", str(tmp_path / "damaged"))
+    build._libraries.clear()
+    assert build.Kernel(*source).load().times_factor(3) == 6
+    assert damaged.read_bytes() == library.read_bytes()
+
+
+@with_compiler
+def test_a_kernel_that_fails_leaves_the_others(nothing_built, source, tmp_path):
+    path, header = source
+    before, broken, after = (tmp_path / name / "cpu.cpp" for name in ("before", "broken", "after"))
+    for other in (before, broken, after):
+        other.parent.mkdir()
+        other.write_text("this is no C++" if other is broken else path.read_text())
+        (other.parent / "factor.h").write_text(header.read_text())
+    loaded = build.Kernel(before, header)
+    loaded.load()
+    failed = build.Kernel(broken, header)
+    assert "could not be built" in failed.prepare()
+    assert failed.unavailable() == failed.prepare()
+    assert loaded.unavailable() is None
+    assert build.Kernel(after, header).load().times_factor(3) == 6
 
 
 @with_compiler
@@ -175,12 +225,12 @@ def test_a_compiler_that_fails_is_tried_once(nothing_built, monkeypatch, caplog,
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             use_both_operations()
-    # Once for this CPU, once for any.
-    assert log.read_text().splitlines() == ["tried"] * 2
+    # For each of both operations once for this CPU, once for any.
+    assert log.read_text().splitlines() == ["tried"] * 4
     missing = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert len(missing) == 1
     assert "out of order" in missing[0]
-    assert "out of order" in build.unavailable()
+    assert "out of order" in scan_cpu.unavailable()
 
 
 def test_an_unwritable_cache_is_a_reason_not_a_crash(nothing_built, monkeypatch, tmp_path):

@@ -7,10 +7,11 @@ import types
 import pytest
 import torch
 
+from modules.mamba import Mamba
 from ops import doctor
 from ops.backends import Backends
 from ops.causal_conv1d import causal_conv1d_fn
-from ops.mamba_inner import Direction, mamba_inner_fn
+from ops.mamba_inner import Direction, chunk_cpu, mamba_inner_fn, mamba_inner_step
 from ops.selective_scan import bidirectional_scan_fn, mamba_ssm, selective_scan_fn
 from ops.selective_scan.arguments import ScanArguments, normalise
 from ops.selective_scan.dispatch import BACKENDS
@@ -200,10 +201,121 @@ def test_directions_of_other_shapes_are_refused():
         bidirectional_scan_fn(way_of(one), way_of(other, reverse=True), one["z"], True)
 
 
-def test_directions_of_a_mixer_have_the_same_state():
-    def direction(states):
-        shapes = ((4, 3), (4,), (1 + 2 * states, 4), (4, 1), (4,), (4, states), (4,))
-        return Direction(*(torch.randn(shape) for shape in shapes))
+def direction(**changes):
+    """Parameters of inner width 8, 4 taps, rank 1 and 4 states."""
+    shapes = ((8, 4), (8,), (9, 8), (8, 1), (8,), (8, 4), (8,))
+    return Direction(*map(torch.randn, shapes))._replace(**changes)
 
-    with pytest.raises(ValueError, match=r"A_log of the backward direction.*\(E, N\) = \(4, 2\)"):
-        mamba_inner_fn(torch.randn(1, 5, 8), direction(2), direction(3))
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"D": torch.randn(2)}, r"D has shape \(2,\); wanted \(E,\) = \(8,\)"),
+        ({"dt_bias": torch.randn(2)}, "dt_bias has shape"),
+        ({"conv_bias": torch.randn(3)}, "conv_bias has shape"),
+        ({"x_proj": torch.randn(2, 8)}, r"x_proj has shape \(2, 8\); wanted \(R \+ 2N, E\)"),
+        ({"dt_proj": torch.randn(3, 1)}, "dt_proj has shape"),
+        ({"conv_weight": torch.randn(2, 4)}, "conv_weight has shape"),
+        ({"conv_weight": torch.randn(8, 1, 4)}, r"conv_weight .*\(8, 1, 4\).*wanted .*\(E, W\)"),
+        ({"A_log": torch.randn(8)}, r"\(8,\).*wanted \(E, N\)"),
+    ],
+)
+@torch.no_grad()
+def test_parameters_of_a_mixer_that_do_not_fit_are_named(changes, message):
+    states = torch.zeros(1, 8, 3), torch.zeros(1, 8, 4)
+    for frames in (2, 70):
+        with pytest.raises(ValueError, match=message):
+            mamba_inner_fn(torch.randn(1, frames, 16), direction(**changes))
+    with pytest.raises(ValueError, match=message):
+        mamba_inner_step(torch.randn(1, 16), direction(**changes), *states)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"A_log": torch.randn(8, 3)},
+        {"conv_weight": torch.randn(8, 2)},
+        {"x_proj": torch.randn(10, 8), "dt_proj": torch.randn(8, 2)},
+    ],
+)
+def test_both_directions_of_a_mixer_have_the_same_shapes(changes):
+    with pytest.raises(ValueError, match="of the backward direction has shape"):
+        mamba_inner_fn(torch.randn(1, 5, 16), direction(), direction(**changes))
+
+
+@pytest.mark.parametrize("shapes", [((1, 8, 2), (1, 8, 4)), ((1, 8, 3), (2, 8, 4))])
+def test_states_of_a_step_that_do_not_fit_are_refused(shapes):
+    with pytest.raises(ValueError, match="_state has shape"):
+        mamba_inner_step(torch.randn(1, 16), direction(), *map(torch.zeros, shapes))
+    with pytest.raises(ValueError, match=r"xz has shape \(1, 15\)"):
+        mamba_inner_step(torch.randn(1, 15), direction(), *map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize("forced", ["torch", "reference"])
+@torch.no_grad()
+def test_the_override_rules_out_the_kernel_for_a_few_frames(forced, monkeypatch):
+    monkeypatch.delenv("MAMBA_ASR_SCAN", raising=False)
+    tensors = torch.randn(1, 16), torch.zeros(1, 8, 3), torch.zeros(1, 8, 4), *direction()
+    if not chunk_cpu.fits(*tensors):
+        pytest.skip("not compiled here")
+    monkeypatch.setenv("MAMBA_ASR_SCAN", "cpu")
+    assert chunk_cpu.fits(*tensors)
+    monkeypatch.setenv("MAMBA_ASR_SCAN", forced)
+    assert not chunk_cpu.fits(*tensors)
+
+
+def test_lengths_that_the_host_may_not_look_at_are_clamped(monkeypatch):
+    # As on an accelerator.
+    monkeypatch.setattr("ops.checks.is_on_cpu", lambda _: False)
+    xz_BTF, way = torch.randn(2, 6, 16), direction()
+    found, wanted = (
+        mamba_inner_fn(xz_BTF, way, lengths=torch.tensor(lengths), backend="torch")
+        for lengths in ([9, -3], [6, 0])
+    )
+    assert torch.equal(found[0], wanted[0])
+
+
+def test_what_torch_func_transforms_goes_to_the_reference(monkeypatch):
+    monkeypatch.delenv("MAMBA_ASR_SCAN", raising=False)
+    inputs = random_inputs(6)
+    weight, lengths = torch.randn(6, 4), torch.tensor([6, 0, 3])
+
+    def loss(x):
+        x = causal_conv1d_fn(x, weight, activation="silu", lengths=lengths)
+        y = selective_scan_fn(**{**inputs, "u": x}, delta_softplus=True, lengths=lengths)
+        return y.square().sum()
+
+    x = inputs["u"].clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(loss(x), x)
+    x = inputs["u"]
+    torch.testing.assert_close(torch.func.grad(loss)(x), wanted, rtol=1e-4, atol=1e-5)
+    losses = torch.vmap(loss)(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(losses, torch.stack([loss(x), loss(2 * x)]))
+    with pytest.raises(ValueError, match=r"torch\.func transforms the backend reference alone"):
+        torch.vmap(lambda x: causal_conv1d_fn(x, weight, backend="torch"))(x[None])
+
+
+@torch.no_grad()
+def test_torch_func_maps_a_mixer():
+    network = Mamba(8)
+    x_BTD, state = torch.randn(2, 5, 8), network.initial_state(1)
+    mapped = torch.vmap(network)(x_BTD[:, None])[:, 0]
+    torch.testing.assert_close(mapped, network(x_BTD))
+    stepped = torch.vmap(lambda x_D: network.step(x_D[None], state)[0])(x_BTD[:, 0])[:, 0]
+    torch.testing.assert_close(stepped, network(x_BTD[:, :1])[:, 0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_outputs_may_be_changed_in_place(backend):
+    inputs = random_inputs(6, channels_last=True)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    weight = torch.randn(6, 2, requires_grad=True)
+    xz_BTF = torch.randn(2, 6, 16, requires_grad=True)
+    for outputs in (
+        selective_scan_fn(**leaves, return_last_state=True, backend=backend),
+        causal_conv1d_fn(leaves["u"], weight, return_last_state=True, backend=backend),
+        mamba_inner_fn(xz_BTF, direction(), return_state=True, backend=backend),
+    ):
+        for x in outputs:
+            x *= 2
+        sum(x.sum() for x in outputs).backward()

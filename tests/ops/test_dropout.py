@@ -98,3 +98,7 @@ def test_nothing_comes_of_nothing():
 def test_other_types_and_devices_do_not_fit():
     assert not fits(torch.empty(1, dtype=torch.float64))
     assert not fits(torch.empty(1, device="meta"))
+
+
+def test_all_but_certain_dropout_drops():
+    assert not dropout(torch.ones(1000), 1 - 2**-40).any()

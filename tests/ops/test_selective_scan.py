@@ -324,6 +324,15 @@ def test_nothing_to_scan(backend):
         )
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+def test_no_frames_without_gate_and_direct_path_have_a_gradient(backend):
+    inputs = random_inputs(0)
+    u = inputs["u"].requires_grad_()
+    y = selective_scan_fn(u, *(inputs[name] for name in ("delta", "A", "B", "C")), backend=backend)
+    y.sum().backward()
+    assert u.grad.shape == u.shape
+
+
 @all_backends
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())

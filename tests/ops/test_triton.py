@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ops.causal_conv1d import causal_conv1d_fn
+from ops.causal_conv1d import triton as triton_conv
 from ops.selective_scan import Way, selective_scan_fn, triton
 from ops.selective_scan.arguments import ScanArguments
 from tests.ops.scans import random_inputs
@@ -73,6 +74,15 @@ def test_without_a_gpu_the_backend_says_what_is_missing(monkeypatch):
         selective_scan_fn(**inputs, backend="triton")
     with pytest.raises(ValueError, match=wanted):
         causal_conv1d_fn(inputs["u"], inputs["A"], backend="triton")
+
+
+@needs_triton
+def test_amd_gpus_are_left_to_other_backends(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "ROCm" in triton.unavailable()
+    assert "ROCm" in triton_conv.unavailable()
 
 
 @pytest.mark.parametrize(
