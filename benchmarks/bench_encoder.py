@@ -229,7 +229,7 @@ def compare(args: argparse.Namespace) -> list[str]:
         f"{markdown_table(header, rows)}\n\n{_origin(args.device)}"
     )
     kind = "encoder_graphs" if args.cuda_graphs else "encoder"
-    write_report(f"{kind}_{_machine(args)}_{date.today().isoformat()}", text)
+    write_report(f"{kind}_{_machine(args)}_{date.today().isoformat()}", text, args.report)
     return short
 
 
@@ -352,7 +352,7 @@ def profile(args: argparse.Namespace) -> None:
         f"{args.repeats} steps. Operators: one profiled step, forward and backward.\n\n"
         f"{_shares('stage', stage_s)}\n\n{_shares('operators', operator_s)}\n\n{_origin()}"
     )
-    write_report(f"training_step_{_machine(args)}_{date.today().isoformat()}", text)
+    write_report(f"training_step_{_machine(args)}_{date.today().isoformat()}", text, args.report)
 
 
 def kernels(args: argparse.Namespace) -> None:
@@ -392,7 +392,7 @@ def kernels(args: argparse.Namespace) -> None:
             shown = [[key, count, f"{ms:.2f}"] for key, count, ms in rows[:18]]
             parts.append(f"## {title}\n\n{markdown_table(['kernel', 'calls', 'ms'], shown)}")
     text = "\n\n".join(["# Kernels of a training step", *parts, _origin(args.device)])
-    write_report(f"kernels_{_machine(args)}_{date.today().isoformat()}", text)
+    write_report(f"kernels_{_machine(args)}_{date.today().isoformat()}", text, args.report)
 
 
 def _seconds(run: Callable[[], None], device: str) -> float:
@@ -450,6 +450,7 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="measure 16 and 60 s only; 1 on failure"
     )
+    parser.add_argument("--report", action="store_true", help="write to benchmarks/reports")
     parser.add_argument("--profile", action="store_true", help="profile a training step instead")
     parser.add_argument("--kernels", action="store_true", help="list what a step launches instead")
     add("--profile_seconds", type=int, default=16, help=f"with --profile; {default}")

@@ -125,6 +125,7 @@ def main() -> None:
     )
     parser.add_argument("--speechbrain_preparer", help="its librispeech_prepare.py in a checkout")
     parser.add_argument("--check", action="store_true", help="exit status 1 below the goal")
+    parser.add_argument("--report", action="store_true", help="write benchmarks/reports/prepare.md")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
 
@@ -153,6 +154,7 @@ def main() -> None:
                 " core. LibriSpeech has 292,367 files.",
             ]
         ),
+        options.report,
     )
     if options.check and rates["ours"] < GOAL_FILES_PER_S:
         print(f"ours: {rates['ours']:,.0f} files per CPU second", file=sys.stderr)

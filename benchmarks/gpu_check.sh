@@ -134,11 +134,11 @@ encoder() {
   local size=(--batch_size 16 --seconds 4 16 60 --repeats 10)
   [ -n "$DRY" ] && size=(--batch_size 1 --seconds 1 --repeats 1)
   ROWS='^\[|^\|' within 120 encoder \
-    "$PYTHON" -m benchmarks.bench_encoder --device $DEVICE --precision bf16 "${size[@]}"
+    "$PYTHON" -m benchmarks.bench_encoder --report --device $DEVICE --precision bf16 "${size[@]}"
 }
 
 graphs() {
-  [ -n "$DRY" ] || ROWS='^\[' within 80 graphs "$PYTHON" -m benchmarks.bench_encoder \
+  [ -n "$DRY" ] || ROWS='^\[' within 80 graphs "$PYTHON" -m benchmarks.bench_encoder --report \
     --device $DEVICE --precision bf16 --batch_size 16 --seconds 60 16 4 --repeats 10 --cuda_graphs
 }
 
@@ -146,7 +146,7 @@ kernels() {
   local size=(--batch_size 16 --seconds 4 16 --repeats 5)
   [ -n "$DRY" ] && size=(--batch_size 1 --seconds 1 --repeats 1)
   ROWS='^\||a step, ' within 70 kernels \
-    "$PYTHON" -m benchmarks.bench_encoder --kernels --device $DEVICE --precision bf16 "${size[@]}"
+    "$PYTHON" -m benchmarks.bench_encoder --report --kernels --device $DEVICE --precision bf16 "${size[@]}"
 }
 
 train_rate() {  # NAME LIMIT ARGUMENTS...

@@ -44,13 +44,16 @@ def origin(command: str, packages: Sequence[str] = (), device: str = "cpu") -> s
     )
 
 
-def write_report(name: str, text: str) -> Path:
-    """Write ``<name>.md`` to benchmarks/reports, or where BENCHMARK_REPORTS says, and print it."""
-    REPORTS.mkdir(parents=True, exist_ok=True)
-    path = REPORTS / f"{name}.md"
-    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-    sys.stdout.write(path.read_text(encoding="utf-8"))
-    return path
+def write_report(name: str, text: str, keep: bool = True) -> None:
+    """Print a report and, where it is to be kept, write it to ``<name>.md``.
+
+    That lies in benchmarks/reports, or where BENCHMARK_REPORTS says.
+    """
+    text = text.rstrip("\n") + "\n"
+    if keep:
+        REPORTS.mkdir(parents=True, exist_ok=True)
+        (REPORTS / f"{name}.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
 
 
 def machine_slug(device: str = "cpu") -> str:
