@@ -59,6 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"one or several of {','.join(FORMATS)} (default: txt)",
     )
     add("--output_dir", metavar="FOLDER", help="a file for each input and format goes there")
+    add(
+        "--alternatives",
+        type=positive(int),
+        metavar="N",
+        help="so many further texts of each recording, in the JSON",
+    )
     add("--channel", type=int, metavar="N", help="from 0 (default: all mixed down)")
     add(
         "--max_duration_s",
@@ -131,6 +137,8 @@ def transcribe(arguments: argparse.Namespace) -> int:
         raise UserError("Standard output is closed: give --output_dir.")
     check_model(arguments.model)
     search = search_options(arguments)
+    if arguments.alternatives is not None:
+        search["alternatives"] = arguments.alternatives
     folder = None if arguments.output_dir is None else made_folder(Path(arguments.output_dir))
     sources, failures = find_sources(arguments.audio)
     results: Iterable[tuple[Source, Transcript | AudioError]] = []

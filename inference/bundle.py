@@ -206,6 +206,21 @@ def read_run(run: str | Path) -> Model:
         return make_model(model.config, tokenizer, model.tensors, model.lm_tensors)
 
 
+def first_weights(folder: str | Path) -> dict[str, Tensor]:
+    """What the ``model`` of a recipe takes over from a bundle, to be trained further.
+
+    Raises:
+        UserError: see `read_bundle`.
+    """
+    model = read_bundle(folder)
+    parts = model.parts()
+    return {
+        f"{place}.{name}": tensor
+        for place, part in enumerate(PARTS[model.kind])
+        for name, tensor in parts[part].state_dict().items()
+    }
+
+
 def is_bundle(folder: Path) -> bool:
     """Whether the folder claims to be a bundle, rather than a run."""
     return (folder / CONFIG_FILE).is_file()

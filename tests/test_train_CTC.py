@@ -150,13 +150,17 @@ def test_a_run_can_be_evaluated_from_python(run, tone_corpus):
     assert outputs.ctc_log_probs[0].isfinite().all()
 
 
-def test_training_starts_from_given_weights(run, tone_corpus, tmp_path):
+@pytest.mark.parametrize("place", ["save/averaged/model.ckpt", "bundle"])
+def test_training_starts_from_given_weights(run, tone_corpus, tmp_path, place):
     source = run / "save" / "averaged" / "model.ckpt"
     folder = tmp_path / "started"
     arguments = command_line(
         tone_corpus, folder, lr_adam=0.0, number_of_epochs=1, test_splits="[]", **ONE_BATCH
     )
-    assert train([*arguments, "--init_from", str(source)]) == 0
+    given = shutil.copytree(run / place, tmp_path / "my") if place == "bundle" else run / place
+    assert train([*arguments, "--init_from", str(given)]) == 0
+    tokens = [(of / "save" / "tokenizer.model").read_bytes() for of in (run, folder)]
+    assert tokens[0] == tokens[1]
     torch.testing.assert_close(
         weights_of(checkpoints(folder)[-1])["model"],
         torch.load(source, weights_only=True),

@@ -367,3 +367,12 @@ def test_closed_standard_streams_are_told(tiny_bundle, recordings):
         assert ran.returncode
         assert message in ran.stderr
         assert "Traceback" not in ran.stderr
+
+
+def test_alternatives_are_asked_of_the_search(run, recognizer, recordings):
+    status, out, _ = run(recordings[0], "--format", "json", "--alternatives", 2)
+    assert status == 0
+    wanted = recognizer.transcribe(recordings[0], alternatives=2).alternatives
+    assert tuple(json.loads(out)["alternatives"]) == wanted
+    status, _, err = run(recordings[0], "--alternatives", 1, "--search", "greedy")
+    assert (status, "alternatives need search beam" in err) == (EXIT_USER_ERROR, True)

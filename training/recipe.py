@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.files import file_digest
 from decoding.pretrained_lm import TOKENIZER_FILE, fetch_pretrained
 from decoding.searches import check_known_words
+from inference.bundle import WEIGHTS_FILE, first_weights
 from inference.scoring.reports import results_table
 from modules.weights import load_weights, read_weights, with_new_decoder
 from text.tokenizer import (
@@ -316,7 +317,8 @@ def _run(
     if line.init_from is not None and not test_only:
         check_tokens_of_weights("--init_from", line.init_from, loaders.tokenizer)
         first, model = Path(line.init_from), hparams["model"]
-        state = read_weights(first)
+        is_bundle = first.name == WEIGHTS_FILE
+        state = first_weights(first.parent) if is_bundle else read_weights(first)
         if "seq_lin" in hparams:
             state = with_new_decoder(state, model)
         load_weights(model, state, first, "file")
@@ -360,9 +362,16 @@ def _run(
 def fit_schedule(hparams: dict, loaders: Loaders, batches_per_step: int) -> None:
     """A schedule whose ``total_steps`` is null ends with the last epoch."""
     schedule = hparams["noam_scheduler"]
-    if getattr(schedule, "total_steps", 0) is not None:
-        return
     steps = hparams["number_of_epochs"] * -(-loaders.train_sampler.num_whole() // batches_per_step)
+    warmup = getattr(schedule, "n_warmup_steps", 0)
+    if getattr(schedule, "total_steps", 0) is not None:
+        if steps < 2 * warmup and if_main_process():
+            logger.warning(
+                "The learning rate rises for %d optimiser steps (n_warmup_steps), and all epochs "
+                "have %d: give fewer, or take a file for small corpora (docs/data.md).",
+                *(warmup, steps),
+            )
+        return
     first = schedule.n_warmup_steps + schedule.n_hold_steps + 1
     if steps < first and if_main_process():
         logger.warning(

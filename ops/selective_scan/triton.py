@@ -7,8 +7,12 @@ the kernels run on the CPU, slowly: this is how they are tested without a GPU.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +32,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
+@functools.cache
+def _can_compile() -> bool:
+    """Whether Triton can build, once for a machine, what it starts kernels with."""
+    if os.name != "posix":
+        return True
+    # As Triton looks for them.
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    headers = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and headers.is_file()
+
+
 def unavailable() -> str | None:
     """Why this backend cannot be used on this machine, None if it can."""
     if importlib.util.find_spec("triton") is None:
@@ -38,6 +55,8 @@ def unavailable() -> str | None:
         return "its kernels have not been made ready for AMD GPUs (ROCm)"
     if not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests only)"
+    if not _can_compile():
+        return "Triton needs a C compiler and Python's headers (gcc and python3-dev)"
     return None
 
 

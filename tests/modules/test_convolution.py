@@ -56,7 +56,7 @@ def test_feed_forward_numbers_are_speechbrains():
 
 
 def test_an_even_kernel_is_for_causal_modules_alone():
-    with pytest.raises(ValueError, match="kernel_size is 6; .* needs an odd one"):
+    with pytest.raises(ValueError, match=r"kernel_size is 6; .* needs an odd one"):
         ConvolutionModule(8, kernel_size=6)
     module = ConvolutionModule(8, kernel_size=6, causal=True)
     assert module(torch.randn(1, 9, 8)).shape == (1, 9, 8)

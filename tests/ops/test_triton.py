@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,25 @@ def test_amd_gpus_are_left_to_other_backends(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "ROCm" in triton.unavailable()
     assert "ROCm" in triton_conv.unavailable()
+
+
+@needs_triton
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_without_a_compiler_other_backends_compute(monkeypatch, tmp_path, missing):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "gcc").write_text("#!/bin/sh")
+    (tmp_path / "gcc").chmod(0o700)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    triton._can_compile.cache_clear()
+    assert triton.unavailable() is None
+    (tmp_path / {"compiler": "gcc", "headers": "Python.h"}[missing]).unlink()
+    triton._can_compile.cache_clear()
+    assert "C compiler" in triton.unavailable()
+    triton._can_compile.cache_clear()
 
 
 @pytest.mark.parametrize(

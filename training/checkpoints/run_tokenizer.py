@@ -61,7 +61,8 @@ def tokenizer_of_weights(file: str | Path, token_type: str) -> Path | None:
     """The tokenizer of the run that weights belong to; None of a file that lies in no run.
 
     Args:
-        file: ``save/<checkpoint>/model.ckpt`` or ``lm/lm.ckpt`` of a run.
+        file: ``save/<checkpoint>/model.ckpt`` or ``lm/lm.ckpt`` of a run, or ``model.safetensors``
+            of a bundle.
         token_type: of the run that begins with these weights.
 
     Raises:
@@ -104,6 +105,8 @@ def check_tokens_of_weights(
 def _beside(file: str | Path) -> Path | None:
     folder = Path(file).resolve().parent
     places = (folder.parent / "tokenizer.model", folder / "tokenizer.ckpt")
+    if Path(file).suffix == ".safetensors":
+        places = (folder / "tokenizer.model",)
     return next((place for place in places if place.is_file()), None)
 
 

@@ -74,7 +74,7 @@ class CommandLine:
         run_options: SpeechBrain's run options (device, precision, ...) that were given.
         overrides: YAML keys to replace, already parsed as YAML values.
         resume: a checkpoint folder to go on from instead of the latest of the run.
-        init_from: a file of model weights to start from; a run stands for its own.
+        init_from: a file of model weights to start from; a run or a bundle stands for its own.
         eval_name: what an evaluation is called.
     """
 
@@ -111,8 +111,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--init_from",
         metavar="WEIGHTS",
-        help="Start from the model weights in this file (a model.ckpt), or of this run; those of a "
-        "CTC run also start the encoder of a joint model. A resumed run ignores it.",
+        help="Start from the model weights in this file (a model.ckpt), or of this run or bundle; "
+        "those of a CTC run also start the encoder of a joint model. A resumed run ignores it.",
     )
     parser.add_argument(
         "--eval_name",
@@ -212,8 +212,8 @@ def _recipe_of(run: str) -> str:
 
 
 def _weights_of(path: str) -> str:
-    """The file of weights that a path names, or that the run or checkpoint which it names has."""
-    names = ("save/averaged/model.ckpt", "lm/lm.ckpt", "model.ckpt")
+    """The file of weights that a path names, or that the run, checkpoint or bundle there has."""
+    names = ("save/averaged/model.ckpt", "lm/lm.ckpt", "model.ckpt", "model.safetensors")
     return next((file for name in names if Path(file := os.path.join(path, name)).is_file()), path)
 
 
