@@ -2,6 +2,12 @@
 
 import json
 import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from inference.formats import FORMATS, MAX_LINE_CHARACTERS
@@ -12,11 +18,46 @@ TEXT = (REPOSITORY / "docs" / "inference.md").read_text(encoding="utf-8")
 
 
 def test_the_first_lines_of_python_run(tiny_bundle, tone_corpus, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
     audio = next((tone_corpus / "test-clean").rglob("*.flac"))
     code = code.replace("results/demo", str(tiny_bundle)).replace("speech.mp3", str(audio))
     exec(code, {})
     assert re.fullmatch(r"\S.* \[\('\w+', \d+\.\d+, \d\.\d+\).*\]\n", capsys.readouterr().out)
+
+
+def test_the_server_answers(tiny_bundle, tone_corpus):
+    _, code = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = code.replace("my_model", str(tiny_bundle)).replace("8765", str(port))
+    audio = next((tone_corpus / "test-clean").rglob("*.flac"))
+    server = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+
+    def answer(body):
+        deadline_s = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}", body) as response:
+                    return response.status, response.read().decode()
+            except urllib.error.HTTPError as error:
+                return error.code, error.read().decode()
+            except urllib.error.URLError:
+                # It is still loading the model.
+                assert server.poll() is None
+                assert time.monotonic() < deadline_s
+                time.sleep(0.1)
+
+    try:
+        status, body = answer(audio.read_bytes())
+        assert (status, json.loads(body)["file"]) == (200, "upload")
+        assert json.loads(body)["duration_s"] > 0
+        status, body = answer(b"no audio")
+        assert status == 400
+        assert body.startswith("audio: cannot be read")
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_every_format_and_option_is_described():
