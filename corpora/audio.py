@@ -33,7 +33,7 @@ def check_audio(
 
     Raises:
         AudioFileError: empty, unreadable, wrongly sampled, not mono, without a number of samples,
-            or (``verify``) cut short or damaged.
+            or (``verify``) cut short, damaged or with samples that are not finite.
     """
     if size_bytes == 0:
         raise AudioFileError("empty file")
@@ -75,7 +75,8 @@ def read_audio(
         resample: from any other rate.
 
     Raises:
-        UserError: the file cannot be read, has another rate or more channels.
+        UserError: the file cannot be read, has another rate or more channels, or samples that are
+            not finite.
     """
     try:
         samples, rate = soundfile.read(wav, start=start, stop=stop, dtype="float32")
@@ -83,7 +84,7 @@ def read_audio(
             import soxr
 
             whole, rate = soundfile.read(wav, dtype="float32")
-            return soxr.resample(whole, rate, sample_rate)[start:stop]
+            samples, rate = soxr.resample(whole, rate, sample_rate)[start:stop], sample_rate
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise UserError(f"{utterance_id}: {wav} cannot be read: {_reason(error, wav)}") from None
     if rate != sample_rate or samples.ndim != 1:
@@ -97,13 +98,21 @@ def read_audio(
             f"{utterance_id}: {wav} has {rate} Hz and {channels} channel(s); "
             f"{sample_rate} Hz mono is needed.{hint}"
         )
+    if not np.isfinite(samples).all():
+        raise UserError(
+            f"{utterance_id}: {wav}: some samples are not finite numbers. Write it again, or leave "
+            "it out; --verify of librispeech_prepare.py or corpora.prepare lists all such files."
+        )
     return samples
 
 
 def _decode(audio: soundfile.SoundFile) -> None:
     num_samples = 0
+    kind = "float32" if audio.subtype in ("FLOAT", "DOUBLE") else "int16"
     try:
-        while len(block := audio.read(_DECODE_BLOCK_SAMPLES, dtype="int16")):
+        while len(block := audio.read(_DECODE_BLOCK_SAMPLES, dtype=kind)):
+            if not np.isfinite(block).all():
+                raise AudioFileError("some samples are not finite numbers")
             num_samples += len(block)
     except soundfile.SoundFileError as error:
         raise AudioFileError(f"cut short or damaged: {_reason(error)}") from error

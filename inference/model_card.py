@@ -11,7 +11,7 @@ From the repository of Mamba-ASR:
 ```python
 from inference import Recognizer
 
-asr = Recognizer.from_bundle("path/of/this/folder")
+asr = Recognizer.from_pretrained("path/of/this/folder")  # or its name on the hub
 print(asr.transcribe("speech.wav").text)
 ```
 

@@ -610,12 +610,19 @@ class TransformerASR(SpeechBrainTransformerASR):
         return self.decoder(self._embedded(tgt), memory_BTD, lengths_B, tgt_key_padding_mask)
 
     def _embedded(self, tgt: Tensor, num_before: int = 0) -> Tensor:
-        x_BUD = self.custom_tgt_module(tgt)
+        x_BUD, table = self.custom_tgt_module(tgt), self._target_positions
+        return x_BUD if table is None else x_BUD + self._absolute(table, num_before, x_BUD)
+
+    @property
+    def _target_positions(self) -> Any:
         # With relative or rotary positions in the encoder, the decoder has a table of its own.
         table = getattr(self, "positional_encoding_decoder", None)
-        if table is None:
-            table = getattr(self, "positional_encoding", None)
-        return x_BUD if table is None else x_BUD + self._absolute(table, num_before, x_BUD)
+        return getattr(self, "positional_encoding", None) if table is None else table
+
+    @property
+    def has_absolute_targets(self) -> bool:
+        """Whether there is a decoder whose tokens are numbered, up to ``max_length``."""
+        return hasattr(self, "decoder") and self._target_positions is not None
 
     @property
     def has_absolute_positions(self) -> bool:

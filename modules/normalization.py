@@ -1,5 +1,8 @@
 """Feature normalisation for corpora whose speakers and microphones differ."""
 
+from typing import Any
+
+import torch
 from speechbrain.processing.features import (
     InputNormalization,
     combine_gaussian_statistics,
@@ -57,12 +60,35 @@ def normalize_in_pieces(
         piece_BTM.copy_(InputNormalization.forward(normalize, piece_BTM))
 
 
+class FiniteStatistics:
+    """Keeps a normaliser as it was where a batch would make its statistics infinite or NaN.
+
+    One such sample would stay in them for good.
+
+    Args:
+        normalize: SpeechBrain's normalisation or a subclass.
+    """
+
+    def __init__(self, normalize: InputNormalization):
+        self.normalize = normalize
+        self._learn = normalize._update_global_stats
+        normalize._update_global_stats = self._update
+
+    def _update(self, x_BTM: Tensor, mask_BT1: Tensor) -> None:
+        before = _known_statistics(self.normalize, x_BTM)
+        self._learn(x_BTM, mask_BT1)
+        known = self.normalize
+        if not (known.glob_mean.isfinite() & known.glob_std.isfinite()).all():
+            known.count, known.glob_mean, known.glob_std = before
+
+
 class CountedStatistics:
     """Lets a normaliser learn from batches whose frames the host has counted.
 
     SpeechBrain's asks the device how many there are, and waits for all that it has to do before.
     This takes the place of its update, in a run of one process. Set ``num_frames``, of the batch
-    without its padding, before the normaliser is called.
+    without its padding, before the normaliser is called. A batch whose sums are not finite changes
+    nothing, which the device alone knows: there the count is, too, until it is saved.
 
     Args:
         normalize: SpeechBrain's normalisation or a subclass.
@@ -72,17 +98,37 @@ class CountedStatistics:
         self.normalize = normalize
         self.num_frames = 0
         normalize._update_global_stats = self._update
+        self._statistics = normalize._statistics_dict
+        normalize._statistics_dict = self._statistics_dict
+
+    def _statistics_dict(self) -> dict[str, Any]:
+        return {**self._statistics(), "count": int(self.normalize.count)}
 
     def _update(self, x_BTM: Tensor, mask_BT1: Tensor) -> None:
         mean_M = (x_BTM * mask_BT1).sum((0, 1)) / self.num_frames
         variance_M = ((x_BTM - mean_M).square() * mask_BT1).sum((0, 1)) / self.num_frames
-        statistics = self.num_frames, mean_M, variance_M
+        count, *before = _known_statistics(self.normalize, x_BTM)
+        if not isinstance(count, Tensor):
+            count = mean_M.new_full((), count, dtype=torch.float64)
+        learnt = combine_gaussian_statistics(
+            (count, before[0], before[1].square()), (self.num_frames, mean_M, variance_M)
+        )
+        learnt = learnt[0], learnt[1], learnt[2].sqrt()
+        finite = (learnt[1].isfinite() & learnt[2].isfinite()).all()
         known = self.normalize
-        if known.count:
-            before = known.count, known.glob_mean.to(x_BTM), known.glob_std.to(x_BTM).square()
-            statistics = combine_gaussian_statistics(before, statistics)
-        known.count, known.glob_mean, variance_M = statistics
-        known.glob_std = variance_M.sqrt()
+        known.count, known.glob_mean, known.glob_std = (
+            torch.where(finite, *pair) for pair in zip(learnt, (count, *before), strict=True)
+        )
+
+
+def _known_statistics(
+    normalize: InputNormalization, x_BTM: Tensor
+) -> tuple[int | Tensor, Tensor, Tensor]:
+    """Count, mean and deviation so far; those of nothing leave features as they are."""
+    mean_M, std_M = normalize.glob_mean, normalize.glob_std
+    if not mean_M.numel():
+        mean_M, std_M = torch.zeros_like(x_BTM[0, 0]), torch.ones_like(x_BTM[0, 0])
+    return normalize.count, mean_M.to(x_BTM), std_M.to(x_BTM)
 
 
 def remove_utterance_mean(x_BTM: Tensor, lengths: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from modules.features import Fbank
 from modules.frontend import ConvolutionFrontEnd
 from modules.lengths import IntOrTensor, relative_lengths
-from modules.normalization import normalize_in_pieces
+from modules.normalization import FiniteStatistics, normalize_in_pieces
 from modules.stream_state import StreamState, stream_state
 from modules.TransformerASR import EncoderState, TransformerASR
 
@@ -64,6 +64,7 @@ class SpeechEncoder(nn.Module):
         super().__init__()
         self.compute_features = compute_features
         self.normalize = normalize
+        FiniteStatistics(normalize)
         self.CNN = CNN
         self.Transformer = Transformer
         # A distributed wrapper that takes the front end's place does not tell them.

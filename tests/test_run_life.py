@@ -25,7 +25,7 @@ LIFE = {
     "number_of_epochs": 3,
     "num_workers": 1,
     "grad_accumulation_factor": 2,
-    "ckpt_interval_steps": 2,
+    "ckpt_interval_steps": 1,
     "avg_checkpoints": 2,
     "ema_decay": 0.9,
     "spliced_share": 0.5,

@@ -19,6 +19,7 @@ from corpora.manifest import read_manifest
 from tests.ctc_runs import (
     CONMAMBA,
     REPOSITORY,
+    assert_same_end,
     checkpoints,
     command_line,
     metrics,
@@ -394,7 +395,7 @@ def test_an_utterance_that_speed_makes_too_short_is_listed_once_and_weighs_nothi
     with open(folder / "skipped.csv", encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len({row["id"] for row in rows}) == len(rows) == 10
-    assert all("after speed perturbation" in row["reason"] for row in rows)
+    assert all("after speed perturbation: no CTC loss" in row["reason"] for row in rows)
     training = [(loss_B, feasible_B) for loss_B, feasible_B in losses if not feasible_B.any()]
     assert training
     assert all((loss_B == 0).all() for loss_B, _ in training)
@@ -654,6 +655,13 @@ def test_a_run_may_begin_with_splicing(run, tone_corpus, tmp_path):
     heard = torch.load(checkpoints(run)[-1] / "normalizer.ckpt", weights_only=True)
     # Spliced utterances have the same words in other proportions.
     assert (statistics["glob_mean"] - heard["glob_mean"]).abs().mean() < 0.5
+    # What a run leaves that is killed before its first checkpoint.
+    again = tmp_path / "again"
+    (again / "save").mkdir(parents=True)
+    shutil.copy(folder / "save" / "segments.json", again / "save")
+    arguments[arguments.index(str(folder))] = str(again)
+    assert train([*arguments, "--init_from", str(weights)]) == 0
+    assert_same_end(again, folder)
 
 
 def test_a_corpus_of_8_khz_is_trained_at_its_rate_or_resampled(run, tmp_path, capsys):

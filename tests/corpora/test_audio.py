@@ -109,3 +109,21 @@ def test_audio_of_another_rate_is_resampled_on_request_alone(tmp_path, rate):
     part_S = read_audio(path, "a", 16000, 4000, 9000, resample=True)
     np.testing.assert_array_equal(part_S, samples_S[4000:9000])
     np.testing.assert_array_equal(read_audio(path, "a", rate), tone_S.astype(np.float32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+def test_samples_that_are_not_finite_are_refused(tmp_path, subtype, value):
+    path = str(tmp_path / "a.wav")
+    samples_S = np.zeros(8000)
+    samples_S[5000] = value
+    soundfile.write(path, samples_S, 16000, subtype=subtype)
+    size = os.path.getsize(path)
+    assert check_audio(path, size, 16000) == 8000
+    with pytest.raises(AudioFileError, match="not finite"):
+        check_audio(path, size, 16000, verify=True)
+    with pytest.raises(UserError, match=rf"u7: {path}: some samples are not finite"):
+        read_audio(path, "u7", 16000)
+    with pytest.raises(UserError, match="not finite"):
+        read_audio(path, "u7", 8000, resample=True)
+    assert len(read_audio(path, "u7", 16000, 0, 5000)) == 5000

@@ -7,6 +7,7 @@ from speechbrain.processing.features import InputNormalization
 from modules.lengths import relative_lengths
 from modules.normalization import (
     CountedStatistics,
+    FiniteStatistics,
     UtteranceMeanNormalization,
     remove_utterance_mean,
 )
@@ -98,3 +99,25 @@ def test_counted_by_the_host_the_statistics_are_the_same(cls, feats_BTM):
         found = ours(feats_BTM + batch, lengths, epoch=0)
         torch.testing.assert_close(found, wanted)
         torch.testing.assert_close(ours._statistics_dict(), theirs._statistics_dict())
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_a_batch_that_is_not_finite_changes_no_statistics(feats_BTM, counted, spoilt, tmp_path):
+    lengths = relative_lengths(FRAMES_B, 9)
+    whole, normalize = (InputNormalization(norm_type="global") for _ in range(2))
+    learning = CountedStatistics(normalize) if counted else FiniteStatistics(normalize)
+    learning.num_frames = int(FRAMES_B.sum())
+    for batch in range(3):
+        if batch == spoilt:
+            bad_BTM = feats_BTM.clone()
+            bad_BTM[1, 2, 3] = torch.inf
+            normalize(bad_BTM, lengths, epoch=0)
+        else:
+            wanted = whole(feats_BTM + batch, lengths, epoch=0)
+            torch.testing.assert_close(normalize(feats_BTM + batch, lengths, epoch=0), wanted)
+    normalize._save(tmp_path / "n.ckpt")
+    saved = torch.load(tmp_path / "n.ckpt", weights_only=True)
+    assert saved["count"] == 2 * int(FRAMES_B.sum())
+    assert isinstance(saved["count"], int)
+    torch.testing.assert_close(saved, whole._statistics_dict())

@@ -43,6 +43,18 @@ def encoder_of(filterbank, strides, encoder="conmamba", **frontend) -> SpeechEnc
     return SpeechEncoder(Fbank(n_mels=BINS, **filterbank), normalize, cnn, network).eval()
 
 
+def test_one_broken_sample_does_not_stay_in_the_statistics():
+    encoder = encoder_of(*FORMS["published"]).train()
+    wav_BS = torch.randn(2, 4000)
+    wav_BS[0, 900] = torch.nan
+    encoder.features(wav_BS, torch.tensor([4000, 4000]), epoch=1)
+    assert encoder.normalize.count == 1
+    assert (encoder.normalize.glob_mean == -20).all()
+    encoder.features(torch.randn(2, 4000), torch.tensor([4000, 4000]), epoch=1)
+    assert encoder.normalize.count > 1
+    assert encoder.normalize.glob_std.isfinite().all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_frame_counts_are_what_filterbank_and_front_end_make(form):
     encoder = encoder_of(*FORMS[form])

@@ -5,6 +5,7 @@ import torch
 from speechbrain.augment.freq_domain import SpectrogramDrop, Warping
 from speechbrain.augment.time_domain import SpeedPerturb
 
+from common.errors import UserError
 from training.data.augmentation import SpectrogramAugmentation, SpeedPerturbation
 from training.seeding import seed_everything
 
@@ -78,6 +79,12 @@ def test_the_input_and_what_lies_beyond_an_item_stay_as_they_were(augmentation, 
 def test_no_augmentation_is_a_copy(feats_BTM):
     result = SpectrogramAugmentation([], seed=1)(feats_BTM, FRAMES, IDS, 1)
     assert torch.equal(result, feats_BTM)
+
+
+@pytest.mark.parametrize("replace", ["cutcat", "random_selection"])
+def test_a_drop_that_needs_a_batch_or_forgets_its_setting_is_refused(replace):
+    with pytest.raises(UserError, match=f"replace: {replace} "):
+        SpectrogramAugmentation([SpectrogramDrop(replace=replace)], seed=1)
 
 
 @pytest.fixture

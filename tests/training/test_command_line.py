@@ -415,6 +415,8 @@ def test_help_lists_options_and_the_keys_of_the_file_before_torch_is_imported():
 
 def test_the_options_are_speechbrains():
     assert option_actions().keys() >= set(IN_USE)
+    # A step that is not finite is always skipped.
+    assert "skip_nonfinite_grads" not in IN_USE
     assert defaults() == RunOptions().as_dict()
     assert set(IN_USE) <= defaults().keys()
 

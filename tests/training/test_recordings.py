@@ -13,6 +13,7 @@ from speechbrain.dataio.dataloader import make_dataloader
 from common.errors import EXIT_USER_ERROR, UserError
 from corpora.manifest import DATA_ROOT, ManifestRow, write_manifest
 from text.tokenizer import load_tokenizer, train_tokenizer
+from training.data import recordings
 from training.data.augmentation import SpeedPerturbation
 from training.data.recordings import (
     SkippedUtterances,
@@ -165,6 +166,24 @@ def test_what_ctc_cannot_align_is_listed_with_the_reason(tokenizer):
     assert "4 frames for 5" in reasons["short"]
     assert reasons["empty"] == "empty transcript"
     assert reasons["unknown"] == "no known character"
+
+
+def test_a_large_corpus_is_tokenised_in_parts(tokenizer, monkeypatch):
+    sizes = []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def encode(self, texts):
+            sizes.append(len(texts))
+            return tokenizer.encode(texts)
+
+    monkeypatch.setattr(recordings, "_ENCODED_AT_ONCE", 3)
+    rows = {f"u{i}": {"duration": 0.1 * i, "wrd": "ONE TWO"} for i in range(8)}
+    reasons = unalignable(rows, Watched(), RATE, lambda samples: samples // 640)
+    assert sizes == [3, 3, 2]
+    assert reasons.keys() == {"u0", "u1", "u2", "u3"}
 
 
 def test_leaving_out_everything_is_an_error(rows):

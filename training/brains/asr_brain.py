@@ -1,6 +1,7 @@
 """The Brain of a recogniser: what the CTC and the S2S script share."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from common.errors import Interrupted, UserError
 from modules.normalization import CountedStatistics
 from modules.speech_encoder import SpeechEncoder
+from text.tokenizer import tokens_of
 from training.brains.graphs import (
     CudaRecorder,
     GraphedEncoder,
@@ -26,7 +28,12 @@ from training.brains.graphs import (
 from training.brains.run_brain import RunBrain
 from training.data.augmentation import SpectrogramAugmentation, SpeedPerturbation
 from training.data.copied_ahead import CopiedAhead, to_device
-from training.data.recordings import SkippedUtterances, evaluation_batches
+from training.data.recordings import (
+    SkippedUtterances,
+    evaluation_batches,
+    padded_samples,
+    read_rows,
+)
 from training.losses.ctc import consistency_loss, ctc_loss, flat_start_loss, mean_over_feasible
 from training.splicing.cut_speech import Emissions, WordCutter, cut_speech
 from training.splicing.splice import Splicing
@@ -104,6 +111,60 @@ class ASRBrain(RunBrain):
             f"{len(batch.id)} utterances with {self.amount(batch):.0f} s of audio, the longest of "
             f"{longest_s:.1f} s"
         )
+
+    def fit(self, epoch_counter, train_set, valid_set=None, *args, **kwargs):
+        """As the parent's, where absolute positions reach all that is trained and scored on.
+
+        Raises:
+            UserError: they do not.
+            Interrupted: see the parent's.
+        """
+        folder = Path(self.hparams.output_folder)
+        speeds = getattr(getattr(self.perturbation, "perturb", None), "speeds", ())
+        beyond = self._beyond_positions("training", train_set.data, min([100, *speeds]))
+        beyond += self._beyond_positions("validation", valid_set.data)
+        for split in self.hparams.test_splits:
+            beyond += self._beyond_positions(split, read_rows(folder / f"{split}.csv", ""))
+        self._require_none(beyond)
+        super().fit(epoch_counter, train_set, valid_set, *args, **kwargs)
+
+    def evaluate(self, test_set, *args, **kwargs):
+        """As SpeechBrain's, where absolute positions reach all of the set.
+
+        Raises:
+            UserError: they do not.
+        """
+        self._require_none(self._beyond_positions("test", test_set.data))
+        return super().evaluate(test_set, *args, **kwargs)
+
+    def _beyond_positions(
+        self, part: str, rows: Mapping[str, dict], slowest_percent: float = 100
+    ) -> list[tuple[int, str]]:
+        """What absolute positions do not reach: the longest need, and what has it."""
+        network, needs = self.hparams.Transformer, []
+        if network.has_absolute_positions:
+            key = max(rows, key=lambda key: rows[key]["duration"])
+            seconds = rows[key]["duration"] * 100 / slowest_percent
+            samples = padded_samples(math.ceil(seconds * self.hparams.sample_rate))
+            frames = int(self.speech_encoder.num_frames(samples))
+            text = f"{part} utterance {key} ({seconds:.0f} s) needs {frames} frames"
+            needs.append((frames, text))
+        if network.has_absolute_targets:
+            for key, row in rows.items():
+                # A character is at most four tokens, its bytes.
+                if 4 * len(row["wrd"]) + 2 > network.max_length:
+                    tokens = len(tokens_of(self.tokenizer, row["wrd"])) + 1
+                    needs.append((tokens, f"{part} utterance {key} needs {tokens} tokens"))
+        return [need for need in needs if need[0] > network.max_length]
+
+    def _require_none(self, beyond: Sequence[tuple[int, str]]) -> None:
+        if beyond:
+            most, text = max(beyond)
+            raise UserError(
+                f"Absolute positions end at max_length {self.hparams.Transformer.max_length}; "
+                f"{text}. Cut or leave out what is longer, or train a new model with "
+                f"--Transformer '{{max_length: {most}}}'."
+            )
 
     def augments(self, stage: sb.Stage) -> bool:
         """Whether this stage is trained on augmented speech: from ``augment_from_epoch`` on."""
@@ -196,13 +257,16 @@ class ASRBrain(RunBrain):
         return loss
 
     def note_infeasible(self, front_end: FrontEndOutput, batch: PaddedBatch) -> None:
-        """List utterances that were too short for their tokens in skipped.csv."""
+        """List utterances that were too short for their tokens in skipped.csv.
+
+        Their CTC loss is zero; the attention loss of a joint model learns from them.
+        """
         items = zip(
             batch.id, batch.said, batch.wrd, batch.num_tokens, batch.min_frames, strict=True
         )
         reasons = {
             utterance_id: f"{frames} frames for {int(needed)} (tokens and repetitions) after speed "
-            "perturbation"
+            "perturbation: no CTC loss"
             for (utterance_id, said, words, num_tokens, needed), frames in zip(
                 items, front_end.num_frames, strict=False
             )
@@ -242,8 +306,19 @@ class ASRBrain(RunBrain):
             "epoch": epoch,
             "first_epoch": hparams.splice_from_epoch,
         }
+        self._hear_levels()
         path = Path(hparams.save_folder) / "segments.json"
         self.splicing.use(cut_speech(self.emissions, cutter, path, origin))
+
+    def _hear_levels(self) -> None:
+        """Levels of the features, where a first epoch that splices has heard no speech yet."""
+        normalize = self.hparams.normalize
+        if normalize.norm_type != "global" or normalize.count:
+            return
+        normalize.train()
+        for batch in self._recorded("levels of the features"):
+            self.features(batch.to(self.device), epoch=0)
+        normalize.eval()
 
     def emissions(self) -> Emissions:
         """The training speech as it was recorded, and what the CTC branch makes of it.
@@ -251,6 +326,14 @@ class ASRBrain(RunBrain):
         Raises:
             Interrupted: SIGINT or SIGTERM came.
         """
+        self.modules.eval()
+        for batch in self._recorded("aligning words"):
+            with torch.no_grad(), self.evaluation_ctx:
+                outputs = self.compute_forward(batch, sb.Stage.VALID)
+            yield batch, outputs.ctc_log_probs[0], outputs.front_end.num_frames_B
+
+    def _recorded(self, doing: str) -> Iterator[PaddedBatch]:
+        """Batches of the training speech as it was recorded, until a signal comes."""
         loader = self.make_dataloader(
             self.unperturbed,
             sb.Stage.VALID,
@@ -258,20 +341,9 @@ class ASRBrain(RunBrain):
             **evaluation_batches(self.unperturbed, vars(self.hparams)),
         )
         hidden = self.noprogressbar or not if_main_process()
-        self.modules.eval()
-        normalize = self.hparams.normalize
-        if normalize.norm_type == "global" and not normalize.count:
-            # Where the first epoch begins with this, no speech has been heard yet.
-            normalize.train()
-            for batch in tqdm(loader, desc="levels of the features", disable=hidden):
-                self._end_if_asked_to()
-                self.features(batch.to(self.device), epoch=0)
-            normalize.eval()
-        for batch in tqdm(loader, desc="aligning words", disable=hidden):
+        for batch in tqdm(loader, desc=doing, disable=hidden):
             self._end_if_asked_to()
-            with torch.no_grad(), self.evaluation_ctx:
-                outputs = self.compute_forward(batch, sb.Stage.VALID)
-            yield batch, outputs.ctc_log_probs[0], outputs.front_end.num_frames_B
+            yield batch
 
     def _end_if_asked_to(self) -> None:
         _, stop = self.agree(True, self.stop_request.signal_number)

@@ -108,6 +108,7 @@ class RunBrain(sb.Brain):
         self._window_batches = 0
         self._ended_before = self._begins_again = False
         self._train_loader: DataLoader | None = None
+        self._saved_at = 0
         self._amount = 0.0
         self._stage_started = 0.0
         self._train_stats: dict = {}
@@ -396,6 +397,7 @@ class RunBrain(sb.Brain):
         self._amount, self._search_s = 0.0, 0.0
         if stage == sb.Stage.TRAIN:
             self.epoch = epoch
+            self._saved_at = self.optimizer_step
             self._epoch_seconds.clear()
             self._gpu_use.clear()
             self.clock.read()
@@ -414,6 +416,14 @@ class RunBrain(sb.Brain):
     def validation_stats(self, loss: float) -> dict[str, float]:
         """Figures of a validation."""
         return {"loss": loss}
+
+    def _of_main(self, figure: float) -> float:
+        """The main process' figure: others may have rounded theirs to another decision."""
+        if not is_distributed_initialized():
+            return figure
+        shared = torch.tensor(figure, dtype=torch.float64, device=self.device)
+        torch.distributed.broadcast(shared, src=0)
+        return float(shared)
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Log an epoch, save its checkpoint, decide on stopping early."""
@@ -449,7 +459,7 @@ class RunBrain(sb.Brain):
                 meta, train_stats=self._train_stats, valid_stats=stats | measured
             )
         if self.hparams.early_stop_patience:
-            metric, counter = stats[self.best_metric], self.hparams.counter
+            metric, counter = self._of_main(stats[self.best_metric]), self.hparams.counter
             if self.best_is == "max" and metric <= counter.best_score:
                 # SpeechBrain's counter takes the same score again for a gain.
                 metric = -math.inf
@@ -647,11 +657,14 @@ class RunBrain(sb.Brain):
             self._begins_again = True
 
     def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
+        # SpeechBrain counts batches.
+        steps_since_ckpt = self.optimizer_step - self._saved_at
         due = super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
         # Gradients accumulated so far are not in a checkpoint: wait for the optimiser step.
         return due and self._completes_window()
 
     def _save_intra_epoch_ckpt(self):
+        self._saved_at = self.optimizer_step
         self.read_losses()
         self.checkpointer.save_checkpoint(end_of_epoch=False, meta={INTRA_EPOCH_CKPT_FLAG: True})
         self.checkpointer.keep_best(

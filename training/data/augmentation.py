@@ -8,10 +8,17 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from speechbrain.augment.freq_domain import Warping
+from speechbrain.augment.freq_domain import SpectrogramDrop, Warping
 
+from common.errors import UserError
 from training.data.batched_augmentation import augment_batch, batched_forms
 from training.seeding import derive_seed, seeded
+
+_UNFIT = {
+    "cutcat": "takes from other utterances, and each one is augmented by itself",
+    # SpeechBrain writes its draw over the setting.
+    "random_selection": "chooses once and then never again",
+}
 
 
 class SpeedPerturbation:
@@ -44,10 +51,19 @@ class SpectrogramAugmentation:
     Args:
         augmentations: modules that map (1, T, M) to (1, T, M), applied in turn.
         seed: of the run.
+
+    Raises:
+        UserError: a drop that does not work on utterances by themselves.
     """
 
     def __init__(self, augmentations: Sequence[torch.nn.Module], seed: int):
         self.augmentations = list(augmentations)
+        for module in self.augmentations:
+            if isinstance(module, SpectrogramDrop) and module.replace in _UNFIT:
+                raise UserError(
+                    f"spectrogram_augmentations: SpectrogramDrop with replace: {module.replace} "
+                    f"{_UNFIT[module.replace]}. Set replace to zeros, mean, rand or swap."
+                )
         self.seed = seed
         self.batched = batched_forms(self.augmentations)
 

@@ -1,9 +1,10 @@
 """From CSV manifests to batches of waveforms and tokens."""
 
 import csv
+import itertools
 import logging
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,8 @@ from training.shapes import rounded_up
 from training.splicing.splice import Splicing
 
 logger = logging.getLogger(__name__)
+
+_ENCODED_AT_ONCE = 10_000
 
 
 class ReadSpeech:
@@ -124,8 +127,8 @@ def unalignable(
     reasons = {}
     size = tokenizer.get_piece_size()
     silent = {token for token in range(size) if not tokenizer.decode([token]).strip()}
-    # All at once, and in Python's own numbers: there may be hundreds of thousands.
-    of_each = tokenizer.encode([row["wrd"] for row in rows.values()])
+    # Many at once, and in Python's own numbers: there may be hundreds of thousands.
+    of_each = _encoded(tokenizer, (row["wrd"] for row in rows.values()))
     for (utterance_id, row), encoded in zip(rows.items(), of_each, strict=True):
         tokens = [token for token in encoded if token != UNK_ID]
         if silent.issuperset(tokens):
@@ -140,6 +143,13 @@ def unalignable(
     return reasons
 
 
+def _encoded(tokenizer: spm.SentencePieceProcessor, texts: Iterable[str]) -> Iterator[list[int]]:
+    """The tokens of each text; those of all of a large corpus do not fit beside one another."""
+    texts = iter(texts)
+    while some := list(itertools.islice(texts, _ENCODED_AT_ONCE)):
+        yield from tokenizer.encode(some)
+
+
 def with_characters(rows: Mapping[str, dict], characters: Collection[str]) -> dict[str, str]:
     """Utterances whose transcript has any of these characters, with the reason, by id."""
     reasons = {}
@@ -150,7 +160,7 @@ def with_characters(rows: Mapping[str, dict], characters: Collection[str]) -> di
 
 
 class SkippedUtterances:
-    """``skipped.csv`` (id, reason): utterances that weigh nothing, each written once."""
+    """``skipped.csv`` (id, reason): utterances without a CTC loss, each written once."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -227,8 +237,13 @@ def pad_right(tensors: list[torch.Tensor], **options) -> tuple[torch.Tensor, tor
     if not padded.is_floating_point():
         return padded, lengths
     longest = padded.shape[1]
-    rounded = rounded_up(longest, per_octave=16)
+    rounded = padded_samples(longest)
     return F.pad(padded, (0, rounded - longest)), lengths * (longest / rounded)
+
+
+def padded_samples(longest: int) -> int:
+    """Samples of a batch whose longest waveform has so many."""
+    return rounded_up(longest, per_octave=16)
 
 
 ON_THE_DEVICE = ("sig", "tokens", "tokens_bos", "tokens_eos")

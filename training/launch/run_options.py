@@ -21,7 +21,6 @@ IN_USE = (
     "ckpt_interval_steps",
     "optimizer_step_limit",
     "nonfinite_patience",
-    "skip_nonfinite_grads",
     "noprogressbar",
     "debug",
     "debug_batches",
