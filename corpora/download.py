@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from common.files import file_digest
+from common.files import alone_with, file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ def fetch(
         url: http or https.
         target: the file to create; its folder is created too.
         md5: the digest the file must have, hexadecimal.
-        num_attempts: how often a broken transfer is continued before giving up.
+        num_attempts: how often a transfer may break in a row without a byte more.
         wait_s: pause before the second attempt; it doubles each time.
         noprogressbar: no progress bar.
 
@@ -166,7 +165,8 @@ def unpack(
     """Unpack a split's archive into ``folder/LibriSpeech``.
 
     Everything is written to a temporary folder first and moved when complete, the split last, by a
-    rename. Only plain files and folders below ``LibriSpeech`` are accepted.
+    rename. Only plain files and folders below ``LibriSpeech`` are accepted. A second process that
+    unpacks the split waits, and then finds it there.
 
     Args:
         archive: a tar file, gzipped.
@@ -180,19 +180,25 @@ def unpack(
     """
     archive, folder = Path(archive), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".unpack-"))
-    try:
-        extract(archive, scratch, noprogressbar=noprogressbar)
-        unpacked = scratch / "LibriSpeech"
-        if not (unpacked / split).is_dir():
-            raise DownloadError(f"{archive} holds no LibriSpeech/{split}")
-        root = folder / "LibriSpeech"
-        root.mkdir(exist_ok=True)
-        for path in sorted(unpacked.iterdir(), key=lambda path: path.name == split):
-            if not (root / path.name).exists():
-                os.rename(path, root / path.name)
-    finally:
-        shutil.rmtree(scratch)
+    root, scratch = folder / "LibriSpeech", folder / f".unpack-{split}"
+    with alone_with(folder / split):
+        if (root / split).is_dir():
+            return
+        if scratch.exists():
+            # Of a process that was killed.
+            shutil.rmtree(scratch)
+        scratch.mkdir()
+        try:
+            extract(archive, scratch, noprogressbar=noprogressbar)
+            unpacked = scratch / "LibriSpeech"
+            if not (unpacked / split).is_dir():
+                raise DownloadError(f"{archive} holds no LibriSpeech/{split}")
+            root.mkdir(exist_ok=True)
+            for path in sorted(unpacked.iterdir(), key=lambda path: path.name == split):
+                if not (root / path.name).exists():
+                    os.rename(path, root / path.name)
+        finally:
+            shutil.rmtree(scratch)
 
 
 def extract(archive: str | Path, folder: str | Path, *, noprogressbar: bool = False) -> None:
@@ -240,7 +246,9 @@ def extract(archive: str | Path, folder: str | Path, *, noprogressbar: bool = Fa
 def _transfer_with_retries(
     url: str, part: Path, num_attempts: int, wait_s: float, noprogressbar: bool
 ) -> None:
-    for attempt in range(1, num_attempts + 1):
+    attempt, furthest = 0, _size_of(part)
+    while attempt < num_attempts:
+        attempt += 1
         try:
             _transfer(url, part, noprogressbar)
             return
@@ -251,18 +259,24 @@ def _transfer_with_retries(
             reason: Exception = error
         except _BROKEN_TRANSFER as error:
             reason = error
+        # A server that cannot resume sends again what came before: that is no progress.
+        if (size := _size_of(part)) > furthest:
+            attempt, furthest = 0, size
         if attempt < num_attempts:
             logger.warning("%s broke off (%s): continuing", url, reason)
-            time.sleep(wait_s * 2 ** (attempt - 1))
-    size = part.stat().st_size if part.exists() else 0
+            time.sleep(wait_s * 2 ** max(0, attempt - 1))
     raise DownloadError(
-        f"{url} broke off {num_attempts} times (last: {reason}); {size} bytes are kept in {part},"
-        " the same command continues from there"
+        f"{url} broke off {num_attempts} times without progress (last: {reason}); {_size_of(part)} "
+        f"bytes are kept in {part}, the same command continues from there"
     )
 
 
+def _size_of(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
 def _transfer(url: str, part: Path, noprogressbar: bool) -> None:
-    offset = part.stat().st_size if part.exists() else 0
+    offset = _size_of(part)
     request = urllib.request.Request(url)
     if offset:
         request.add_header("Range", f"bytes={offset}-")
@@ -273,6 +287,8 @@ def _transfer(url: str, part: Path, noprogressbar: bool) -> None:
             # Nothing lies beyond the part: it is whole, or longer than the file. The MD5 decides.
             return
         raise
+    except OSError as error:
+        raise ConnectionError(error) from error
     with response:
         begin = (response.headers.get("Content-Range") or "").removeprefix("bytes ").split("-")[0]
         if response.status != 206 or begin != str(offset):
@@ -291,9 +307,17 @@ def _transfer(url: str, part: Path, noprogressbar: bool) -> None:
                 disable=noprogressbar,
             ) as bar,
         ):
-            while block := response.read(_BLOCK_BYTES):
+            while block := _read(response):
                 stream.write(block)
                 received += len(block)
                 bar.update(len(block))
         if total is not None and received < total:
             raise ConnectionError(f"{received} of {total} bytes arrived")
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """The next block. No error of the network is taken for one of the disk, which stays."""
+    try:
+        return response.read(_BLOCK_BYTES)
+    except OSError as error:
+        raise ConnectionError(error) from error

@@ -255,6 +255,8 @@ def _list_chapter(
                 audio.setdefault(utterance_id, []).append((entry.name, size))
         elif entry.name.endswith(TRANSCRIPT_SUFFIX):
             transcripts.append(entry)
+        elif entry.is_dir():
+            problems += _strays_below(entry.path, f"{folder}/{entry.name}")
         else:
             unread[utterance_id] = suffix
     words: dict[str, str] = {}
@@ -348,7 +350,7 @@ def _parse_transcript(
             if longer in names:
                 utterance_id, said = longer, rest
                 break
-        said = " ".join(said.split())
+        said = unicodedata.normalize("NFC", " ".join(said.split()))
         if utterance_id in words or utterance_id in bad_words:
             bad_words[utterance_id] = "ambiguous transcript: two lines with this id"
         elif not said:
@@ -366,12 +368,22 @@ def _split_line(line: str, count: int) -> tuple[str, str]:
 
 
 def _stray(name: str, folder: str) -> list[Problem]:
-    """Audio that is not three folders deep would otherwise be left out in silence."""
+    """Audio that is not in the third folder would otherwise be left out in silence."""
     utterance_id, suffix = os.path.splitext(name)
     if suffix.lower() not in AUDIO_SUFFIXES:
         return []
     reason = "misplaced: audio belongs into <split>/<speaker>/<chapter>/"
     return [Problem(printable(f"{folder}/{name}"), printable(utterance_id), reason)]
+
+
+def _strays_below(path: str, folder: str) -> list[Problem]:
+    problems = []
+    for entry in sorted(_visible(path), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            problems += _strays_below(entry.path, f"{folder}/{entry.name}")
+        else:
+            problems += _stray(entry.name, folder)
+    return problems
 
 
 def _has_chapters(split_folder: str | Path) -> bool:

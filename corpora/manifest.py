@@ -1,6 +1,7 @@
 """The CSV manifests that SpeechBrain's datasets read: ``ID,duration,wav,spk_id,wrd``."""
 
 import csv
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -54,8 +55,13 @@ def read_manifest(path: str | Path) -> list[ManifestRow]:
                     "python -m corpora.prepare table makes manifests of tables"
                 )
             for cells in reader:
+                if not cells:
+                    continue
                 identifier, duration, wav, spk_id, wrd = cells
-                rows.append(ManifestRow(identifier, float(duration), wav, spk_id, wrd))
+                seconds = float(duration)
+                if not 0 <= seconds < math.inf:
+                    raise ValueError(f"{duration} is no duration in seconds")
+                rows.append(ManifestRow(identifier, seconds, wav, spk_id, wrd))
         except (ValueError, csv.Error) as error:
             raise ValueError(
                 f"{path}, line {reader.line_num}: not a manifest row ({error})"

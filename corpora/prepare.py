@@ -6,6 +6,7 @@ python -m corpora.prepare table train.tsv dev.tsv --audio_folder clips --resampl
 
 import argparse
 import logging
+import os
 import re
 import shlex
 import sys
@@ -42,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--split",
         metavar="NAME",
-        help="what the table is called (default: its column split, else the name of the file)",
+        help="the one split to take; all of a table without a column split is called so "
+        "(default: every split of that column, else the name of the file)",
     )
     add(
         "--audio_folder",
@@ -82,14 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counts: dict[str, int] = {}
         if len(tables) > 1:
             _check_splits(tables)
+        # A run has one data folder, that of the first table.
+        root = tables[0].parent
         for table in tables:
-            # A run has one data folder, that of the first table: the others' paths are absolute.
-            elsewhere = table.parent.absolute() != tables[0].parent.absolute()
-            audio = audio_folder or (table.parent if elsewhere else None)
             made = prepare_tables(
                 {split or "": table},
                 save_folder,
-                audio_folder=Path(audio).absolute() if audio else None,
+                audio_folder=_below(root, audio_folder or table.parent),
+                root=root,
                 **options,
             )
             counts |= made
@@ -108,6 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"   # of {', '.join(counts)}"
     )
     return 0
+
+
+def _below(root: Path, folder: str | Path) -> str:
+    """A folder as seen from the root, so that both can be moved; absolute if it lies elsewhere."""
+    inside = os.path.relpath(folder, root)
+    if inside.split(os.sep)[0] == os.pardir:
+        return str(Path(folder).absolute())
+    return "" if inside == os.curdir else inside
 
 
 def _named(splits: Iterable[str], *beginnings: str) -> str:

@@ -79,34 +79,40 @@ def _table(folder: str | Path, split: str) -> Path | None:
 
 
 def read_table(
-    path: str | Path, split: str | None = None, audio_folder: str | Path | None = None
+    path: str | Path,
+    split: str | None = None,
+    audio_folder: str | Path | None = None,
+    root: str | Path | None = None,
 ) -> list[TableSplit]:
     """The splits of a table; recordings are looked for, not opened.
 
     Args:
         path: the table.
-        split: what all of it is called; by default the column of splits tells, else the file's
-            name.
-        audio_folder: what the paths are relative to, itself relative to the table's folder; by
-            default that folder.
+        split: the one to read: the rows that the column of splits calls so, or all where it says
+            nothing; by default every split of that column, else all under the file's name. For
+            ``<split>-held-out`` the table of ``<split>`` is read as that one.
+        audio_folder: what the paths are relative to, itself relative to ``root``; by default that
+            folder.
+        root: by default the table's folder.
 
     Raises:
-        ValueError: it cannot be read, lacks a column, or has an id twice.
+        ValueError: it cannot be read, lacks a column, has none of the split, or has an id twice.
     """
     path = Path(path)
+    root = path.parent if root is None else Path(root)
     splits: dict[str, TableSplit] = {}
     rows = _rows(path)
     columns = _column_names(path, dict.fromkeys(name for _, row in rows for name in row))
-    numbers: Counter[str] = Counter()
+    filled = []
     for place, row in rows:
-        values = {
-            key: str(next((row[n] for n in names if row.get(n) is not None), "")).strip()
-            for key, names in columns.items()
-        }
+        values = {key: _first_filled(row, names) for key, names in columns.items()}
         if path.suffix.lower() != ".jsonl" and any("\n" in value for value in values.values()):
             raise ValueError(
                 f"{path}, {place}: a cell has several lines. Is a quotation mark not closed?"
             )
+        filled.append((place, values))
+    numbers: Counter[str] = Counter()
+    for place, values in _rows_of_split(path, split, filled) if split else filled:
         name = split or values.get("split") or path.stem
         part = splits.setdefault(name, TableSplit(name, has_speakers="speaker" in columns))
         audio = os.path.join(audio_folder or "", values["path"])
@@ -114,8 +120,9 @@ def read_table(
         key = unicodedata.normalize("NFC", key)
         if key:
             numbers[key] += 1
-        said = " ".join(values["text"].split())
-        size, reason = _size_of(path.parent / audio)
+        # macOS writes accents apart from their letters, others do not.
+        said = unicodedata.normalize("NFC", " ".join(values["text"].split()))
+        size, reason = _size_of(root / audio)
         if not values["path"]:
             reason = "missing audio: the cell is empty"
         elif not said:
@@ -141,6 +148,7 @@ def prepare_tables(
     save_folder: str | Path,
     *,
     audio_folder: str | Path | None = None,
+    root: str | Path | None = None,
     merge_lst: Sequence[str] = (),
     merge_name: str | None = None,
     sample_rate: int = SAMPLE_RATE,
@@ -153,12 +161,12 @@ def prepare_tables(
 ) -> dict[str, int]:
     """Write ``<save_folder>/<split>.csv`` for every split, unless it is current.
 
-    Audio stays where it is: ``$data_root`` in a manifest stands for the folder of the table.
+    Audio stays where it is: ``$data_root`` in a manifest stands for ``root``.
 
     Args:
         tables: by split; with the key "" a table that names the splits itself.
         save_folder: gets the manifests; created if need be.
-        audio_folder: see `read_table`.
+        audio_folder, root: see `read_table`.
         merge_lst: splits whose manifests are also written as one.
         merge_name: file name of that one.
         sample_rate, resample, verify: see `corpora.audio.check_audio`.
@@ -183,7 +191,7 @@ def prepare_tables(
     parts: dict[str, tuple[Path, TableSplit]] = {}
     held_out = set(map(str, held_out_speakers))
     for name, table in tables.items():
-        for part in read_table(table, name or None, audio_folder):
+        for part in read_table(table, name or None, audio_folder, root):
             if part.name in parts:
                 raise ValueError(f"{parts[part.name][0]} and {table} both have {part.name}.")
             if unusable_name(part.name) or Path(part.name).name != part.name:
@@ -201,9 +209,10 @@ def prepare_tables(
     made = {}
     with ThreadPoolExecutor(num_workers or default_num_workers()) as pool:
         for name, (table, part) in parts.items():
+            data_root = table.parent if root is None else Path(root)
             made_from = {
                 "table": file_digest(table),
-                "audio": _digest_of(table.parent, part.utterances),
+                "audio": _digest_of(data_root, part.utterances),
                 "options": [str(audio_folder or ""), sample_rate, resample, skip_bad, verify],
                 **({"held_out": sorted(held_out)} if held_out else {}),
             }
@@ -212,7 +221,7 @@ def prepare_tables(
                 continue
             rows, bad = check_utterances(
                 part.utterances,
-                table.parent,
+                data_root,
                 name,
                 pool,
                 sample_rate=sample_rate,
@@ -288,7 +297,8 @@ def _hold_out(
     if missing and (training or not found):
         raise ValueError(
             f"held_out_speakers names {', '.join(missing)}, no speaker of the training splits; "
-            f"these have {', '.join(sorted(found)[:8])}{', ...' if len(found) > 8 else ''}."
+            f"these have {', '.join(sorted(found)[:8])}{', ...' if len(found) > 8 else ''}. "
+            "Name some of them, or none (--held_out_speakers '[]')."
         )
 
 
@@ -356,6 +366,34 @@ def _column_names(path: Path, columns: Collection[str]) -> dict[str, list[str]]:
             f"{' and '.join(missing)}. It may be called ({known})."
         )
     return {key: names for key, names in found.items() if names}
+
+
+def _first_filled(row: Mapping[str, Any], names: Iterable[str]) -> str:
+    cells = (str(row[name]).strip() for name in names if row.get(name) is not None)
+    return next(filter(None, cells), "")
+
+
+def _rows_of_split(
+    path: Path, split: str, rows: list[tuple[str, dict[str, str]]]
+) -> list[tuple[str, dict[str, str]]]:
+    """Those that belong to one split, where the table says which belong to which.
+
+    Raises:
+        ValueError: all belong to others.
+    """
+    found = dict.fromkeys(values["split"] for _, values in rows if values.get("split"))
+    whole = split.removesuffix(HELD_OUT_SUFFIX)
+    wanted = whole if path.stem == whole else split
+    if not found:
+        return rows
+    if wanted not in found:
+        raise ValueError(
+            f"{path}: its column of splits has {', '.join(found)}, and no {wanted}. Rename one of "
+            "them or remove the column; or prepare every split of the table with "
+            f"python -m corpora.prepare table {path}"
+        )
+    # Rows that say nothing are of the split that the table is called after.
+    return [row for row in rows if (row[1]["split"] or path.stem) == wanted]
 
 
 def _size_of(path: Path) -> tuple[int, str | None]:

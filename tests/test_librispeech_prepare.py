@@ -418,6 +418,21 @@ def test_the_first_sentences_are_selected(data, save, number, counts):
     assert rows[1][0].ID == "102-1-0000"
 
 
+def test_what_is_not_selected_is_not_checked(data, save):
+    audio_of(data, 2).write_bytes(b"")
+    shutil.copy(audio_of(data, 0), audio_of(data, 8))
+    options = {"tr_splits": [], "dev_splits": ["dev-clean"]}
+    prepare(data, save, select_n_sentences=2, **options)
+    assert [row.ID for row in read_manifest(save / "dev-clean.csv")] == ["102-1-0000", "102-1-0001"]
+    with pytest.raises(PreparationError, match=r"(?s)1 utterance in .*102-1-0002\.flac.*empty"):
+        prepare(data, save, select_n_sentences=3, **options)
+    # The second would be the third, were its transcript there.
+    lines = (chapter_of(data) / "102-1.trans.txt").read_text().splitlines(keepends=True)
+    (chapter_of(data) / "102-1.trans.txt").write_text(lines[0] + lines[2])
+    with pytest.raises(PreparationError, match=r"102-1-0001\.flac .*missing transcript"):
+        prepare(data, save, select_n_sentences=2, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

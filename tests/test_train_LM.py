@@ -3,6 +3,8 @@
 import gzip
 import json
 import math
+import unicodedata
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -103,6 +105,28 @@ class TestRun:
         lower.write_text("one two three\n" * 9, encoding="utf-8")
         with pytest.raises(UserError, match=f"{key} is in another letter case"):
             run(files, tmp_path / "run", "transformer_small", f"--{key}", str(lower))
+
+    @pytest.mark.parametrize("key", ["train_text", "valid_text", "test_text"])
+    def test_unknown_characters_stop_the_run_wherever_they_are(
+        self, key, files, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr("training.lm.recipe.SAMPLE_SENTENCES", 5)
+        text = tmp_path / "text.txt"
+        text.write_text("ONE TWO THREE\n" * 9 + "ÉTÉ\n", encoding="utf-8")
+        arguments = ("transformer_small", "--unknown_characters", "error", f"--{key}", str(text))
+        arguments += ("--number_of_epochs", "1")
+        with pytest.raises(UserError, match=f"{key}: 1 characters are unknown.*'É' 2"):
+            run(files, tmp_path / "run", *arguments)
+
+    def test_what_was_searched_and_cut_is_said(self, files, tmp_path, monkeypatch):
+        monkeypatch.setattr("training.lm.recipe.SAMPLE_SENTENCES", 5)
+        text = tmp_path / "text.txt"
+        text.write_text("ONE TWO É\n" * 9, encoding="utf-8")
+        arguments = ("--train_text", str(text), "--max_sentence_tokens", "4")
+        run(files, tmp_path, "transformer_small", "--number_of_epochs", "1", *arguments)
+        log = (tmp_path / "log.txt").read_text(encoding="utf-8")
+        assert "train_text (its first 5 sentences): 1 characters are unknown" in log
+        assert "Epoch 1: 9 sentences were cut to max_sentence_tokens (4)." in log
 
     def test_a_run_stopped_inside_an_epoch_ends_where_the_unbroken_one_ends(
         self, files, tmp_path, monkeypatch
@@ -466,22 +490,69 @@ class TestText:
         batches.set_position(epoch=2, first_batch=0)
         assert self.sentences(batches, tokenizer) == first
 
-    def test_long_sentences_are_cut(self, files, tokenizer):
-        batches = self.batches(files, tokenizer, max_sentence_tokens=4)
-        assert max(int(batch.num_tokens_B.max()) for batch in batches) == 5
+    def predicted(self, batches):
+        return [
+            row[:count].tolist()
+            for batch in batches
+            for row, count in zip(batch.tokens_eos, batch.num_tokens_B.tolist(), strict=True)
+        ]
+
+    def test_long_sentences_are_cut_and_do_not_end_there(self, files, tokenizer):
+        batches = list(self.batches(files, tokenizer, max_sentence_tokens=4))
+        whole = [[*tokenizer.encode(sentence), EOS_ID] for sentence in SENTENCES]
+        assert sorted(self.predicted(batches)) == sorted(tokens[:5] for tokens in whole)
+        assert sum(batch.num_cut for batch in batches) == sum(len(tokens) > 5 for tokens in whole)
+
+    def test_every_token_of_a_held_out_sentence_counts_once(self, files, tokenizer):
+        score = Perplexity()
+        pieces = list(self.batches(files, tokenizer, seed=None, max_sentence_tokens=4))
+        for batch in pieces:
+            assert batch.num_tokens_B.max() <= 5
+            score.add(1.0, batch)
+        whole = list(self.batches(files, tokenizer, seed=None))
+        assert score.num_sentences == len(SENTENCES)
+        assert score.num_tokens == sum(len(tokenizer.encode(s)) + 1 for s in SENTENCES)
+        tokens = [sorted(chain(*self.predicted(batches))) for batches in (pieces, whole)]
+        assert tokens[0] == tokens[1]
+        # What a piece goes on from is the token before it.
+        path = files / "one.txt"
+        path.write_text("TEN TEN", encoding="utf-8")
+        one = TextBatches([path], tokenizer, 200, max_sentence_tokens=4)
+        rows = sorted(row for batch in one for row in batch.tokens_bos.tolist())
+        encoded = tokenizer.encode("TEN TEN")
+        assert rows == sorted([[BOS_ID, *encoded[:4]], [*encoded[4:], 0]])
 
     def test_text_without_known_characters_is_an_error(self, tmp_path, tokenizer):
         path = tmp_path / "other.txt"
         path.write_text("αβγ\n", encoding="utf-8")
+        with pytest.raises(UserError, match="fewer batches"):
+            list(TextBatches([path], tokenizer, max_batch_tokens=100))
+        path.write_text("αβγ\nONE αβγ TWO\n", encoding="utf-8")
         batches = TextBatches([path], tokenizer, max_batch_tokens=100)
-        # The space before a word is a token that every tokenizer knows.
-        assert self.sentences(batches, tokenizer) == [""]
+        assert self.predicted(batches) == [[*tokenizer.encode("ONE TWO"), EOS_ID]]
         empty = tmp_path / "empty.txt"
         empty.write_text("\n", encoding="utf-8")
         with pytest.raises(UserError, match="fewer batches"):
             list(TextBatches([empty], tokenizer, max_batch_tokens=100))
         with pytest.raises(UserError, match="no sentence"):
             TextBatches([empty], tokenizer, max_batch_tokens=100).fit_parts(num_ranks=1)
+
+    @pytest.mark.parametrize("name", ["t.tsv", "t.jsonl", "T.TSV"])
+    def test_a_table_is_no_text(self, name, tmp_path):
+        (tmp_path / name).write_text("path\ttext\na.wav\tONE\n", encoding="utf-8")
+        with pytest.raises(UserError, match=rf"{name} is a table.*corpora.prepare table makes"):
+            list(read_sentences([tmp_path / name]))
+
+    def test_names_may_be_in_upper_case(self, files, tmp_path):
+        (tmp_path / "T.GZ").write_bytes((files / "train.txt.gz").read_bytes())
+        assert list(read_sentences([tmp_path / "T.GZ"])) == SENTENCES
+        (tmp_path / "T.CSV").write_text("ID,duration,wav,spk_id,wrd\na,1,a.wav,s,ONE\n")
+        assert list(read_sentences([tmp_path / "T.CSV"])) == ["ONE"]
+
+    def test_accents_are_one_letter_however_the_text_writes_them(self, tmp_path):
+        path = tmp_path / "text.txt"
+        path.write_text(unicodedata.normalize("NFD", "ÉTÉ"), encoding="utf-8")
+        assert list(read_sentences([path])) == ["ÉTÉ"]
 
     def test_a_damaged_file_is_an_error(self, files, tmp_path):
         broken = tmp_path / "broken.txt.gz"

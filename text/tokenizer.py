@@ -119,9 +119,26 @@ def load_tokenizer(model_file: str | Path, output_neurons: int) -> spm.SentenceP
     return tokenizer
 
 
-def tokens_of(tokenizer: spm.SentencePieceProcessor, text: str) -> list[int]:
-    """Token ids of a transcript without id 0, which is the blank."""
-    return [token for token in tokenizer.encode(text) if token != UNK_ID]
+def tokens_of(
+    tokenizer: spm.SentencePieceProcessor, text: str, dropped: Counter[str] | None = None
+) -> list[int]:
+    """Token ids of a transcript without id 0, which is the blank.
+
+    Characters that the tokenizer does not know are left out, and words of nothing else with them.
+
+    Args:
+        dropped: gets the characters that are left out, counted.
+    """
+    tokens = tokenizer.encode(text)
+    if UNK_ID not in tokens:
+        return tokens
+    pieces = list(zip(tokens, tokenizer.encode(text, out_type=str), strict=True))
+    if dropped is not None:
+        dropped.update("".join(piece for token, piece in pieces if token == UNK_ID))
+    known = "".join(piece for token, piece in pieces if token != UNK_ID)
+    # The space before a word is a token: that of a word without a character must not stay.
+    tokens = tokenizer.encode(" ".join(known.replace(WORD_MARK, " ").split()))
+    return [token for token in tokens if token != UNK_ID]
 
 
 def count_unknown_characters(

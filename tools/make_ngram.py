@@ -5,8 +5,8 @@
 
 Text is one sentence per line, plain or gzip, or a manifest (.csv) whose transcripts are taken. With
 a tokenizer the n-gram is one of tokens (for the S2S script), without one of words (for the CTC
-script). Counts are held in memory: about 1 GB for 10 million words at order 3. For billions of
-words use lmplz of kenlm, which writes the same format.
+script). Counts are held in memory: at order 3 about 350 MB for each million words, beside 550 MB
+for the program. For billions of words use lmplz of kenlm, which writes the same format.
 
 Interpolated modified Kneser-Ney smoothing: Chen and Goodman 1999; the ARPA file stores the
 interpolated probabilities, so that backing off gives exactly the interpolated model.
@@ -20,19 +20,22 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TextIO
 
 from common.errors import EXIT_USER_ERROR, UserError, in_words
 from common.files import atomic_write
-from text.tokenizer import UNK_ID, check_letter_case
+from text.tokenizer import check_letter_case, tokens_of
 from text.tokenizer import load_tokenizer as load_sentencepiece
 from training.lm.text_batches import read_sentences
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 """For counts 1, 2 and more, where the text is too small to estimate them (as lmplz has it)."""
+
+KENLM_MAX_ORDER = 6
+"""Of the longest n-gram that KenLM reads as ``pip`` compiles it."""
 
 _CHECKED_SENTENCES = 10_000
 """First sentences, whose letters are held against the tokenizer's."""
@@ -86,14 +89,16 @@ def estimate(sentences: Iterable[Sequence[str]], order: int) -> NGramModel:
     """
     if order < 1:
         raise ValueError(f"The order is {order}; it must be at least 1.")
-    counts = _adjusted_counts(_sentence_ngrams(sentences, order), order)
+    counts = _adjusted_counts(_sentence_ngrams(sentences, order))
     words = {word for (word,) in counts[0]}
     if words <= {EOS}:
         raise ValueError("The text has no words: an n-gram cannot be estimated.")
 
     uniform = 1 / (len(words) + 1)
-    lower = {(UNK,): 0.0}
-    probs, log_backoffs, used_fallback = [], {}, []
+    lower: dict[NGram, float] = {}
+    log_probs: list[dict[NGram, float]] = []
+    log_backoffs: dict[NGram, float] = {}
+    used_fallback = []
     for length, counts_of_length in enumerate(counts, start=1):
         discounts = _discounts(counts_of_length.values())
         if discounts is None:
@@ -103,7 +108,8 @@ def estimate(sentences: Iterable[Sequence[str]], order: int) -> NGramModel:
         for ngram, count in counts_of_length.items():
             totals[ngram[:-1]] += count
             discounted[ngram[:-1]] += discounts[min(count, 3) - 1]
-        current = {}
+        # Counts become probabilities where they are, and these logarithms: memory bounds the text.
+        current: dict[NGram, float] = counts_of_length
         for ngram, count in counts_of_length.items():
             context = ngram[:-1]
             backed_off = lower[ngram[1:]] if length > 1 else uniform
@@ -112,15 +118,20 @@ def estimate(sentences: Iterable[Sequence[str]], order: int) -> NGramModel:
         if length == 1:
             current[(UNK,)] = discounted[()] * uniform / totals[()]
         else:
-            log_backoffs |= {
-                context: math.log10(discounted[context] / totals[context]) for context in totals
-            }
-        probs.append(current)
+            for context, total in totals.items():
+                log_backoffs[context] = math.log10(discounted[context] / total)
+        _take_logarithms(lower)
+        log_probs.append(current)
         lower = current
-    log_probs = [{ngram: math.log10(p) for ngram, p in of.items()} for of in probs]
+    _take_logarithms(lower)
     # Nothing ever predicts the start of a sentence.
     log_probs[0][(BOS,)] = -99.0
     return NGramModel(tuple(log_probs), log_backoffs, tuple(used_fallback))
+
+
+def _take_logarithms(probs: dict[NGram, float]) -> None:
+    for ngram, prob in probs.items():
+        probs[ngram] = math.log10(prob)
 
 
 def write_arpa(model: NGramModel, stream: TextIO) -> None:
@@ -138,9 +149,9 @@ def write_arpa(model: NGramModel, stream: TextIO) -> None:
     stream.write("\n\\end\\\n")
 
 
-def _sentence_ngrams(sentences: Iterable[Sequence[str]], order: int) -> Counter[NGram]:
-    """Counts of the longest n-grams, and of the shorter ones that begin a sentence."""
-    counts: Counter[NGram] = Counter()
+def _sentence_ngrams(sentences: Iterable[Sequence[str]], order: int) -> list[Counter[NGram]]:
+    """Per order: counts of the longest n-grams, and of the shorter ones that begin a sentence."""
+    counts: list[Counter[NGram]] = [Counter() for _ in range(order)]
     for words in sentences:
         marks = {BOS, EOS, UNK}.intersection(words)
         if marks:
@@ -148,24 +159,21 @@ def _sentence_ngrams(sentences: Iterable[Sequence[str]], order: int) -> Counter[
                 f"The text contains {sorted(marks)[0]!r} as a word, in {' '.join(words)[:80]!r}; "
                 "sentence marks are added by this command and must not be in the text."
             )
-        sentence = (BOS, *words, EOS)
-        counts.update(sentence[:n] for n in range(1, min(order - 1, len(sentence)) + 1))
-        counts.update(sentence[i : i + order] for i in range(len(sentence) - order + 1))
+        # One object for each word, however often it comes.
+        sentence = (BOS, *map(sys.intern, words), EOS)
+        for n in range(1, min(order - 1, len(sentence)) + 1):
+            counts[n - 1][sentence[:n]] += 1
+        counts[-1].update(sentence[i : i + order] for i in range(len(sentence) - order + 1))
     return counts
 
 
-def _adjusted_counts(counts: Counter[NGram], order: int) -> list[dict[NGram, int]]:
+def _adjusted_counts(counts: list[Counter[NGram]]) -> list[Counter[NGram]]:
     """Per order, shortest first: how often the longest and sentence-initial n-grams occur, and
     after how many different words all others do."""
-    by_length: list[dict[NGram, int]] = [{} for _ in range(order)]
-    for ngram, count in counts.items():
-        by_length[len(ngram) - 1][ngram] = count
-    for length in range(order - 1, 0, -1):
-        shorter = by_length[length - 1]
-        for ngram in by_length[length]:
-            shorter[ngram[1:]] = shorter.get(ngram[1:], 0) + 1
-    by_length[0].pop((BOS,), None)
-    return by_length
+    for shorter, longer in reversed(list(pairwise(counts))):
+        shorter.update(ngram[1:] for ngram in longer)
+    counts[0].pop((BOS,), None)
+    return counts
 
 
 def _discounts(counts: Iterable[int]) -> tuple[float, float, float] | None:
@@ -178,7 +186,10 @@ def _discounts(counts: Iterable[int]) -> tuple[float, float, float] | None:
     return discounts if all(0 < d <= k for k, d in enumerate(discounts, start=1)) else None
 
 
-def _split(sentences: Iterable[str], tokenizer_file: str | None) -> Iterator[list[str]]:
+def _split(
+    sentences: Iterable[str], tokenizer_file: str | None, dropped: Counter[str]
+) -> Iterator[list[str]]:
+    """Words, or pieces; counts the characters that the tokenizer does not know."""
     if tokenizer_file is None:
         yield from (sentence.split() for sentence in sentences)
         return
@@ -187,8 +198,8 @@ def _split(sentences: Iterable[str], tokenizer_file: str | None) -> Iterator[lis
     first = list(islice(sentences, _CHECKED_SENTENCES))
     check_letter_case(tokenizer, first, "The text")
     for sentence in chain(first, sentences):
-        tokens = (token for token in tokenizer.encode(sentence) if token != UNK_ID)
-        yield [tokenizer.id_to_piece(token) for token in tokens]
+        if tokens := tokens_of(tokenizer, sentence, dropped):
+            yield [tokenizer.id_to_piece(token) for token in tokens]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,8 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.tokenizer is not None and arguments.order < 2:
         parser.error("an n-gram of tokens needs --order 2 at least: KenLM reads no other")
+    if arguments.tokenizer is not None and arguments.order > KENLM_MAX_ORDER:
+        parser.error(f"an n-gram of tokens needs --order {KENLM_MAX_ORDER} at most, for KenLM")
+    dropped: Counter[str] = Counter()
     try:
-        sentences = _split(read_sentences(arguments.text), arguments.tokenizer)
+        sentences = _split(read_sentences(arguments.text), arguments.tokenizer, dropped)
         model = estimate(sentences, arguments.order)
     except (UserError, ValueError, OSError) as error:
         print(f"error: {in_words(error)}", file=sys.stderr)
@@ -224,6 +238,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"Too little text for the discounts of order {', '.join(map(str, model.used_fallback))}"
             f": {FALLBACK_DISCOUNTS} are used there."
+        )
+    if dropped:
+        listed = ", ".join(f"{char!r} {count}" for char, count in dropped.most_common(20))
+        print(
+            f"{dropped.total()} characters that the tokenizer does not know were left out, "
+            f"{len(dropped)} different ones: {listed}"
         )
     sizes = ", ".join(f"{len(of)} {n}-grams" for n, of in enumerate(model.log_probs, start=1))
     print(f"{arguments.output}: {sizes}")

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shlex
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,11 @@ class SplitScore:
     decode_s: float
     wer_interval: Interval | None = field(default=None, compare=False)
     cer_interval: Interval | None = field(default=None, compare=False)
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether the error rates say anything: of no words, words that come are no percentage."""
+        return self.words > 0 or self.ins == 0
 
     @property
     def real_time_factor(self) -> float:
@@ -130,12 +136,20 @@ def write_split_report(
     """
     ids, references, hypotheses = list(ids), list(references), list(hypotheses)
     _check_utterances(split, ids, references, hypotheses)
-    reference_words = [text.split() for text in references]
-    hypothesis_words = [text.split() for text in hypotheses]
+    # A model has learnt the accents as its transcripts had them, others may write them otherwise.
+    reference_words = [unicodedata.normalize("NFC", text).split() for text in references]
+    hypothesis_words = [unicodedata.normalize("NFC", text).split() for text in hypotheses]
     words, characters = ErrorRateStats(), ErrorRateStats(split_tokens=True)
     for stats in (words, characters):
         stats.append(ids, hypothesis_words, reference_words)
 
+    if not any(reference_words) and any(hypothesis_words):
+        logger.warning(
+            "%s has no words in its references, so it has no error rate, though %d words were "
+            "recognised. Are its transcripts empty?",
+            split,
+            sum(map(len, hypothesis_words)),
+        )
     folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
     summary, cer = words.summarize(), characters.summarize("WER")
@@ -409,8 +423,7 @@ def results_table(
     rows = [
         [
             name,
-            f"{score.wer:.2f}",
-            f"{score.cer:.2f}",
+            *(f"{rate:.2f}" if score.has_rate else "-" for rate in (score.wer, score.cer)),
             format_duration(score.audio_s),
             format_number(score.real_time_factor, 3),
         ]

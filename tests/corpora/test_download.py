@@ -1,11 +1,17 @@
 """Downloads from a local server that misbehaves in chosen ways."""
 
+import errno
 import hashlib
 import io
 import re
+import ssl
+import subprocess
+import sys
 import tarfile
 import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +20,7 @@ from corpora import download
 from corpora.download import DownloadError, download_split, fetch, unpack
 from corpora.librispeech import OFFICIAL_NUM_UTTERANCES
 
+REPOSITORY = Path(__file__).parents[2]
 CONTENT = np.random.default_rng(0).bytes(700_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
 
@@ -108,12 +115,71 @@ def test_a_broken_transfer_is_continued_where_it_broke(server, tmp_path):
 
 
 def test_a_transfer_that_keeps_breaking_keeps_its_part_for_the_next_call(server, tmp_path):
-    server.cuts = [200_000, 200_000]
-    with pytest.raises(DownloadError, match=r"broke off 2 times.*400000 bytes are kept"):
+    server.cuts = [200_000, 200_000, 0, 0]
+    with pytest.raises(DownloadError, match=r"broke off 2 times .*400000 bytes are kept"):
         get(server, tmp_path / "file", num_attempts=2)
     assert not (tmp_path / "file").exists()
     assert get(server, tmp_path / "file").read_bytes() == CONTENT
     assert server.requests[-1] == "bytes=400000-"
+
+
+def test_a_transfer_that_makes_progress_goes_on(server, tmp_path):
+    server.cuts = [100_000] * 6
+    assert get(server, tmp_path / "file", num_attempts=2).read_bytes() == CONTENT
+
+
+def test_the_same_bytes_again_are_no_progress(server, tmp_path):
+    server.resumes = False
+    server.cuts = [300_000] * 9
+    with pytest.raises(DownloadError, match="broke off 2 times without progress"):
+        get(server, tmp_path / "file", num_attempts=2)
+    assert len(server.requests) == 3
+
+
+class Broken:
+    """A file whose method of this name fails the first time."""
+
+    def __init__(self, file, method, error):
+        self.file, self.method, self.error = file, method, error
+
+    def __getattr__(self, name):
+        return self.fail if name == self.method else getattr(self.file, name)
+
+    def fail(self, *_):
+        raise self.error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EHOSTUNREACH, "No route to host"), ssl.SSLError("bad record mac")]
+)
+def test_an_error_of_the_network_is_a_break(server, tmp_path, monkeypatch, error):
+    urlopen, errors = urllib.request.urlopen, [error]
+
+    def once(request, timeout):
+        response = urlopen(request, timeout=timeout)
+        return Broken(response, "read", errors.pop()) if errors else response
+
+    monkeypatch.setattr(urllib.request, "urlopen", once)
+    assert get(server, tmp_path / "file").read_bytes() == CONTENT
+    assert len(server.requests) == 2
+
+
+def test_a_full_disk_is_none(server, tmp_path, monkeypatch):
+    server.files["/file"] = b"short"
+
+    def full(*names):
+        return Broken(open(*names), "write", OSError(errno.ENOSPC, "No space left"))
+
+    monkeypatch.setattr(download, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        get(server, tmp_path / "file")
+    assert len(server.requests) == 1
 
 
 def test_a_server_that_cannot_resume_sends_everything_again(server, tmp_path):
@@ -223,6 +289,31 @@ def test_a_damaged_or_foreign_archive_leaves_nothing(tmp_path, content, message)
     with pytest.raises(DownloadError, match=message):
         unpack(tmp_path / "a.tar.gz", tmp_path / "to", "dev-clean", noprogressbar=True)
     assert list((tmp_path / "to").iterdir()) == []
+
+
+def test_what_a_killed_unpacking_left_is_removed(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(SPLIT_ARCHIVE)
+    left = tmp_path / "to" / ".unpack-dev-clean" / "LibriSpeech"
+    left.mkdir(parents=True)
+    (left / "README.TXT").write_bytes(b"half of i")
+    unpack(tmp_path / "a.tar.gz", tmp_path / "to", "dev-clean", noprogressbar=True)
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["LibriSpeech"]
+    assert (tmp_path / "to/LibriSpeech/README.TXT").read_bytes() == b"readme"
+
+
+def test_processes_that_unpack_one_split_do_not_disturb_each_other(tmp_path):
+    (tmp_path / "a.tar.gz").write_bytes(SPLIT_ARCHIVE)
+    code = (
+        "import sys, time; from corpora import download\n"
+        "whole = download.extract\n"
+        "def slow(*names, **options):\n    time.sleep(0.3); whole(*names, **options)\n"
+        "download.extract = slow\n"
+        "download.unpack(*sys.argv[1:], 'dev-clean', noprogressbar=True)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.tar.gz"), str(tmp_path / "to")]
+    processes = [subprocess.Popen(command, cwd=REPOSITORY) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert [path.name for path in (tmp_path / "to").iterdir()] == ["LibriSpeech"]
 
 
 def test_a_flipped_bit_is_found(tmp_path):

@@ -117,8 +117,16 @@ def test_hidden_files_are_no_utterances(root):
             "101-1-0007",
             "audio belongs into",
         ),
+        (
+            lambda c: (
+                (c / "take" / "2").mkdir(parents=True)
+                or (c / "take" / "2" / "101-1-0008.flac").write_bytes(b"")
+            ),
+            "101-1-0008",
+            "audio belongs into",
+        ),
     ],
-    ids=["no audio", "no transcripts", "renamed", "twice", "not UTF-8", "misplaced"],
+    ids=["no audio", "no transcripts", "renamed", "twice", "not UTF-8", "misplaced", "too deep"],
 )
 def test_what_is_wrong_is_listed_with_its_utterance(root, damage, utterance_id, reason):
     damage(chapter_of(root))
@@ -203,7 +211,7 @@ def test_accents_match_however_file_system_and_transcript_write_them(tmp_path, f
         unicodedata.normalize(other, f"{name} ÉTÉ\n"),
         folder=unicodedata.normalize(form, speaker),
     ).utterances
-    assert (found.id, found.speaker) == (name, speaker)
+    assert (found.id, found.speaker, found.words) == (name, speaker, "ÉTÉ")
     assert (tmp_path / found.path).is_file()
 
 

@@ -31,6 +31,13 @@ def test_a_transcript_may_be_long(tmp_path):
     assert read_manifest(tmp_path / "a.csv") == rows
 
 
+def test_a_blank_line_is_no_row(tmp_path):
+    write_manifest(tmp_path / "a.csv", [row("1-2-0000")])
+    with open(tmp_path / "a.csv", "a") as stream:
+        stream.write("\n")
+    assert read_manifest(tmp_path / "a.csv") == [row("1-2-0000")]
+
+
 def test_speechbrain_reads_what_we_write(tmp_path):
     rows = [row("1-2-0000", 'SAID "NO", TWICE'), row("1-2-0001", "എതൊന്നും എനിയ്ക്ക്")]
     write_manifest(tmp_path / "a.csv", rows)
@@ -64,6 +71,8 @@ def test_merging_the_same_utterance_twice_is_an_error_that_names_both_files(tmp_
         ("id,text\na,b\n", "has the columns.*corpora.prepare table"),
         ("ID,duration,wav,spk_id,wrd\na,1.0,x.flac,1\n", "line 2: not a manifest row"),
         ("ID,duration,wav,spk_id,wrd\na,long,x.flac,1,HI\n", "line 2: not a manifest row"),
+        ("ID,duration,wav,spk_id,wrd\na,nan,x.flac,1,HI\n", r"line 2: .*\(nan is no duration"),
+        ("ID,duration,wav,spk_id,wrd\na,-1.5,x.flac,1,HI\n", r"line 2: .*\(-1.5 is no duration"),
     ],
 )
 def test_a_file_that_is_no_manifest_is_refused(tmp_path, content, message):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -79,8 +80,38 @@ def test_a_table_may_have_ids_splits_and_paths_of_its_own(folder):
     assert prepare_tables({"": table}, folder / "out", noprogressbar=True) == {"train": 1, "dev": 2}
     (row,) = read_manifest(folder / "out" / "train.csv")
     assert (row.ID, row.wav, row.spk_id) == ("u0", str(folder / "clips/a.wav"), "u0")
-    named = prepare_tables({"test": table}, folder / "named", noprogressbar=True)
-    assert named == {"test": 3}
+    named = prepare_tables({"dev": table}, folder / "named", noprogressbar=True)
+    assert named == {"dev": 2}
+
+
+def test_a_table_of_one_split_gives_no_rows_of_others(folder):
+    splits = ("train", "test", "")
+    rows = [dict(row, split=name) for row, name in zip(ROWS, splits, strict=True)]
+    table = write(folder / "train.csv", rows)
+    (part,) = read_table(table, "train")
+    assert [u.id for u in part.utterances] == ["clips-a", "more-ö"]
+    (part,) = read_table(table, "train-held-out")
+    assert (part.name, len(part.utterances)) == ("train-held-out", 2)
+    message = r"train.csv: its column of splits has train, test, and no dev\. Rename"
+    with pytest.raises(ValueError, match=message):
+        prepare_tables({"dev": table}, folder / "out", noprogressbar=True)
+    assert not (folder / "out").exists()
+
+
+def test_of_several_columns_of_one_kind_a_row_has_the_first_that_it_fills(folder):
+    rows = [{"path": "clips/a.wav", "audio": "", "text": text, "wrd": "B"} for text in ("A", " ")]
+    rows[1] |= {"path": "", "audio": "more/ö.ogg"}
+    (part,) = read_table(write(folder / "t.csv", rows))
+    assert [(u.path, u.words) for u in part.utterances] == [
+        ("clips/a.wav", "A"),
+        ("more/ö.ogg", "B"),
+    ]
+
+
+def test_accents_are_one_letter_however_the_table_writes_them(folder):
+    text = unicodedata.normalize("NFD", "ÉTÉ")
+    (part,) = read_table(write(folder / "t.csv", [dict(ROWS[0], text=text)]))
+    assert [utterance.words for utterance in part.utterances] == ["ÉTÉ"]
 
 
 def test_rows_of_json_may_have_other_keys_than_the_first(folder):
@@ -226,7 +257,9 @@ def test_the_command_line_prepares_and_says_how_to_train(folder, capsys, monkeyp
     printed = capsys.readouterr().out
     assert "--skip_prep True --data_folder . --output_folder out" in printed
     assert "--train_splits '[train]' --dev_splits '[...]' --test_splits '[...]'" in printed
-    assert len(read_manifest(folder / "out" / "train.csv")) == 2
+    rows = read_manifest(folder / "out" / "train.csv")
+    # A manifest and its corpus can be moved.
+    assert [row.wav for row in rows] == ["$data_root/clips/a.wav", "$data_root/clips/b c.flac"]
     assert main(["table", "train.tsv", *arguments[1:], "--split", "a"]) == 2
     assert "--split names one table" in capsys.readouterr().err
 
@@ -244,7 +277,17 @@ def test_tables_of_several_folders_are_one_corpus_without_a_save_folder(
     assert "--resample True --data_folder . --output_folder results/train " in hint
     for name in ("train", "dev"):
         for row in read_manifest(folder / "results" / "train" / f"{name}.csv"):
+            assert row.wav.startswith("$data_root/")
             assert os.path.isfile(row.wav.replace("$data_root", str(folder)))
+
+
+def test_audio_outside_of_the_data_folder_has_absolute_paths(folder, monkeypatch):
+    (folder / "tables").mkdir()
+    write(folder / "tables" / "train.csv", ROWS)
+    monkeypatch.chdir(folder / "tables")
+    options = ["--audio_folder", "..", "--save_folder", "out", "--noprogressbar"]
+    assert main(["table", "train.csv", *options]) == 0
+    assert os.path.isfile(read_manifest(folder / "tables/out/train.csv")[0].wav)
 
 
 def test_two_tables_of_one_split_are_refused_before_anything_is_written(folder, capsys):

@@ -1,6 +1,7 @@
 """The files an evaluation leaves, and the numbers in them."""
 
 import json
+import unicodedata
 
 import pytest
 
@@ -178,10 +179,21 @@ def test_flawless_split(tmp_path):
     assert "every utterance is right" in text
 
 
-def test_split_without_any_reference_word_has_rate_zero_and_counts_insertions(tmp_path):
+def test_split_without_any_reference_word_has_rate_zero_and_counts_insertions(tmp_path, caplog):
     result = write(tmp_path, ["", ""], ["OH NO", ""], ["x", "y"])
     assert (result.wer, result.words, result.ins) == (0.0, 0, 2)
     update_results(tmp_path, {"test-other": result}, {}, {})
+    assert "test-other has no words in its references, so it has no error rate" in caplog.text
+    assert results_table({"x": result}).splitlines()[-1].split()[:3] == ["x", "-", "-"]
+    caplog.clear()
+    write(tmp_path, ["", ""], ["", ""], ["x", "y"])
+    assert not caplog.text
+
+
+def test_accents_count_as_the_same_however_they_are_written(tmp_path):
+    said = [unicodedata.normalize(form, "ÉTÉ") for form in ("NFC", "NFD")]
+    result = write(tmp_path, said, said[::-1], ["x", "y"])
+    assert (result.wer, result.cer) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

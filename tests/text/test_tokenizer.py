@@ -60,6 +60,14 @@ def test_an_unknown_character_is_left_out_of_the_targets(tokenizer):
     assert tokenizer.decode(tokens_of(tokenizer, "ONEÜ TWO")) == "ONE TWO"
 
 
+@pytest.mark.parametrize("text", ["ONE Ü7 TWO", "Ü ONE TWO", "ONE TWO ü", "ü ONE 7 TWO ü"])
+def test_a_word_of_unknown_characters_leaves_no_space(tokenizer, text):
+    dropped = Counter()
+    assert tokens_of(tokenizer, text, dropped) == tokens_of(tokenizer, "ONE TWO")
+    assert dropped == Counter(text) - Counter("ONE TWO    ")
+    assert tokens_of(tokenizer, "Ü 77") == []
+
+
 def test_unknown_characters_are_counted(tokenizer):
     counted = count_unknown_characters(tokenizer, [*SENTENCES, "ÜBER ONE", "Ü 7 TWO"])
     assert counted == {"Ü": 2, "B": 1, "7": 1}

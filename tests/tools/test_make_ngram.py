@@ -147,7 +147,7 @@ class TestCommand:
         assert self.run(tmp_path / "text.gz", "--output", tmp_path / "o.arpa") == 2
         assert "text.gz is damaged" in capsys.readouterr().err
 
-    def test_with_a_tokenizer_the_units_are_its_pieces(self, tmp_path, capsys):
+    def with_tokenizer(self, tmp_path):
         text_file = tmp_path / "a.txt"
         text_file.write_text("ABBA\nBAAB\n" * 20)
         sentencepiece.SentencePieceTrainer.train(
@@ -163,13 +163,32 @@ class TestCommand:
             minloglevel=2,
         )
         output = tmp_path / "tokens.arpa"
-        arguments = (text_file, "--output", output, "--tokenizer", tmp_path / "m.model")
+        return text_file, "--output", output, "--tokenizer", tmp_path / "m.model"
+
+    def test_with_a_tokenizer_the_units_are_its_pieces(self, tmp_path, capsys):
+        arguments = self.with_tokenizer(tmp_path)
+        output = arguments[2]
         assert self.run(*arguments, "--order", 2) == 0
+        assert "left out" not in capsys.readouterr().out
         unigrams = output.read_text().split("\\1-grams:")[1].split("\\2-grams:")[0].split()
         assert {"A", "B", "▁"} <= set(unigrams)
         with pytest.raises(SystemExit):
             self.run(*arguments, "--order", 1)
         assert "needs --order 2 at least" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            self.run(*arguments, "--order", 7)
+        assert "needs --order 6 at most" in capsys.readouterr().err
+
+    def test_unknown_characters_are_counted_and_leave_nothing(self, tmp_path, capsys):
+        text_file, _, output, *tokenizer = self.with_tokenizer(tmp_path)
+        assert self.run(text_file, "--output", output, *tokenizer) == 0
+        clean = output.read_text()
+        with open(text_file, "a") as stream:
+            stream.write("77\n É \n7\n")
+        assert self.run(text_file, "--output", output, *tokenizer) == 0
+        assert output.read_text() == clean
+        message = "4 characters that the tokenizer does not know were left out, 2 different ones"
+        assert f"{message}: '7' 3, 'É' 1" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("content", "message"),

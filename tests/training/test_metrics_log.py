@@ -92,3 +92,16 @@ def test_truncating_after_the_last_step_changes_nothing(log):
     before = log.path.read_bytes()
     log.truncate_after(1)
     assert log.path.read_bytes() == before
+
+
+def test_an_epoch_that_was_not_ended_is_validated_again(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        log.append(step=step, epoch=step, train_loss=1.0)
+        log.append(step=step, epoch=step, valid_loss=2.0)
+    log.truncate_after(2, ended_epochs=1)
+    assert [sorted(entry) for entry in log.read()] == [
+        ["epoch", "step", "train_loss"],
+        ["epoch", "step", "valid_loss"],
+        ["epoch", "step", "train_loss"],
+    ]

@@ -543,7 +543,8 @@ class RunBrain(sb.Brain):
             )
             self._judge_stopping_anew()
         if if_main_process():
-            self.metrics_log.truncate_after(self.optimizer_step)
+            # Amid an epoch, the counter has come to the one before.
+            self.metrics_log.truncate_after(self.optimizer_step, self.hparams.counter.current)
 
     @property
     def training_dtype(self) -> torch.dtype:

@@ -1,5 +1,6 @@
 """The Brain of a language model."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from text.tokenizer import BOS_ID
 from training.brains.run_brain import RunBrain
 from training.data.copied_ahead import to_device
 from training.lm.text_batches import PAD_ID, TextBatch, TextLoader
 from training.seeding import seed_everything
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Perplexity:
         tokens = int(batch.num_tokens_B.sum())
         self.total_nats += mean_nats * tokens
         self.num_tokens += tokens
-        self.num_sentences += len(batch.num_tokens_B)
+        self.num_sentences += int((batch.tokens_bos[:, 0] == BOS_ID).sum())
 
     @property
     def value(self) -> float:
@@ -74,7 +78,9 @@ class LMBrain(RunBrain):
             ignore_index=PAD_ID,
             label_smoothing=self.hparams.label_smoothing if training else 0.0,
         )
-        if not training:
+        if training:
+            self.num_cut += batch.num_cut
+        else:
             self.perplexity.add(float(loss), batch)
         return loss
 
@@ -104,9 +110,21 @@ class LMBrain(RunBrain):
         """Seed the stage; go to its first batch of text, or start counting."""
         super().on_stage_start(stage, epoch)
         if stage == sb.Stage.TRAIN:
+            self.num_cut = 0
             self.text_loader.dataset.set_position(epoch, self.step, self.rank, num_ranks())
         else:
             self.perplexity = Perplexity()
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Log an epoch; say how many of its sentences were cut."""
+        super().on_stage_end(stage, stage_loss, epoch)
+        if stage == sb.Stage.TRAIN and self.num_cut:
+            logger.warning(
+                "Epoch %d: %d sentences were cut to max_sentence_tokens (%d).",
+                epoch,
+                self.num_cut,
+                self.text_loader.dataset.max_sentence_tokens,
+            )
 
     def validation_stats(self, loss: float) -> dict[str, float]:
         """Mean cross-entropy per token, and the perplexity."""

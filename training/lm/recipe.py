@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 TRAINING_TEXT = "training text"
 
 SAMPLE_SENTENCES = 50_000
-"""Sentences that are searched for characters unknown to the tokenizer."""
+"""Sentences that are searched for characters unknown to the tokenizer, unless these are errors."""
 
 
 def run_lm_recipe(argv: Sequence[str], description: str) -> dict[str, Perplexity]:
@@ -132,18 +132,17 @@ def _run(
                 tokenizer,
                 hparams["max_batch_tokens"],
                 max_sentence_tokens=hparams["max_sentence_tokens"],
+                skip_unknown=hparams["unknown_characters"] == "skip",
             )
         )
         for name, paths in texts.items()
         if paths
     }
-    for name, paths in texts.items():
-        if not paths:
-            continue
-        sample = list(islice(read_sentences(paths), SAMPLE_SENTENCES))
-        if not sample:
-            raise UserError(f"{name}_text: {', '.join(paths)} has no sentence: nothing to score.")
-        check_letter_case(tokenizer, sample, f"{name}_text")
+    for name, loader in held_out.items():
+        if not any(read_sentences(texts[name])):
+            paths = ", ".join(texts[name])
+            raise UserError(f"{name}_text: {paths} has no sentence: nothing to score.")
+        check_characters(loader.dataset, hparams["unknown_characters"], f"{name}_text")
     if not options.test_only:
         if "valid" not in held_out:
             raise UserError(
@@ -160,7 +159,7 @@ def _run(
             max_sentence_tokens=hparams["max_sentence_tokens"],
             skip_unknown=hparams["unknown_characters"] == "skip",
         )
-        warn_of_unknown_characters(text, hparams["unknown_characters"])
+        check_characters(text, hparams["unknown_characters"], "train_text")
         text.chunk_sentences = on_main(text.fit_parts, num_ranks())
         brain.text_loader = TextLoader(text, hparams["num_workers"])
         if getattr(hparams["noam_scheduler"], "total_steps", 0) is None:
@@ -312,16 +311,21 @@ def prepare_tokenizer(line: CommandLine, hparams: Mapping, tokenizer_file: Path)
     return wanted
 
 
-def warn_of_unknown_characters(text: TextBatches, policy: str) -> None:
-    """Lists characters of the first sentences that the tokenizer does not know.
+def check_characters(text: TextBatches, policy: str, where: str) -> None:
+    """Lists characters that the tokenizer does not know.
 
     Raises:
-        UserError: there are some, and ``policy`` is "error".
+        UserError: the text is in another letter case than the tokens; or there are such
+            characters, and ``policy`` is "error": then all sentences are searched, else the first.
     """
-    sample = list(islice(read_sentences(text.paths), SAMPLE_SENTENCES))
-    check_letter_case(text.tokenizer, sample, "train_text")
-    unknown = count_unknown_characters(text.tokenizer, sample)
-    check_unknown_characters(unknown, policy, "Training text")
+    sentences = read_sentences(text.paths)
+    sample = list(islice(sentences, SAMPLE_SENTENCES))
+    check_letter_case(text.tokenizer, sample, where)
+    rest = sentences if policy == "error" else ()
+    unknown = count_unknown_characters(text.tokenizer, chain(sample, rest))
+    if policy != "error" and next(sentences, None) is not None:
+        where += f" (its first {SAMPLE_SENTENCES:,} sentences)"
+    check_unknown_characters(unknown, policy, where)
 
 
 def _averages_as_trained(folder: Path, num_best: int) -> bool:

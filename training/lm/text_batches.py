@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import random
+import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from common.errors import UserError
 from common.files import why_unreadable
+from corpora.librispeech import TABLE_SUFFIXES
 from corpora.manifest import read_manifest
 from text.tokenizer import BOS_ID, EOS_ID, UNK_ID, tokens_of
 from training.launch.interrupts import UndisturbedWorker
@@ -29,16 +31,24 @@ PAD_ID = 0
 def read_sentences(paths: Sequence[str | Path]) -> Iterator[str]:
     """The sentences of text files, one per line; blank lines are left out.
 
+    Accented letters come as one character each, as transcripts do.
+
     Args:
         paths: plain text, gzip (.gz), or manifests (.csv), of which the transcripts are taken.
 
     Raises:
-        UserError: a file that is missing, damaged or not text.
+        UserError: a file that is missing, damaged, not text, or a table.
     """
     for path in map(Path, paths):
         if reason := why_unreadable(path):
             raise UserError(f"The text {path}: {reason}.")
-        if path.suffix == ".csv":
+        suffix = path.suffix.lower()
+        if suffix in TABLE_SUFFIXES and suffix != ".csv":
+            raise UserError(
+                f"The text {path} is a table, of which no sentences are read: "
+                "python -m corpora.prepare table makes manifests (.csv) of tables."
+            )
+        if suffix == ".csv":
             try:
                 lines = iter([row.wrd for row in read_manifest(path)])
             except ValueError as error:
@@ -47,11 +57,11 @@ def read_sentences(paths: Sequence[str | Path]) -> Iterator[str]:
             lines = _lines(path)
         for line in lines:
             if sentence := line.strip():
-                yield sentence
+                yield unicodedata.normalize("NFC", sentence)
 
 
 def _lines(path: Path) -> Iterator[str]:
-    open_text = gzip.open if path.suffix == ".gz" else open
+    open_text = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with open_text(path, "rt", encoding="utf-8-sig") as stream:
             yield from stream
@@ -64,19 +74,25 @@ class TextBatch:
     """Sentences of about one length.
 
     Attributes:
-        tokens_bos: (B, U) model input, bos first, filled up with 0.
-        tokens_eos: (B, U) what each position predicts, eos last, filled up with 0.
-        num_tokens_B: tokens of each sentence, its eos included.
+        tokens_bos: (B, U) model input, filled up with 0; bos first, unless a sentence goes on.
+        tokens_eos: (B, U) what each position predicts, filled up with 0; eos last, unless the
+            sentence goes on.
+        num_tokens_B: tokens that each row predicts, an eos included.
+        num_cut: rows whose sentence goes on, those of the other processes' batches included.
     """
 
     tokens_bos: Tensor
     tokens_eos: Tensor
     num_tokens_B: Tensor
+    num_cut: int = 0
 
     def to(self, device: torch.device | str) -> TextBatch:
         """The batch on a device."""
-        return TextBatch(
-            self.tokens_bos.to(device), self.tokens_eos.to(device), self.num_tokens_B.to(device)
+        return replace(
+            self,
+            tokens_bos=self.tokens_bos.to(device),
+            tokens_eos=self.tokens_eos.to(device),
+            num_tokens_B=self.num_tokens_B.to(device),
         )
 
 
@@ -93,7 +109,8 @@ class TextBatches(IterableDataset):
         max_batch_tokens: bound on sentences times longest sentence of a batch.
         seed: of the run; ``None`` keeps everything in the order of the text, for validation.
         num_parts: an epoch reads every ``num_parts``-th chunk, the next epoch the next ones.
-        max_sentence_tokens: longer sentences are cut.
+        max_sentence_tokens: of longer sentences the rest is left out in training; in validation it
+            follows as sentences that go on, so that every token counts.
         chunk_sentences: sentences in memory at a time.
         skip_unknown: leave out whole sentences that hold a character unknown to the tokenizer.
     """
@@ -185,7 +202,7 @@ class TextBatches(IterableDataset):
             own += 1
             # A loader asks its workers in turn, beginning with the first.
             if own >= self.first_batch and (own - self.first_batch) % workers == index:
-                yield _collated(group[self.rank])
+                yield _collated(group, self.rank)
         if own < 0:
             raise self._too_few()
 
@@ -208,23 +225,30 @@ class TextBatches(IterableDataset):
     def _chunk_batches(self, number: int, chunk: list[str]) -> list[list[list[int]]]:
         if self.skip_unknown:
             chunk = [s for s in chunk if UNK_ID not in self.tokenizer.encode(s)]
-        encoded = (tokens_of(self.tokenizer, s)[: self.max_sentence_tokens] for s in chunk)
-        sentences = [tokens for tokens in encoded if tokens]
+        encoded = (tokens_of(self.tokenizer, sentence) for sentence in chunk)
+        sentences = [row for tokens in encoded if tokens for row in self._rows(tokens)]
         draw = None
         if self.seed is not None:
             draw = random.Random(derive_seed(self.seed, self.epoch, number, "text"))
             draw.shuffle(sentences)
         sentences.sort(key=len)
         batches: list[list[list[int]]] = []
-        for tokens in sentences:
-            # One more for bos or eos; sorted, so that the last is the longest.
-            if batches and (len(batches[-1]) + 1) * (len(tokens) + 1) <= self.max_batch_tokens:
-                batches[-1].append(tokens)
+        for row in sentences:
+            # A row is one longer than what it predicts; sorted, so that the last is the longest.
+            if batches and (len(batches[-1]) + 1) * (len(row) - 1) <= self.max_batch_tokens:
+                batches[-1].append(row)
             else:
-                batches.append([tokens])
+                batches.append([row])
         if draw is not None:
             draw.shuffle(batches)
         return batches
+
+    def _rows(self, tokens: list[int]) -> list[list[int]]:
+        """A sentence in rows of which each token but the first is predicted."""
+        marked = [BOS_ID, *tokens, EOS_ID]
+        step = self.max_sentence_tokens + 1
+        rows = [marked[start : start + step + 1] for start in range(0, len(marked) - 1, step)]
+        return rows if self.seed is None else rows[:1]
 
 
 class TextLoader(DataLoader):
@@ -255,11 +279,13 @@ class TextLoader(DataLoader):
             yield batch
 
 
-def _collated(sentences: list[list[int]]) -> TextBatch:
+def _collated(group: list[list[list[int]]], rank: int) -> TextBatch:
+    rows = group[rank]
     return TextBatch(
-        _padded([[BOS_ID, *tokens] for tokens in sentences]),
-        _padded([[*tokens, EOS_ID] for tokens in sentences]),
-        torch.tensor([len(tokens) + 1 for tokens in sentences]),
+        _padded([row[:-1] for row in rows]),
+        _padded([row[1:] for row in rows]),
+        torch.tensor([len(row) - 1 for row in rows]),
+        num_cut=sum(row[-1] != EOS_ID for batch in group for row in batch),
     )
 
 

@@ -62,13 +62,26 @@ class MetricsLog:
             logger.warning("%s: %d unreadable lines left out", self.path, len(lines) - len(entries))
         return entries
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, ended_epochs: int | None = None) -> None:
         """Forget what was logged later than ``step``.
 
         A run that resumes from the checkpoint of ``step`` will log the following steps again.
+
+        Args:
+            ended_epochs: those that the checkpoint has ended; others are validated again, which may
+                be at ``step``.
         """
         entries = self.read()
-        kept = [entry for entry in entries if entry["step"] <= step]
+        kept = [
+            entry
+            for entry in entries
+            if entry["step"] <= step
+            and not (
+                ended_epochs is not None
+                and "valid_loss" in entry
+                and entry.get("epoch", 0) > ended_epochs
+            )
+        ]
         if len(kept) == len(entries):
             return
         with atomic_write(self.path) as file:
