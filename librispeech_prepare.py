@@ -288,7 +288,7 @@ def _hold_out(
         raise ValueError(
             f"held_out_speakers names {', '.join(sorted(missing))}, no speaker of"
             f" {', '.join(sorted(parted)) or 'a training split, of which none is given'}: name"
-            " speakers that it has, or give an empty list"
+            " speakers that it has, or none (--held_out_speakers '[]')"
         )
 
 
