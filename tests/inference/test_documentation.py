@@ -10,6 +10,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import torch
+
 from inference.formats import FORMATS, MAX_LINE_CHARACTERS
 from transcribe import build_parser
 
@@ -17,16 +19,20 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = (REPOSITORY / "docs" / "inference.md").read_text(encoding="utf-8")
 
 
-def test_the_first_lines_of_python_run(tiny_bundle, tone_corpus, capsys):
-    code, _ = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+def test_the_first_lines_of_python_run(tiny_bundle, tone_corpus, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    first, options, _ = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
     audio = next((tone_corpus / "test-clean").rglob("*.flac"))
-    code = code.replace("results/demo", str(tiny_bundle)).replace("speech.mp3", str(audio))
-    exec(code, {})
-    assert re.fullmatch(r"\S.* \[\('\w+', \d+\.\d+, \d\.\d+\).*\]\n", capsys.readouterr().out)
+    names = {}
+    for code in (first, options):
+        exec(code.replace("results/demo", str(tiny_bundle)).replace("speech.mp3", str(audio)), names)
+    text, alternatives = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\S.* \[\('\w+', \d+\.\d+, \d\.\d+\).*\]", text)
+    assert alternatives.count("'") == 6
 
 
 def test_the_server_answers(tiny_bundle, tone_corpus):
-    _, code = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)[-1]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
