@@ -43,7 +43,7 @@ format: venv
 	$(BIN)/ruff format .
 
 # Each part with its minutes on two idle cores.
-BENCH := "scan 2 --report" "encoder 4" "decode 3 --report" "ctc_search 1 --report" "streaming 1 --report" "prepare 1"
+BENCH := "scan 2 --report" "encoder 4 --report" "decode 3 --report" "ctc_search 1 --report" "streaming 1 --report" "prepare 1 --report"
 
 bench: venv
 	@set -- $(BENCH); count=$$#; left=0; parts=; \

@@ -29,6 +29,7 @@ from corpora.checking import (
     check_rate,
     check_utterances,
     default_num_workers,
+    kinds_of_check,
     lines_of,
 )
 from corpora.librispeech import (
@@ -316,18 +317,18 @@ def _plan(
     verify: bool,
     rates: dict[str, Any],
 ) -> _Plan:
+    kinds = kinds_of_check(verify)
     made_from = {
         **rates,
         "data": listing.fingerprint,
         "select_n_sentences": limit,
         "skip_bad": skip_bad,
-        "verified": verify,
+        "verified": kinds[0],
     }
     plan = _Plan(listing, limit, made_from, is_current=False)
-    plan.is_current = record.is_current(plan.name, made_from)
-    if not plan.is_current and not verify:
-        # Who asks for less than was done before need not have it done again.
-        plan.is_current = record.is_current(plan.name, {**made_from, "verified": True})
+    plan.is_current = any(
+        record.is_current(plan.name, made_from | {"verified": kind}) for kind in kinds
+    )
     return plan
 
 

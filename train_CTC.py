@@ -42,9 +42,6 @@ class CTCOutputs:
 class ASR(ASRBrain):
     """CTC training; two augmented copies per utterance where ``consistency_weight`` is not 0."""
 
-    best_metric = "WER"
-    best_is = "min"
-
     def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> CTCOutputs:
         """Waveforms to log probabilities."""
         batch = batch.to(self.device, non_blocking=True)

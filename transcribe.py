@@ -34,6 +34,7 @@ from inference.formats import FORMATS
 from inference.sources import Source, find_sources
 
 _MAX_SEGMENT_S = 30.0
+_NO_FILE = "\0"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -106,6 +107,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, of which recordings may stand behind options, and behind -- nothing else."""
+    parser, end = build_parser(), argv.index("--") if "--" in argv else len(argv)
+    before, behind = argv[:end], argv[end + 1 :]
+    # Intermixed, argparse does not know --; in order it does.
+    if parser.parse_known_args([*before, "--", _NO_FILE])[0].model == _NO_FILE:
+        arguments = parser.parse_args([*before, "--", *behind[:1]])
+        behind = behind[1:]
+    else:
+        arguments = parser.parse_intermixed_args(before)
+    arguments.audio += behind
+    return arguments
+
+
 def _speed(text: str) -> float:
     return math.inf if text == "max" else positive(float)(text)
 
@@ -133,6 +148,8 @@ def transcribe(arguments: argparse.Namespace) -> int:
         raise UserError("--lookahead is of chunks: give --chunk_ms or --stream as well.")
     if not arguments.microphone and not arguments.audio:
         raise UserError("There is nothing to transcribe: name recordings, or use --microphone.")
+    if arguments.alternatives is not None and "json" not in arguments.format:
+        raise UserError("--alternatives are in the JSON: give --format json as well.")
     if sys.stdout is None and arguments.output_dir is None:
         raise UserError("Standard output is closed: give --output_dir.")
     check_model(arguments.model)
@@ -254,8 +271,7 @@ def _print(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    # Recordings may stand behind options, too.
-    return exit_status(transcribe, build_parser().parse_intermixed_args(argv))
+    return exit_status(transcribe, parse(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

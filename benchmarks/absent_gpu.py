@@ -24,7 +24,7 @@ import ops.selective_scan.triton as scan
 from ops import checks, dropout, triton_launcher
 from ops.backends import OVERRIDE
 from ops.causal_conv1d import triton_kernels
-from ops.mamba_inner import fused_triton
+from ops.mamba_inner import dispatch, fused_triton
 from ops.selective_scan import triton_launch
 
 ABSENT_GPU = 0
@@ -136,6 +136,8 @@ def absent_gpu(capability: int) -> Iterator[dict[str, Unlaunched]]:
         # What is faster on a CPU than torch's.
         stack.enter_context(patch.object(dropout, "fits", lambda _: False))
         stack.enter_context(patch.object(checks, "is_on_cpu", lambda _: False))
+        # A mode that counts is to see what runs without it.
+        stack.enter_context(patch.object(dispatch, "is_observed", lambda _: False))
         for module in (scan, convolution):
             stack.enter_context(patch.object(module, "interpreted", lambda: True))
             stack.enter_context(patch.object(module, "unavailable", lambda: None))

@@ -27,8 +27,8 @@ from speechbrain.decoders.ctc import CTCBeamSearcher
 from torch import nn
 
 from benchmarks.ctc_outputs import CHARACTERS, ctc_log_probs, lexicon, sentences, spelled
-from benchmarks.report import origin, write_report
-from benchmarks.targets import Target
+from benchmarks.report import add_options, command_line, origin, write_report
+from benchmarks.targets import Target, table, verdict
 from common.tables import markdown_table
 from decoding.ctc_beam_search import CTCBeamSearch
 from modules.TransformerASR import TransformerASR
@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
-    parser.add_argument("--report", action="store_true", help="write reports/ctc_search.md")
+    add_options(parser)
     parser.add_argument("--outputs", type=Path, help="log probabilities of a trained model (.npz)")
     parser.add_argument("--rounds", type=int, default=15, help="how often each is timed")
     arguments = parser.parse_args(argv)
@@ -157,26 +156,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                     targets.append(
                         Target(f"{setting}: of the encoder", ours_ms / encoder_ms, 0.4, False, "")
                     )
-    command = f"python -m benchmarks.bench_ctc_search {' '.join(argv or sys.argv[1:])}"
     header = ["search", "ours", "SpeechBrain's", "times as fast", "encoder", "ours / encoder"]
-    target_rows = [target.row() for target in targets]
     write_report(
         "ctc_search",
         "\n\n".join(
             [
                 "# CTC beam search",
-                origin(command.strip(), ["torch", "speechbrain", "numpy"]),
+                origin(command_line("bench_ctc_search", argv), ["torch", "speechbrain", "numpy"]),
                 "16 s in 400 frames; CPU time of one thread, medians.",
                 markdown_table(header, rows),
-                markdown_table(["target", "measured", "wanted", "reached"], target_rows),
+                table(targets),
             ]
         ),
         arguments.report,
     )
-    missed = [target for target in targets if not target.met]
-    for target in missed:
-        print(f"MISSED {', '.join(target.row()[:3])}", file=sys.stderr)
-    return 1 if missed and arguments.check else 0
+    return verdict(targets, arguments.check)
 
 
 if __name__ == "__main__":

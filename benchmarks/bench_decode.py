@@ -25,7 +25,14 @@ from speechbrain.decoders import scorer as speechbrain_scorers
 from speechbrain.nnet.linear import Linear
 from torch import nn
 
-from benchmarks.report import check_device, machine_slug, origin, write_report
+from benchmarks.report import (
+    add_options,
+    check_device,
+    command_line,
+    machine_slug,
+    origin,
+    write_report,
+)
 from common.tables import markdown_table
 from decoding.beam_search import CachedBeamSearcher
 from decoding.ctc_prefix_scorer import CTCScorer
@@ -143,10 +150,10 @@ def speed_up(
 
 
 def search_pair(
-    decoder_module: str, beam_size: int, tokens: int, seconds: float = 16.0, with_lm: bool = False
+    decoder_module: str, beam_size: int, tokens: int, with_lm: bool = False
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """(cached, uncached) search of one utterance."""
-    model, memory_BTD = network(decoder_module), encoder_output(seconds)
+    """(cached, uncached) search of one utterance of 16 s."""
+    model, memory_BTD = network(decoder_module), encoder_output(16.0)
     output = Linear(input_size=D_MODEL, n_neurons=VOCABULARY)
     options = search_options(memory_BTD.shape[1], beam_size, tokens)
     scorers: list[Any] = [None, None]
@@ -335,8 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
-    parser.add_argument("--report", action="store_true", help="write to benchmarks/reports")
+    add_options(parser)
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, help="measure only these")
     parser.add_argument("--tokens", type=int, default=50, help="tokens per search")
     parser.add_argument("--joint_tokens", type=int, default=25, help="the same with the large LM")
@@ -357,20 +363,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     missed = [result for result in results if not result.reached]
     if arguments.report:
         rows = [[r.what, r.measured, r.target, "yes" if r.reached else "no"] for r in results]
-        command = f"python -m benchmarks.bench_decode {' '.join(argv or sys.argv[1:])}"
         write_report(
             "decode" if arguments.device == "cpu" else f"decode_{machine_slug('cuda')}",
             "\n\n".join(
                 [
                     "# Decoding",
-                    origin(command, ["torch", "speechbrain"], arguments.device)
+                    origin(
+                        command_line("bench_decode", argv),
+                        ["torch", "speechbrain"],
+                        arguments.device,
+                    )
                     + f"\n- threads: {arguments.threads}, float32, random weights",
                     markdown_table(["setting", "measured", "target", "reached"], rows),
                 ]
             ),
         )
     for result in missed:
-        print(f"MISSED {result.what}: {result.measured}, wanted {result.target}", file=sys.stderr)
+        print(f"missed: {result.what}: {result.measured}, wanted {result.target}", file=sys.stderr)
     return 1 if missed and arguments.check else 0
 
 

@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bench_encoder
 from benchmarks.absent_gpu import Unlaunched, absent_gpu, launches
-from benchmarks.report import machine_slug, origin, write_report
-from benchmarks.targets import Target
+from benchmarks.report import add_options, command_line, machine_slug, origin, write_report
+from benchmarks.targets import Target, table, verdict
 from common.tables import markdown_table
 from modules.TransformerASR import TransformerASR
 from ops.selective_scan import triton_launch
@@ -233,16 +233,13 @@ def measure(rounds: int, compiling: bool) -> tuple[str, list[Target]]:
         sections.append(markdown_table(header, rows))
         seconds = sum(float(row[-1]) for row in rows if row[0] == f"sm_{CAPABILITIES[-1]}")
         targets.append(Target("seconds to compile what a recipe needs", seconds, 40, False, "s"))
-    sections.append(
-        markdown_table(["target", "measured", "wanted", "met"], [t.row() for t in targets])
-    )
+    sections.append(table(targets))
     return "\n\n".join(sections), targets
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
-    parser.add_argument("--report", action="store_true", help="write to benchmarks/reports")
+    add_options(parser)
     parser.add_argument("--rounds", type=int, default=30, help="times are medians of so many")
     parser.add_argument("--no_compiling", action="store_true", help="leave the kernels' table out")
     arguments = parser.parse_args()
@@ -250,16 +247,13 @@ def main() -> int:
     # What lies in Triton's cache would cost nothing.
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     text, targets = measure(arguments.rounds, not arguments.no_compiling)
-    command = " ".join(["python -m benchmarks.bench_host", *sys.argv[1:]])
-    text = "\n\n".join(["# The host of a GPU", origin(command, ["torch", "triton"], "cpu"), text])
+    source = origin(command_line("bench_host"), ["torch", "triton"], "cpu")
+    text = "\n\n".join(["# The host of a GPU", source, text])
     if arguments.report:
         write_report(f"host_{machine_slug('cpu')}_{date.today().isoformat()}", text)
     else:
         print(text)
-    missed = [target for target in targets if not target.met]
-    for target in missed:
-        print(f"missed: {target.name}: {', '.join(target.row()[1:3])}", file=sys.stderr)
-    return 1 if missed and arguments.check else 0
+    return verdict(targets, arguments.check)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from speechbrain.utils.edit_distance import wer_details_for_batch, wer_summary
 
-from benchmarks.report import origin, write_report
-from benchmarks.targets import Target
+from benchmarks.report import add_options, command_line, origin, write_report
+from benchmarks.targets import Target, table, verdict
 from common.tables import markdown_table
 from corpora.references import read_references
 from inference import Recognizer, Transcript, Word
@@ -132,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="longest segments, in seconds",
     )
     add("--threads", type=int, default=1, help="of the recogniser")
-    add("--check", action="store_true", help="exit with 1 where a target is missed")
-    add("--report", action="store_true", help="write reports/long_audio.md")
+    add_options(parser)
     arguments = parser.parse_args(argv)
     logging.disable(logging.WARNING)
     torch.set_num_threads(arguments.threads)
@@ -170,22 +169,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             targets.append(Target(f"{name}: more errors", rise, MAX_RISE, False, " %"))
             targets.append(Target(f"{name}: times beyond 0.1 s", late, 0.0, False, " %"))
     header = ["", "WER %", "more errors, %", "words at a join beyond 0.1 s, %", "segments"]
-    target_table = markdown_table(
-        ["target", "measured", "wanted", "reached"], [target.row() for target in targets]
-    )
-    text = f"{markdown_table(header, rows)}\n\n{target_table}"
+    text = f"{markdown_table(header, rows)}\n\n{table(targets)}"
     if arguments.report:
-        command = f"python -m benchmarks.bench_long_audio {' '.join(argv or sys.argv[1:])}"
         minutes = len(joined.wav_S) / rate / 60
         described = f"{len(joined.order)} utterances in {minutes:.0f} minutes"
-        lines = ["# Long recordings", origin(command.strip(), ["torch", "numpy"]), described, text]
+        source = origin(command_line("bench_long_audio", argv), ["torch", "numpy"])
+        lines = ["# Long recordings", source, described, text]
         write_report("long_audio", "\n\n".join(lines))
     else:
         print(text)
-    missed = [target for target in targets if not target.met]
-    for target in missed:
-        print(f"MISSED {', '.join(target.row()[:3])}", file=sys.stderr)
-    return 1 if missed and arguments.check else 0
+    return verdict(targets, arguments.check)
 
 
 if __name__ == "__main__":

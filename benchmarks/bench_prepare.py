@@ -26,7 +26,7 @@ from speechbrain.dataio.dataio import read_audio_info
 from speechbrain.utils.parallel import parallel_map
 from tqdm import tqdm
 
-from benchmarks.report import origin, write_report
+from benchmarks.report import add_options, command_line, origin, write_report
 from common.tables import markdown_table
 from librispeech_prepare import prepare_librispeech
 
@@ -124,8 +124,7 @@ def main() -> None:
         "--rounds", type=int, default=3, help="how often each is timed; default: %(default)s"
     )
     parser.add_argument("--speechbrain_preparer", help="its librispeech_prepare.py in a checkout")
-    parser.add_argument("--check", action="store_true", help="exit status 1 below the goal")
-    parser.add_argument("--report", action="store_true", help="write benchmarks/reports/prepare.md")
+    add_options(parser)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
 
@@ -141,14 +140,13 @@ def main() -> None:
         rates[name] = options.num_files / cpu_s
         row = [name, f"{wall_s:.2f}", f"{cpu_s:.2f}"]
         rows.append([*row, f"{options.num_files / wall_s:,.0f}", f"{rates[name]:,.0f}"])
-    command = " ".join(["python -m benchmarks.bench_prepare", *sys.argv[1:]])
     header = ["", "wall s", "CPU s", "files/s", "files per CPU s"]
     write_report(
         "prepare",
         "\n\n".join(
             [
                 f"# Preparing {options.num_files:,} files",
-                origin(command, ["soundfile", "speechbrain"]),
+                origin(command_line("bench_prepare"), ["soundfile", "speechbrain"]),
                 markdown_table(header, rows),
                 f"Best of {options.rounds} rounds. Goal: {GOAL_FILES_PER_S:,} files a second per"
                 " core. LibriSpeech has 292,367 files.",

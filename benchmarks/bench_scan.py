@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import functools
 import importlib.util
-import re
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.report import check_device, machine_slug, origin, write_report
+from benchmarks.report import (
+    add_options,
+    check_device,
+    command_line,
+    machine_slug,
+    origin,
+    write_report,
+)
 from benchmarks.scan_gpu import bench_cuda
 from benchmarks.scans import (
     STATE,
@@ -38,13 +44,14 @@ from benchmarks.scans import (
     scan,
     textbook_loop,
 )
-from benchmarks.targets import Target
+from benchmarks.targets import Target, table, verdict
 from benchmarks.timing import (
     BLOCK_MS,
     blocks_ms,
     cold_ms,
     copy_bandwidth,
     medians_ms,
+    memory_bytes,
     nothing,
     tell,
     timed_ms,
@@ -99,17 +106,11 @@ def print_memory(frames: int, batch: int, backward: bool) -> None:
     grad_y = torch.randn_like(leaves[0])
     # Loads the kernel and starts the threads.
     runner(functools.partial(scan, "cpu"), make_inputs(2, DIM, 64), backward)()
-    before = _resident_bytes("VmRSS")
+    before = memory_bytes()
     y = scan("cpu", *leaves)
     kept = [y, *(torch.autograd.grad(y, leaves, grad_y) if backward else ())]
     results = sum(x.numel() * x.element_size() for x in kept)
-    print(_resident_bytes("VmHWM") - before - results)
-
-
-def _resident_bytes(field: str) -> int:
-    """Memory of this process now (VmRSS) or at its peak (VmHWM), as Linux counts it."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) * 1024
+    print(memory_bytes("VmHWM") - before - results)
 
 
 def bench_cpu(rounds: int, slow_rounds: int) -> tuple[str, list[Target]]:
@@ -197,7 +198,7 @@ def bench_cpu(rounds: int, slow_rounds: int) -> tuple[str, list[Target]]:
         + (f" (backward of the two loops: {slow_rounds} calls)" if slow_rounds else "")
         + ". Caches cold: single calls, each after other work.",
         markdown_table(header, rows),
-        markdown_table(["target", "measured", "wanted", "met"], [t.row() for t in targets]),
+        table(targets),
         _against_the_floor(forward["`cpu`"], both["`cpu`"], rates, threads),
     ]
     return "\n\n".join(text), targets
@@ -314,8 +315,7 @@ def main() -> int:
         default=0,
         help="also time the backward of the loops, so many times (minutes each)",
     )
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
-    parser.add_argument("--report", action="store_true", help="write to benchmarks/reports")
+    add_options(parser)
     parser.add_argument("--memory_of", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--hour", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -344,23 +344,18 @@ def main() -> int:
         )
 
     device = "cuda" if arguments.device == "cuda" else "cpu"
-    command = "python -m benchmarks.bench_scan " + " ".join(sys.argv[1:])
     packages = [
         name
         for name in ("torch", "mambapy", "triton", "mamba_ssm")
         if importlib.util.find_spec(name)
     ]
-    text = "\n\n".join(["# The scan", origin(command.strip(), packages, device), *sections])
+    source = origin(command_line("bench_scan"), packages, device)
+    text = "\n\n".join(["# The scan", source, *sections])
     if arguments.report:
         write_report(f"scan_{machine_slug(device)}_{date.today().isoformat()}", text)
     else:
         print(text)
-    missed = [target for target in targets if not target.met]
-    for target in missed:
-        print(
-            f"missed: {target.name}: {target.row()[1]}, wanted {target.row()[2]}", file=sys.stderr
-        )
-    return 1 if missed and arguments.check else 0
+    return verdict(targets, arguments.check)
 
 
 if __name__ == "__main__":

@@ -23,37 +23,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.report import machine_slug, origin, write_report
-from benchmarks.targets import Target
+from benchmarks.random_model import make_run
+from benchmarks.report import add_options, command_line, machine_slug, origin, write_report
+from benchmarks.targets import Target, verdict
+from benchmarks.timing import memory_bytes
 from common.tables import markdown_table
 from inference import StreamingRecognizer
+from inference.bundle import read_run
 from inference.chunks import chunks_of
 from inference.model import Model
-from text.tokenizer import load_tokenizer, train_tokenizer
-from training.launch.command_line import load_hparams
 
-YAML = Path(__file__).resolve().parents[1] / "hparams" / "CTC" / "conmamba_small_streaming.yaml"
-ALPHABET = ["THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG'S BACK"]
 BATCH = 16
 
 
 def random_model() -> Model:
-    """conmamba_small for streaming, as it is before training."""
-    torch.manual_seed(0)
+    """conmamba_small for streaming, never trained."""
     with tempfile.TemporaryDirectory() as folder:
-        options = {"data_folder": folder, "output_folder": folder}
-        hparams = load_hparams(str(YAML), options)
-        tokens = hparams["output_neurons"]
-        path = Path(folder) / "tokenizer.model"
-        train_tokenizer(ALPHABET, path, token_type="char", output_neurons=tokens)
-        tokenizer = load_tokenizer(path, tokens)
-    hparams["normalize"](torch.randn(2, 50, hparams["n_mels"]) * 10 - 30)
-    streaming = {"left_context_chunks": 8, "lookahead": hparams["stream_lookahead"]}
-    config = {"kind": "ctc", "tokens": {"blank": 0}, "search": {}, "streaming": streaming}
-    model = Model(config, hparams["speech_encoder"], hparams["ctc_lin"], None, None, tokenizer)
-    for part in [model.encoder, *model.parts().values()]:
-        part.eval().requires_grad_(False)
-    return model
+        return read_run(make_run(Path(folder) / "run", "CTC/conmamba_small_streaming"))
 
 
 def noise(samples: int) -> np.ndarray:
@@ -86,28 +72,23 @@ def chunk_times_ms(model: Model, chunk_ms: float, num_streams: int, rounds: int)
     return times_ms[5:]
 
 
-def offline_real_time_factor(model: Model, seconds: float = 16.0, rounds: int = 5) -> float:
-    """Of the pass over a whole recording in chunks of 640 ms."""
+def offline_real_time_factor(model: Model) -> float:
+    """Of the pass over a whole recording of 16 s in chunks of 640 ms."""
     asr = StreamingRecognizer(model, device="cpu", search={"search": "greedy"})
-    wav_S, times_s = noise(round(seconds * 16000)), []
-    for _ in range(rounds):
+    seconds, times_s = 16, []
+    wav_S = noise(seconds * 16000)
+    for _ in range(5):
         started = time.process_time()
         asr.transcribe(wav_S, chunk_ms=640, search="greedy")
         times_s.append(time.process_time() - started)
     return statistics.median(times_s) / seconds
 
 
-def memory_mib() -> float:
-    """Resident memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * 4096 / 2**20
-
-
-def memory_per_stream_mib(model: Model, num_streams: int = 64) -> float:
-    """What each further stream adds, its share of a batch included."""
+def memory_per_stream_mib(model: Model) -> float:
+    """What each of many further streams adds, its share of a batch included."""
     asr = StreamingRecognizer(model, device="cpu", max_batch=BATCH, search={"search": "greedy"})
-    chunk_S, before = noise(10_240), 0.0
-    for count in (1, num_streams - 1):
+    chunk_S, before, further = noise(10_240), 0, 63
+    for count in (1, further):
         streams = [asr.open() for _ in range(count)]
         for _ in range(4):
             for stream in streams:
@@ -115,8 +96,8 @@ def memory_per_stream_mib(model: Model, num_streams: int = 64) -> float:
             while asr.step():
                 pass
         if count == 1:
-            before = memory_mib()
-    return (memory_mib() - before) / (num_streams - 1)
+            before = memory_bytes()
+    return (memory_bytes() - before) / 2**20 / further
 
 
 def longest_wait_chunks(model: Model) -> float:
@@ -166,14 +147,14 @@ def measure(rounds: int) -> tuple[list[Target], list[list[str]]]:
     return targets, [["the same audio offline: real-time factor", f"{offline:.3g}", "", ""]]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench_streaming",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="status 1 where a target is missed")
-    parser.add_argument("--report", action="store_true", help="write benchmarks/reports")
+    add_options(parser)
     parser.add_argument("--rounds", type=int, default=200, help="chunks (default: %(default)s)")
     arguments = parser.parse_args(argv)
     targets, others = measure(arguments.rounds)
@@ -182,15 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         ["", "measured", "target", "met"], list(itertools.chain(rows[:1], others, rows[1:]))
     )
     if arguments.report:
-        given = sys.argv[1:] if argv is None else argv
-        command = " ".join(["python -m benchmarks.bench_streaming", *given])
-        text = f"# Streaming\n\n{__doc__}\n{table}\n\n{origin(command, ['torch', 'numpy'])}"
+        source = origin(command_line("bench_streaming", argv), ["torch", "numpy"])
+        text = f"# Streaming\n\n{__doc__}\n{table}\n\n{source}"
         write_report(f"streaming_{machine_slug()}", text)
     else:
         print(table)
-    if arguments.check and not all(target.met for target in targets):
-        sys.exit(1)
+    return verdict(targets, arguments.check)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

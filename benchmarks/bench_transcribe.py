@@ -13,7 +13,6 @@ clock, on two threads. All parts take seven minutes on two idle cores.
 import argparse
 import itertools
 import logging
-import os
 import resource
 import statistics
 import subprocess
@@ -35,8 +34,9 @@ from benchmarks.bench_ctc_search import FRAMES, cpu_medians_ms, generated_output
 from benchmarks.bench_encoder import conformer, limit_memory, peak_gib
 from benchmarks.ctc_outputs import CHARACTERS
 from benchmarks.random_model import make_run
-from benchmarks.report import origin, write_report
-from benchmarks.targets import Target
+from benchmarks.report import add_options, command_line, origin, write_report
+from benchmarks.targets import Target, table, verdict
+from benchmarks.timing import memory_bytes
 from common.tables import format_duration, markdown_table
 from corpora.audio import AUDIO_SUFFIXES
 from inference import Recognizer
@@ -217,12 +217,11 @@ def _long_file(model: str, path: str, whole: bool) -> tuple[float, float, float]
     torch.set_num_threads(1)
     asr = Recognizer.from_pretrained(model)
     asr.transcribe(speech_like(10, asr.sample_rate), search="greedy")
-    statm = Path("/proc/self/statm").read_text(encoding="utf-8").split()
+    model_gib = memory_bytes() / 2**30
     started = time.process_time()
     gib = peak_gib(lambda: asr.transcribe(path, whole=whole, search="greedy"), "cpu")
     if gib is None:
         raise SystemExit("memory: this system does not tell how much memory a process takes.")
-    model_gib = int(statm[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
     return gib, time.process_time() - started, model_gib
 
 
@@ -334,12 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("model", nargs="?", metavar="MODEL", help="folder of a bundle or of a run (CTC)")
     add("--audio", type=Path, metavar="FOLDER", help="recordings of speech")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    add("--check", action="store_true", help="exit with 1 where a target is missed")
-    add(
-        "--report",
-        action="store_true",
-        help="write reports/transcribe.md, or with --parts one under their names",
-    )
+    add_options(parser)
     add("--rounds", type=int, default=9, help="how often each is timed")
     add("--hours", type=float, default=2.0, help="of the long file")
     add("--max_memory_gib", type=float, default=8.0, help="for SpeechBrain's Conformer")
@@ -361,10 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench(model, audio, folder, arguments.rounds, arguments.max_memory_gib, long_s)
         parts = measured(bench, arguments.parts)
     targets = [target for part in parts for target in part.targets]
-    target_rows = [target.row() for target in targets]
-    table = markdown_table(["target", "measured", "wanted", "reached"], target_rows)
     if arguments.report:
-        command = f"python -m benchmarks.bench_transcribe {' '.join(argv or sys.argv[1:])}"
         described = arguments.model or "conmamba_small (CTC), random weights"
         sections = [
             f"## {part.title}\n\n{markdown_table(part.header, part.rows)}" for part in parts
@@ -376,20 +367,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             "\n\n".join(
                 [
                     "# From recordings to text",
-                    origin(command.strip(), packages),
+                    origin(command_line("bench_transcribe", argv), packages),
                     f"Model: {described}. Medians; the Conformer is SpeechBrain's own, of the same "
                     f"size, its network alone, in at most {arguments.max_memory_gib:g} GiB.",
                     *sections,
-                    f"## Targets\n\n{table}",
+                    f"## Targets\n\n{table(targets)}",
                 ]
             ),
         )
     else:
-        print(table)
-    missed = [target for target in targets if not target.met]
-    for target in missed:
-        print(f"MISSED {', '.join(target.row()[:3])}", file=sys.stderr)
-    return 1 if missed and arguments.check else 0
+        print(table(targets))
+    return verdict(targets, arguments.check)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ CHARACTERS = ["<unk>", "<s>", "</s>", "▁", *string.ascii_uppercase, "'"]
 """Sentencepiece's characters; the blank is the first."""
 
 
-def lexicon(num_words: int, seed: int = 0) -> list[str]:
+def lexicon(num_words: int) -> list[str]:
     """Words of one to four syllables that can be told apart by a letter."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     words: dict[str, None] = {}
     while len(words) < num_words:
         syllables = (

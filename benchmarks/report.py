@@ -17,6 +17,17 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 REPORTS = Path(os.environ.get("BENCHMARK_REPORTS", _REPOSITORY / "benchmarks" / "reports"))
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a benchmark that has targets."""
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--report", action="store_true", help="write to benchmarks/reports")
+
+
+def command_line(module: str, argv: Sequence[str] | None = None) -> str:
+    """How a benchmark was called, with ``argv`` or the arguments of this process."""
+    return " ".join([f"python -m benchmarks.{module}", *(sys.argv[1:] if argv is None else argv)])
+
+
 def origin(command: str, packages: Sequence[str] = (), device: str = "cpu") -> str:
     """Bullet points that say how the figures of a report were obtained.
 

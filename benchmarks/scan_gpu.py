@@ -176,20 +176,20 @@ def _device_times(changes: dict[str, int | None]) -> list[str]:
     return times
 
 
-def device_ms(call: Callable[[], None], repeats: int = 10) -> float:
+def device_ms(call: Callable[[], None]) -> float:
     """Median milliseconds of a call on the device: its kernels as a graph, nothing of the host.
 
     NaN where the call cannot be captured.
     """
     try:
-        return _device_ms(call, repeats)
+        return _device_ms(call)
     except RuntimeError as error:
         print(f"not captured: {str(error).splitlines()[0]}", file=sys.stderr)
         torch.cuda.synchronize()
         return math.nan
 
 
-def _device_ms(call: Callable[[], None], repeats: int) -> float:
+def _device_ms(call: Callable[[], None]) -> float:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -199,7 +199,7 @@ def _device_ms(call: Callable[[], None], repeats: int) -> float:
     with torch.cuda.graph(graph, stream=stream):
         call()
     times = []
-    for _ in range(repeats):
+    for _ in range(10):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()

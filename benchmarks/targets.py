@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from common.tables import markdown_table
 
 
 class Target(NamedTuple):
@@ -27,3 +31,21 @@ class Target(NamedTuple):
             f"{relation} {self.limit:g}{self.unit}",
             verdict,
         ]
+
+
+def table(targets: Sequence[Target]) -> str:
+    """What is wanted, and what was found."""
+    rows = [target.row() for target in targets]
+    return markdown_table(["target", "measured", "wanted", "met"], rows)
+
+
+def verdict(targets: Sequence[Target], check: bool) -> int:
+    """Says on stderr which targets were missed.
+
+    Returns:
+        the exit status of a command: 1 where one was and the caller came to ``check``.
+    """
+    missed = [target for target in targets if not target.met]
+    for target in missed:
+        print(f"missed: {target.name}: {', '.join(target.row()[1:3])}", file=sys.stderr)
+    return 1 if missed and check else 0

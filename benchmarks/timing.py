@@ -1,12 +1,14 @@
-"""Times by the clock, of candidates that take turns."""
+"""Times by the clock, of candidates that take turns; and the memory of this process."""
 
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -85,3 +87,9 @@ def copy_bandwidth(device: str, elements: int, synchronise: Callable[[], None]) 
     target = torch.ones_like(source)
     ms = medians_ms({"copy": lambda: target.copy_(source)}, 10, synchronise)["copy"]
     return 2 * source.numel() * source.element_size() / ms * 1e3
+
+
+def memory_bytes(field: str = "VmRSS") -> int:
+    """Memory of this process now (``VmRSS``) or at its peak (``VmHWM``), as Linux counts it."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) * 1024

@@ -5,7 +5,9 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,6 +51,26 @@ def atomic_write(path: str | Path, mode: Literal["w", "wb"] = "w") -> Iterator[I
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill that gets its name once it is complete; an exception deletes it.
+
+    Args:
+        path: the folder to create; the one above it must exist, and it itself not, at the end.
+
+    Yields:
+        Where it is until then.
+    """
+    path = Path(path)
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=".making-"))
+    try:
+        yield scratch
+        os.chmod(scratch, 0o755)
+        os.rename(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

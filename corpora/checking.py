@@ -51,6 +51,15 @@ def check_rate(sample_rate: int) -> None:
         raise ValueError(f"sample_rate is {sample_rate}; it is a number of samples per second")
 
 
+def kinds_of_check(verify: bool) -> list[bool | str]:
+    """What a record may say of how the recordings of a current manifest were checked.
+
+    The first is what is recorded now. Who asks for less than was done before need not have it done
+    again; what was recorded as True was decoded, but not searched for samples that are not finite.
+    """
+    return ["finite"] if verify else [False, True, "finite"]
+
+
 def default_num_workers() -> int:
     """Threads that read audio: network disks gain from more than there are cores."""
     return min(16, 4 * (os.cpu_count() or 1))

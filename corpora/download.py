@@ -43,6 +43,10 @@ _DAMAGED = (
 )
 _BLOCK_BYTES = 1 << 18
 _TIMEOUT_S = 60
+_NUM_ATTEMPTS = 5
+"""How often a transfer may break in a row without a byte more."""
+_WAIT_S = 2.0
+"""Pause before the second attempt; it doubles each time."""
 _BROKEN_TRANSFER = (
     urllib.error.URLError,
     http.client.HTTPException,
@@ -55,26 +59,17 @@ class DownloadError(OSError):
     """A file that could not be fetched, or is not what it should be."""
 
 
-def fetch(
-    url: str,
-    target: str | Path,
-    md5: str,
-    *,
-    num_attempts: int = 5,
-    wait_s: float = 2.0,
-    noprogressbar: bool = False,
-) -> Path:
+def fetch(url: str, target: str | Path, md5: str, *, noprogressbar: bool = False) -> Path:
     """Download a file; continue where an earlier call or a broken transfer stopped.
 
     Bytes are collected in ``<target>.part``, which becomes ``target`` once its MD5 is right. A
-    ``target`` that is there already is checked, not fetched.
+    ``target`` that is there already is checked, not fetched. A second process that fetches the file
+    waits, and then finds it there.
 
     Args:
         url: http or https.
         target: the file to create; its folder is created too.
         md5: the digest the file must have, hexadecimal.
-        num_attempts: how often a transfer may break in a row without a byte more.
-        wait_s: pause before the second attempt; it doubles each time.
         noprogressbar: no progress bar.
 
     Raises:
@@ -83,23 +78,29 @@ def fetch(
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    with alone_with(target):
+        _fetch(url, target, md5, noprogressbar)
+    return target
+
+
+def _fetch(url: str, target: Path, md5: str, noprogressbar: bool) -> None:
     if target.exists():
         found = file_digest(target, "md5")
         if found == md5:
-            return target
+            return
         raise DownloadError(
             f"{target} has the MD5 {found} instead of {md5}: it is damaged or another file;"
             " delete it to fetch it again"
         )
     part = target.with_name(target.name + ".part")
     resumed = part.exists() and part.stat().st_size > 0
-    _transfer_with_retries(url, part, num_attempts, wait_s, noprogressbar)
+    _transfer_with_retries(url, part, noprogressbar)
     found = file_digest(part, "md5")
     if found != md5 and resumed:
         # The part may have been begun from another version of the file: once more from the start.
         logger.warning("%s continued from an earlier part is damaged: fetching it whole", url)
         part.unlink()
-        _transfer_with_retries(url, part, num_attempts, wait_s, noprogressbar)
+        _transfer_with_retries(url, part, noprogressbar)
         found = file_digest(part, "md5")
     if found != md5:
         part.unlink()
@@ -108,7 +109,6 @@ def fetch(
             " official file. It was deleted; try again, or try a mirror with --download_url"
         )
     os.replace(part, target)
-    return target
 
 
 def download_split(
@@ -243,11 +243,9 @@ def extract(archive: str | Path, folder: str | Path, *, noprogressbar: bool = Fa
         raise DownloadError(f"{archive} is damaged: {error}") from error
 
 
-def _transfer_with_retries(
-    url: str, part: Path, num_attempts: int, wait_s: float, noprogressbar: bool
-) -> None:
+def _transfer_with_retries(url: str, part: Path, noprogressbar: bool) -> None:
     attempt, furthest = 0, _size_of(part)
-    while attempt < num_attempts:
+    while attempt < _NUM_ATTEMPTS:
         attempt += 1
         try:
             _transfer(url, part, noprogressbar)
@@ -262,12 +260,12 @@ def _transfer_with_retries(
         # A server that cannot resume sends again what came before: that is no progress.
         if (size := _size_of(part)) > furthest:
             attempt, furthest = 0, size
-        if attempt < num_attempts:
+        if attempt < _NUM_ATTEMPTS:
             logger.warning("%s broke off (%s): continuing", url, reason)
-            time.sleep(wait_s * 2 ** max(0, attempt - 1))
+            time.sleep(_WAIT_S * 2 ** max(0, attempt - 1))
     raise DownloadError(
-        f"{url} broke off {num_attempts} times without progress (last: {reason}); {_size_of(part)} "
-        f"bytes are kept in {part}, the same command continues from there"
+        f"{url} broke off {_NUM_ATTEMPTS} times without progress (last: {reason}); "
+        f"{_size_of(part)} bytes are kept in {part}, the same command continues from there"
     )
 
 

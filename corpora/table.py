@@ -23,6 +23,7 @@ from corpora.checking import (
     check_rate,
     check_utterances,
     default_num_workers,
+    kinds_of_check,
     lines_of,
 )
 from corpora.librispeech import (
@@ -200,11 +201,13 @@ def prepare_tables(
             if target.resolve() == Path(table).resolve():
                 raise ValueError(f"{target} is the table itself: choose another --save_folder.")
             parts[part.name] = Path(table), part
-    # What a table's own column calls so is a split like others.
-    new = {n for n, path in tables.items() if n.endswith(HELD_OUT_SUFFIX) and Path(path).stem != n}
+    # What a table's own name or column calls so is a split like others.
+    new = {name for name, path in tables.items() if name == f"{Path(path).stem}{HELD_OUT_SUFFIX}"}
     _hold_out(parts, set(merge_lst), held_out, new)
     folder.mkdir(parents=True, exist_ok=True)
     record = PreparationRecord(folder, RECORD_NAME)
+    options = [str(audio_folder or ""), sample_rate, resample, skip_bad]
+    kinds = kinds_of_check(verify)
     counts, problems = {}, []
     made = {}
     with ThreadPoolExecutor(num_workers or default_num_workers()) as pool:
@@ -213,10 +216,13 @@ def prepare_tables(
             made_from = {
                 "table": file_digest(table),
                 "audio": _digest_of(data_root, part.utterances),
-                "options": [str(audio_folder or ""), sample_rate, resample, skip_bad, verify],
+                "options": [*options, kinds[0]],
                 **({"held_out": sorted(held_out)} if held_out else {}),
             }
-            if record.is_current(f"{name}.csv", made_from):
+            if any(
+                record.is_current(f"{name}.csv", made_from | {"options": [*options, kind]})
+                for kind in kinds
+            ):
                 counts[name] = record.note(f"{name}.csv", "utterances")
                 continue
             rows, bad = check_utterances(
@@ -381,19 +387,20 @@ def _rows_of_split(
     Raises:
         ValueError: all belong to others.
     """
-    found = dict.fromkeys(values["split"] for _, values in rows if values.get("split"))
+    if not any(values.get("split") for _, values in rows):
+        return rows
+    # Rows that say nothing are of the split that the table is called after.
+    split_of = [values["split"] or path.stem for _, values in rows]
+    found = dict.fromkeys(split_of)
     whole = split.removesuffix(HELD_OUT_SUFFIX)
     wanted = whole if path.stem == whole else split
-    if not found:
-        return rows
     if wanted not in found:
         raise ValueError(
             f"{path}: its column of splits has {', '.join(found)}, and no {wanted}. Rename one of "
             "them or remove the column; or prepare every split of the table with "
             f"python -m corpora.prepare table {path}"
         )
-    # Rows that say nothing are of the split that the table is called after.
-    return [row for row in rows if (row[1]["split"] or path.stem) == wanted]
+    return [row for row, its_split in zip(rows, split_of, strict=True) if its_split == wanted]
 
 
 def _size_of(path: Path) -> tuple[int, str | None]:

@@ -27,16 +27,6 @@ class LMState(Protocol):
         """The state of some hypotheses, in the order of ``rows_N``."""
 
 
-class StepwiseLM(Protocol):
-    """A language model that takes one token of each hypothesis at a time."""
-
-    def initial_state(self, batch_size: int) -> LMState:
-        """What is remembered before the first token."""
-
-    def step(self, tokens_N: Tensor, state: LMState) -> tuple[Tensor, LMState]:
-        """Logits (N, V) of the next token, and the new state."""
-
-
 class LMScorer(SpeechBrainTransformerLMScorer):
     """SpeechBrain's LM scorer over a state instead of over the prefix; its key is ``lm``.
 

@@ -47,6 +47,8 @@ _JOINTS = {
     b"fLaC": (re.compile(rb"fLaC[\0\x80]\0\0\x22"),),
 }
 _JOINT_BYTES, _SCANNED_BYTES = 14, 1 << 20
+# Behind an odd number of bytes there may be one more.
+_WAV_BEGIN = re.compile(rb"\0?(RIFF.{4}WAVE)", re.DOTALL)
 # What begins a frame of MP3, and a first frame that has its recording's size in place of sound.
 _MP3_FRAME = rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\0-\xef]"
 _MP3_SIZE = re.compile(
@@ -56,6 +58,14 @@ _MP3_SIZE = re.compile(
     re.DOTALL,
 )
 _MP3_BEGIN = re.compile(rb"(?:TAG.{125})?(ID3|" + _MP3_FRAME + rb")", re.DOTALL)
+# Of MPEG 1, and of MPEG 2 and 2.5, by their numbers in the head of a frame, which begin with 1.
+_MP3_KBITS_PER_S = (
+    (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+)
+_MP3_RATES = (44100, 48000, 32000)
+# A size that is a little too small leaves out fewer frames than this.
+_MP3_FRAMES = 8
 # A decoder may keep a little to itself at the end of a whole file.
 _MAX_MISSING_S = 0.1
 # Silence that a container's times ask for; more in one place is a damaged time.
@@ -89,7 +99,7 @@ def load_audio(
     """Samples (S,), float32; full scale is 1.
 
     What can be read of a file that was cut short or damaged is returned, with a warning in the
-    log. Recordings that were joined in one file are read one after another.
+    log. Recordings that were joined in one Ogg, FLAC, MP3 or WAV file are read one after another.
 
     Args:
         source: a file's path, its bytes, or an open binary file.
@@ -125,7 +135,6 @@ def as_waveform(
     samples: np.ndarray,
     rate: int,
     sample_rate: int,
-    name: str = "audio",
     channel: int | None = None,
     *,
     max_duration_s: float | None = None,
@@ -136,13 +145,13 @@ def as_waveform(
         samples: (S,) or (S, channels), integers or floating point.
         rate: of ``samples``, in Hz.
         sample_rate: wanted, in Hz.
-        name: of the audio, for messages.
         channel: as in ``load_audio``.
         max_duration_s: as in ``load_audio``.
 
     Raises:
         AudioError: see ``load_audio``; or samples that are not finite.
     """
+    name = "audio"
     samples_SC = with_channels(samples, name)
     channels = samples_SC.shape[1]
     waveform = _Waveform(name, rate, channels, sample_rate, channel, max_duration_s)
@@ -381,7 +390,10 @@ def _joints(file: Any) -> list[int]:
     with _open(file) as stream:
         start = _tag_bytes(stream)
         stream.seek(start)
-        patterns = _JOINTS.get(stream.read(4))
+        magic = stream.read(4)
+        if magic == b"RIFF":
+            return _joints_of_wav(stream, start)
+        patterns = _JOINTS.get(magic)
         if patterns is None:
             return _joints_of_mp3(stream, start)
         # Past where the first recording begins.
@@ -401,6 +413,20 @@ def _joints(file: Any) -> list[int]:
         return joints
 
 
+def _joints_of_wav(stream: IO[bytes], start: int) -> list[int]:
+    """Where a header follows at once on what the header before says is all of its recording."""
+    joints: list[int] = []
+    while True:
+        stream.seek(start + 4)
+        end = start + 8 + int.from_bytes(stream.read(4), "little")
+        stream.seek(end)
+        begin = _WAV_BEGIN.match(stream.read(13))
+        if begin is None:
+            return joints
+        start = end + begin.start(1)
+        joints.append(start)
+
+
 def _joints_of_mp3(stream: IO[bytes], start: int) -> list[int]:
     """Where audio goes on behind what a first frame says is all of its recording.
 
@@ -417,9 +443,33 @@ def _joints_of_mp3(stream: IO[bytes], start: int) -> list[int]:
         begin = _MP3_BEGIN.match(stream.read(256))
         if begin is None:
             return joints
-        joints.append(start + size_bytes + begin.start(1))
-        stream.seek(joints[-1])
-        start = joints[-1] + _tag_bytes(stream)
+        joint = start + size_bytes + begin.start(1)
+        if not _begins_mp3(stream, joint):
+            return joints
+        joints.append(joint)
+        stream.seek(joint)
+        start = joint + _tag_bytes(stream)
+
+
+def _begins_mp3(stream: IO[bytes], start: int) -> bool:
+    """Whether there is the beginning of a recording: a tag, a size, or frame after frame."""
+    stream.seek(start)
+    head = stream.read(256)
+    if head.startswith(b"ID3") or _MP3_SIZE.match(head):
+        return True
+    for _ in range(_MP3_FRAMES):
+        stream.seek(start)
+        head = stream.read(4)
+        if not re.match(_MP3_FRAME, head, re.DOTALL) or len(head) < 4:
+            return False
+        is_second = not head[1] & 8
+        bits, rate = head[2] >> 4, head[2] >> 2 & 3
+        if not bits or rate == 3:
+            return False
+        rate_hz = _MP3_RATES[rate] >> (0 if not is_second else 1 if head[1] & 16 else 2)
+        bits_per_s = 1000 * _MP3_KBITS_PER_S[is_second][bits - 1]
+        start += (72 if is_second else 144) * bits_per_s // rate_hz + (head[2] >> 1 & 1)
+    return True
 
 
 def _tag_bytes(stream: IO[bytes]) -> int:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from torch import Tensor
 from common.errors import EXIT_USER_ERROR, UserError, in_words
 from common.files import atomic_write, file_digest, why_unreadable
 from decoding.pretrained_lm import LM_FILE, pretrained_file
+from inference.command_line import HOW_TO_GET_A_MODEL
 from inference.config import PARTS, check_config, read_json
 from inference.model import STATISTICS, Model, check_weights, make_model
 from inference.model_card import model_card
@@ -66,11 +68,6 @@ RUN_FILES = (
     "save/tokenizer.model",
 )
 """What the bundle of a run is made from, beside its language model."""
-
-_HOW_TO_GET_ONE = (
-    "Train one (make demo, or train_CTC.py), and give its output_folder, or the folder that "
-    "python -m inference.bundle RUN FOLDER writes."
-)
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,10 @@ def write_bundle(
         "licence": licence,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=folder.parent) as scratch:
+    # A folder that others have something in stays, and so does one that may lie on another device.
+    stays = folder.is_symlink() or folder.is_mount() or bool(_strangers(folder))
+    place = folder if stays else folder.parent
+    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=place) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         _save_tensors(pack(model.tensors, precision), new / WEIGHTS_FILE)
@@ -139,11 +139,12 @@ def write_bundle(
         _write_json(new / CHECKSUMS_FILE, checksums)
         with atomic_write(new / CARD_FILE) as stream:
             stream.write(model_card(config, checksums))
-        if _strangers(folder):
-            for name in FILES:
+        if stays:
+            names = {path.name for path in new.iterdir()}
+            for name in names:
+                os.replace(new / name, folder / name)
+            for name in {*FILES} - names:
                 (folder / name).unlink(missing_ok=True)
-            for path in new.iterdir():
-                path.rename(folder / path.name)
             return folder
         if folder.exists():
             folder.rename(Path(scratch) / "old")
@@ -163,9 +164,9 @@ def read_bundle(folder: str | Path, link_targets: Path | None = None) -> Model:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"No model: {folder} does not exist or is no folder. {_HOW_TO_GET_ONE}")
+        raise UserError(f"No model: {folder} does not exist or is no folder. {HOW_TO_GET_A_MODEL}")
     if not (folder / CONFIG_FILE).exists():
-        raise UserError(f"{folder} is no bundle: it has no {CONFIG_FILE}. {_HOW_TO_GET_ONE}")
+        raise UserError(f"{folder} is no bundle: it has no {CONFIG_FILE}. {HOW_TO_GET_A_MODEL}")
     checked = functools.partial(_checked_file, folder, link_targets)
     checksums = read_json(checked(CHECKSUMS_FILE))
     config = read_json(checked(CONFIG_FILE, checksums))
@@ -229,7 +230,7 @@ def is_bundle(folder: Path) -> bool:
 def _read_run(run: Path) -> _RunModel:
     missing = [name for name in RUN_FILES if not (run / name).is_file()]
     if missing:
-        what_to_do = _HOW_TO_GET_ONE
+        what_to_do = HOW_TO_GET_A_MODEL
         if any(run.glob("save/CKPT*")):
             what_to_do = (
                 f"It has checkpoints: train_CTC.py {run} --test_only (or train_S2S.py) scores "

@@ -262,6 +262,9 @@ def _unusable(error: OSError, what: str) -> UserError:
 
 def exit_status(run: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     """Runs a script's work; what the user can mend becomes one message."""
+    if sys.stderr is None:
+        # It was closed (2>&-): print would take standard output instead. This one stays open.
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -7,6 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from common.errors import UserError
 from inference.bundle import FILES, read_bundle
+from inference.command_line import HOW_TO_GET_A_MODEL
 from inference.model import Model
 
 _REFUSALS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError)
@@ -62,8 +63,7 @@ def pull(name: str, revision: str | None = None) -> Model:
     except _REFUSALS as error:
         raise UserError(
             f"No model: {name!r} is no folder here and could not be downloaded from the hub "
-            f"({_first_line(error)}). Train one (make demo), or give the folder of a run or a "
-            "bundle."
+            f"({_first_line(error)}). {HOW_TO_GET_A_MODEL}"
         ) from None
     # The hub's cache keeps contents there and makes a revision of links to them.
     return read_bundle(folder, link_targets=folder.parents[1] / "blobs")

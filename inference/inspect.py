@@ -15,6 +15,8 @@ from common.errors import EXIT_USER_ERROR, UserError, in_words
 from common.files import file_digest
 from common.tables import format_number, text_table
 from inference.bundle import FILES, RUN_FILES, is_bundle, read_bundle, read_run
+from inference.model_card import KINDS
+from inference.scoring.reports import rates
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
 def report(facts: Mapping[str, Any]) -> str:
     """The same for a terminal."""
     network, features, tokens = facts["network"], facts["features"], facts["tokens"]
-    kind = {"ctc": "CTC", "s2s": "joint CTC/attention"}[facts["kind"]]
+    kind = KINDS[facts["kind"]]
     lines = [
         ("model", f"{facts['is']}, {kind}"),
         ("encoder", _network(network, "encoder")),
@@ -93,7 +95,7 @@ def report(facts: Mapping[str, Any]) -> str:
     ]
     if facts["results"]:
         rows = [
-            (split, format_number(score.get("wer"), 2), format_number(score.get("cer"), 2))
+            (split, *(format_number(rate, 2) for rate in rates(score)))
             for split, score in facts["results"].items()
         ]
         blocks.append(text_table(("split", "WER %", "CER %"), rows))

@@ -188,7 +188,8 @@ def join(
     """One transcript of all pieces, its times from the start of the recording.
 
     Where pieces overlap they are joined at a word that both have at the same time, the one nearest
-    to the cut; without such a word each gives what it has on its side of the cut.
+    to the cut; without such a word each gives what it has on its side of the cut. Times go on from
+    piece to piece: what would last longer ends where the next word begins.
     """
     parts: list[tuple[list[Word], list[Token]]] = []
     for piece, transcript, before in zip(pieces, transcripts, [None, *pieces], strict=False):
@@ -207,9 +208,6 @@ def join(
             their_tokens[:] = [t for t in their_tokens if t.end_s <= last_s + _ROUNDING_S]
             tokens = [t for t in tokens if t.start_s >= first_s - _ROUNDING_S]
             words = words[num_left_out:]
-            # The word that both have may lie elsewhere in the next piece.
-            _end_before(earlier, words)
-            _end_before(their_tokens, tokens)
         parts.append((words, tokens))
     segments = []
     cut = 0
@@ -222,18 +220,26 @@ def join(
         cut = piece.cut
     return Transcript(
         " ".join(segment.text for segment in segments),
-        tuple(word for words, _ in parts for word in words),
-        tuple(token for _, tokens in parts for token in tokens),
+        _in_order([word for words, _ in parts for word in words]),
+        _in_order([token for _, tokens in parts for token in tokens]),
         tuple(segments),
         pieces[-1].cut / sample_rate,
     )
 
 
-def _end_before(parts: list[_Timed], following: Sequence[_Timed]) -> None:
-    """Ends the last part, if need be, where what follows begins."""
-    if parts and following and parts[-1].end_s > following[0].start_s:
-        end_s = max(parts[-1].start_s, following[0].start_s)
-        parts[-1] = replace(parts[-1], end_s=end_s)
+def _in_order(parts: Sequence[_Timed]) -> tuple[_Timed, ...]:
+    """Words or tokens of which none lasts longer than until the next one, as another piece has it.
+
+    The word that two pieces have may lie elsewhere in either.
+    """
+    ordered: list[_Timed] = []
+    next_s = math.inf
+    for part in reversed(parts):
+        if part.end_s > next_s:
+            part = replace(part, start_s=min(part.start_s, next_s), end_s=next_s)
+        ordered.append(part)
+        next_s = part.start_s
+    return tuple(reversed(ordered))
 
 
 def _join_at(left: Sequence[Word], right: Sequence[Word], cut_s: float) -> tuple[float, float]:
@@ -251,6 +257,11 @@ def _join_at(left: Sequence[Word], right: Sequence[Word], cut_s: float) -> tuple
         common,
         key=lambda pair: (abs(_middle(pair[0]) - cut_s), abs(_middle(pair[0]) - _middle(pair[1]))),
     )
+    following = next((word for word in right if _middle(word) > _middle(b)), None)
+    if following is not None and following.start_s < a.start_s:
+        # The right piece, which has what follows earlier than the left one has the common word,
+        # has that word, too.
+        return _middle(a), _middle(b)
     # The left piece has the common word, the right one what follows it.
     return float(np.nextafter(_middle(a), np.inf)), float(np.nextafter(_middle(b), np.inf))
 

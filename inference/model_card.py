@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.tables import format_number, markdown_table
+from inference.scoring.reports import rates
+
+KINDS = {"ctc": "CTC", "s2s": "joint CTC/attention"}
+"""What the kinds of models are called."""
 
 _USE = """\
 From the repository of Mamba-ASR:
@@ -29,7 +33,7 @@ def model_card(config: Mapping[str, Any], checksums: Mapping[str, str]) -> str:
     """
     network, training, run = config["network"]["Transformer"], config["training"], config["run"]
     encoder = network.get("encoder_module", "transformer")
-    kind = {"ctc": "CTC", "s2s": "joint CTC/attention"}[config["kind"]]
+    kind = KINDS[config["kind"]]
     blocks = [
         _front_matter(config),
         f"# {encoder} {kind} speech recogniser",
@@ -102,8 +106,7 @@ def _results(config: Mapping[str, Any]) -> list[str]:
         (
             split,
             "yes" if split in tuned_on else "no",
-            format_number(score["wer"], 2),
-            format_number(score["cer"], 2),
+            *(format_number(rate, 2) for rate in rates(score)),
             score["words"],
         )
         for split, score in config["results"].items()

@@ -159,8 +159,10 @@ class Recognizer:
             AudioError: the audio cannot be read or used.
             UserError: an option that cannot be.
         """
+        self._check_process()
+        options = self._search.pinned(options_of(search))
+        how = _How(max_segment_s, whole, chunk_ms, batch_seconds, options, progress)
         wav_S = self.load(audio, sample_rate, channel, max_duration_s)
-        how = _How(max_segment_s, whole, chunk_ms, batch_seconds, options_of(search), progress)
         is_long = len(wav_S) > max_segment_s * self.sample_rate
         with self._spread(how, self._cpu_workers if is_long else 0) as spread:
             return self._begin({0: wav_S}, how, spread)()[0]
@@ -205,7 +207,9 @@ class Recognizer:
             progress: is told how many recordings are newly done, and how many seconds of audio.
             **search: see ``SearchOptions``.
         """
-        how = _How(max_segment_s, whole, chunk_ms, batch_seconds, options_of(search), progress)
+        self._check_process()
+        options = self._search.pinned(options_of(search))
+        how = _How(max_segment_s, whole, chunk_ms, batch_seconds, options, progress)
         # A GPU computes while its only worker waits for it: files are read meanwhile.
         workers = self._cpu_workers if self.device.type == "cpu" else 1
         with self._spread(how, workers) as spread:
@@ -386,7 +390,8 @@ class Recognizer:
         Args:
             **search: see ``SearchOptions``.
         """
-        return self._transcribe_batch(waveforms, options_of(search))
+        self._check_process()
+        return self._transcribe_batch(waveforms, self._search.pinned(options_of(search)))
 
     def _transcribe_batch(
         self, waveforms: Sequence[np.ndarray], options: SearchOptions
@@ -414,6 +419,7 @@ class Recognizer:
         Args:
             chunks: behind whose ends a frame sees nothing; None shows it everything.
         """
+        self._check_process()
         lengths = [len(wav_S) for wav_S in waveforms]
         is_long = len(lengths) == 1 and lengths[0] > _PLAIN_S * self.sample_rate
         if is_long and chunks is None and self._can_in_pieces:
@@ -463,24 +469,24 @@ class Recognizer:
         except ValueError as error:
             raise UserError(f"whole: {error}") from None
 
-    def _computing(self) -> torch.autocast:
-        """The context of all that the network computes.
+    def _check_process(self) -> None:
+        """Looks at the process and the threads of who calls, before anything is computed.
 
         Raises:
             UserError: this process is a copy of the recogniser's, which would wait for ever.
         """
-        if os.getpid() != self._process and (
-            self.device.type != "cpu" or torch.get_num_threads() > 1
-        ):
+        if os.getpid() != self._process and (self.device.type != "cpu" or threads_of_caller() > 1):
             raise UserError(
                 "This recogniser was loaded in another process, of which this one is a copy "
                 "(fork), without its threads. Load it in each process that uses it (gunicorn "
                 "without --preload; multiprocessing with the method spawn), or load it with "
                 "threads=1 on a CPU."
             )
-        if os.getpid() == self._process:
-            # Asked for the first time, for operations of this thread.
-            threads_of_caller()
+
+    def _computing(self) -> torch.autocast:
+        """The context of all that the network computes."""
+        # Asked for the first time, for operations of this thread.
+        threads_of_caller()
         dtype = PRECISIONS[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
@@ -512,6 +518,8 @@ class _How:
             raise UserError(
                 "whole shows every frame the whole recording, chunk_ms does not: give one."
             )
+        if self.whole and self.options.alternatives:
+            raise UserError("alternatives: a recording that is encoded whole has one text.")
 
 
 class _Begun(NamedTuple):

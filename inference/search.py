@@ -33,7 +33,7 @@ from inference.words import Placed
 from modules.lengths import relative_lengths
 from text.tokenizer import EOS_ID, WORD_MARK, vocabulary
 
-_KEPT_SEARCHES, _KEPT_NGRAMS = 8, 2
+_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SearchOptions:
         search: ``beam``: that of the recipe; or ``greedy``: the likeliest path of the CTC branch.
         beam_size: hypotheses that are kept.
         hotwords: phrases that are preferred, with their boosts in nats (of a beam search).
-        ngram: ARPA file of words, plain or .gz (CTC models).
+        ngram: ARPA file of words, plain or .gz (CTC models), or what was read of it.
         alpha: weight of the n-gram.
         beta: nats for each word, where there is an n-gram.
         alternatives: further texts that are wanted.
@@ -56,7 +56,7 @@ class SearchOptions:
     search: str = "beam"
     beam_size: int | None = None
     hotwords: Mapping[str, float] | None = None
-    ngram: str | Path | None = None
+    ngram: str | Path | Ngram | None = None
     alpha: float | None = None
     beta: float | None = None
     alternatives: int = 0
@@ -81,9 +81,16 @@ class SearchOptions:
 
     def describe(self) -> str:
         """The same for options that find the same."""
-        ngram = None if self.ngram is None else os.fspath(self.ngram)
-        hotwords = dict(sorted((self.hotwords or {}).items())) or None
-        return repr(replace(self, ngram=ngram, hotwords=hotwords))
+        ngram = self.ngram.path if isinstance(self.ngram, Ngram) else self.ngram
+        return repr(
+            replace(
+                self,
+                ngram=None if ngram is None else os.fspath(ngram),
+                hotwords={k: float(v) for k, v in sorted((self.hotwords or {}).items())} or None,
+                alpha=None if self.alpha is None else float(self.alpha),
+                beta=None if self.beta is None else float(self.beta),
+            )
+        )
 
 
 class Found(NamedTuple):
@@ -109,10 +116,31 @@ class TextSearch:
         self.model = model
         self.vocabulary = vocabulary(model.tokenizer)
         self.blank = model.config["tokens"]["blank"]
-        self._ngrams: Kept[Ngram] = Kept(_KEPT_NGRAMS)
-        self._ctc_searches: Kept[CTCBeamSearch] = Kept(_KEPT_SEARCHES)
-        self._hotwords: Kept[HotwordTree | None] = Kept(_KEPT_SEARCHES)
-        self._hotword_scorers: Kept[HotwordScorer] = Kept(_KEPT_SEARCHES)
+        self._ngrams: Kept[Ngram] = Kept(_KEPT)
+        self._ctc_searches: Kept[CTCBeamSearch] = Kept(_KEPT)
+        self._hotwords: Kept[HotwordTree | None] = Kept(_KEPT)
+        self._hotword_scorers: Kept[HotwordScorer] = Kept(_KEPT)
+
+    def pinned(self, options: SearchOptions) -> SearchOptions:
+        """The options with what the file of their n-gram holds now, whatever becomes of the file.
+
+        What is kept of earlier contents of the file is dropped.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        if self.model.kind != "ctc" or options.ngram is None or isinstance(options.ngram, Ngram):
+            return options
+        path = os.fspath(options.ngram)
+        version = path, _version(path)
+        try:
+            ngram = self._ngrams.get(version, lambda: read_ngram(path))
+        except (ValueError, OSError) as error:
+            raise UserError(in_words(error)) from None
+        self._ngrams.drop(lambda key: key[0] == path and key != version)
+        for kept in (self._ctc_searches, self._hotwords):
+            kept.drop(lambda key: key[0] not in (None, ngram) and key[0].path == ngram.path)
+        return replace(options, ngram=ngram)
 
     @torch.inference_mode()
     def __call__(
@@ -150,8 +178,6 @@ class TextSearch:
             log_probs: log probabilities (T, V) of the CTC branch for each piece, float32.
             options: of the search.
         """
-        if options.alternatives:
-            raise UserError("alternatives: a recording that is encoded whole has one text.")
         arrays = (piece_TV[:, : len(self.vocabulary)].cpu().numpy() for piece_TV in log_probs)
         if options.search == "greedy":
             best = [(piece_TV.argmax(1), piece_TV.max(1)) for piece_TV in arrays]
@@ -213,37 +239,28 @@ class TextSearch:
     ) -> tuple[CTCBeamSearch, HotwordTree | None]:
         """The search of these options, and its hotwords.
 
-        Some searches are kept, since an n-gram takes a while to read; with other options they share
-        it.
+        Some searches and n-grams are kept, since these take a while to read.
         """
+        options = self.pinned(options)
         settings = {k: v for k, v in self.model.config["search"].items() if k in CTC_SETTINGS}
         chosen = {
             "beam_size": options.beam_size,
-            "ngram": None if options.ngram is None else str(options.ngram),
             "alpha": options.alpha,
             "beta": options.beta,
         }
         settings |= {key: value for key, value in chosen.items() if value is not None}
         for name in ("alpha", "beta"):
-            if chosen[name] is not None and settings.get("ngram") is None:
+            if chosen[name] is not None and options.ngram is None:
                 raise UserError(f"{name} belongs to an n-gram, and there is none.")
         settings |= {"topk": 1 + options.alternatives, **overrides}
-        ngram = settings.pop("ngram", None)
-
-        def read() -> Ngram | None:
-            if ngram is None:
-                return None
-            return self._ngrams.get(
-                key[1:], lambda: read_ngram(ngram, settings.get("backend", "auto"))
-            )
-
-        key = (tuple(sorted(settings.items())), ngram, None if ngram is None else _version(ngram))
+        key = options.ngram, tuple(sorted(settings.items()))
         try:
             search = self._ctc_searches.get(
-                key, lambda: CTCBeamSearch(self.vocabulary, self.blank, ngram=read(), **settings)
+                key,
+                lambda: CTCBeamSearch(self.vocabulary, self.blank, ngram=options.ngram, **settings),
             )
             phrases = tuple((options.hotwords or {}).items())
-            hotwords = self._hotwords.get((key, phrases), lambda: search.compile(options.hotwords))
+            hotwords = self._hotwords.get((*key, phrases), lambda: search.compile(options.hotwords))
         except (ValueError, OSError) as error:
             raise UserError(in_words(error)) from None
         return search, hotwords

@@ -22,6 +22,7 @@ from torch import Tensor
 from common.errors import UserError
 from decoding.ctc_beam_search import CTCToken
 from inference.chunks import CHUNK_MS, Chunks, chunks_of
+from inference.locks import Lock
 from inference.model import Model
 from inference.recognizer import Recognizer
 from inference.search import options_of
@@ -165,7 +166,7 @@ class StreamingRecognizer(Recognizer):
         self._state = self._initial.repeat(1)
         self._free = [0]
         self._streams: list[Stream] = []
-        self._lock = threading.RLock()
+        self._lock = Lock(threading.RLock)
         self._model_id: str | None = None
 
     def _chunks_of(self, chunk_ms: float) -> Chunks:
@@ -196,6 +197,7 @@ class StreamingRecognizer(Recognizer):
         Raises:
             AudioError: no recording has such a rate.
         """
+        self._check_process()
         samples = SampleStream(sample_rate, self.sample_rate)
         with self._lock:
             return self._add(Stream(samples, self._texts.start(), self._row(), self._lead_samples))
@@ -225,6 +227,7 @@ class StreamingRecognizer(Recognizer):
 
         Of more streams than ``max_batch`` those go first that waited longest.
         """
+        self._check_process()
         with self._lock:
             ready = [s for s in self._streams if s._num_waiting >= self._chunk_samples]
             batch = ready[: self.max_batch]
@@ -311,6 +314,7 @@ class StreamingRecognizer(Recognizer):
             UserError: bytes of something else, damaged, of another version, of another model, or
                 of a recogniser with other chunks, search or endpoints.
         """
+        self._check_process()
         arrays, metadata = _read(data)
         for name, value in self._description().items():
             if metadata.get(name) != value:
@@ -388,6 +392,7 @@ class StreamingRecognizer(Recognizer):
     @contextmanager
     def _encoded(self, stream: Stream) -> Iterator[None]:
         """Holds the lock where no full chunk of the stream waits any more."""
+        self._check_process()
         while True:
             with self._lock:
                 self._check(stream)

@@ -8,12 +8,14 @@ from typing import TypeVar
 
 import torch
 
+from inference.locks import Lock
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 Map = Callable[[Callable[[_Item], _Result], Iterable[_Item]], Iterator[_Result]]
 """``map``, or what does the same with other threads."""
 
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def threads_of_caller() -> int:

@@ -138,6 +138,8 @@ class ConmambaEncoderLayer(nn.Module):
     def fuse(self) -> None:
         """Makes ready for streams in one call, where all parts are as torch makes them.
 
+        The mixer's ``backend`` may rule that out.
+
         It holds for as long as the parameters do not change.
         """
         module = self.convolution_module
@@ -158,6 +160,7 @@ class ConmambaEncoderLayer(nn.Module):
         if not (
             (is_gelu or is_swish)
             and directions is not None
+            and self.mamba.backend in ("auto", "cpu")
             and all(map(is_plain, [*linears, module.conv]))
             and module.conv.dilation == (1,)
             and all(type(norm) is nn.LayerNorm and norm.bias is not None for norm in norms)

@@ -418,7 +418,7 @@ class Mamba(nn.Module):
             return y[:, 0], state
         self._check_state(state, x_BD.shape[0])
         y_BE, conv_state, ssm_state = mamba_inner_step(
-            self.in_proj(x_BD), _weights(direction), state.conv, state.ssm
+            self.in_proj(x_BD), _weights(direction), state.conv, state.ssm, self.backend
         )
         return self.out_proj(y_BE), MambaState(conv_state, ssm_state)
 

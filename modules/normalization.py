@@ -128,7 +128,8 @@ def _known_statistics(
     mean_M, std_M = normalize.glob_mean, normalize.glob_std
     if not mean_M.numel():
         mean_M, std_M = torch.zeros_like(x_BTM[0, 0]), torch.ones_like(x_BTM[0, 0])
-    return normalize.count, mean_M.to(x_BTM), std_M.to(x_BTM)
+    # Of a type of their own: that of a batch may be too coarse to add up in.
+    return normalize.count, mean_M.to(x_BTM.device), std_M.to(x_BTM.device)
 
 
 def remove_utterance_mean(x_BTM: Tensor, lengths: Tensor | None) -> Tensor:

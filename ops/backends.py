@@ -75,19 +75,16 @@ class Backends:
             ValueError: the backend does not exist, cannot be used here, or, named by the caller,
                 does not support the call.
         """
-        if requested != "auto":
-            return self._demand(requested, arguments)
-        forced = override()
-        if forced not in OVERRIDE_VALUES:
-            raise ValueError(f"{OVERRIDE}={forced}; wanted one of {', '.join(OVERRIDE_VALUES)}")
-        # A name that only the other operation knows leaves this one its own choice.
-        if forced in self.names:
-            module = self.module(forced)
-            self._require_available(forced, module, f"{OVERRIDE}={forced}")
-            reason = self._unsupported(forced, arguments)
+        named = self.named(requested)
+        if named is not None:
+            reason = self._unsupported(named, arguments)
             if reason is None:
-                return module
-            self._announce(logging.WARNING, f"{OVERRIDE}={forced} does not fit a call: {reason}")
+                return self.modules[named]
+            if requested != "auto":
+                raise ValueError(
+                    f"{self.operation} backend {named} does not support this call: {reason}"
+                )
+            self._announce(logging.WARNING, f"{OVERRIDE}={named} does not fit a call: {reason}")
         for name in self.order(device.type):
             module = self.module(name)
             if self._unsupported(name, arguments) is not None:
@@ -100,28 +97,33 @@ class Backends:
                 _tell_what_is_missing(name, reason)
         raise ValueError(f"no {self.operation} backend takes this call on {device}")
 
-    def _demand(self, name: str, arguments: tuple) -> ModuleType:
-        module = self.module(name)
-        self._require_available(name, module, f"backend={name!r}")
-        reason = self._unsupported(name, arguments)
-        if reason is not None:
-            raise ValueError(
-                f"{self.operation} backend {name} does not support this call: {reason}"
-            )
-        return module
+    def named(self, requested: str) -> str | None:
+        """The backend that the caller, or in place of ``auto`` the environment, asks for, if any.
 
-    def _unsupported(self, name: str, arguments: tuple) -> str | None:
-        if name != "reference" and is_transformed():
-            return "torch.func transforms the backend reference alone"
-        return self.modules[name].unsupported(arguments)
-
-    def _require_available(self, name: str, module: ModuleType, origin: str) -> None:
-        reason = obstacle(module)
+        Raises:
+            ValueError: it does not exist, or cannot be used here.
+        """
+        name, origin = requested, f"backend={requested!r}"
+        if requested == "auto":
+            name = override()
+            origin = f"{OVERRIDE}={name}"
+            if name not in OVERRIDE_VALUES:
+                raise ValueError(f"{origin}; wanted one of {', '.join(OVERRIDE_VALUES)}")
+            # A name that only the other operation knows leaves this one its own choice.
+            if name not in self.names:
+                return None
+        reason = obstacle(self.module(name))
         if reason is not None:
             raise ValueError(
                 f"{self.operation} backend {name} ({origin}) cannot be used here: {reason}; "
                 "`python -m ops.doctor` lists what can"
             )
+        return name
+
+    def _unsupported(self, name: str, arguments: tuple) -> str | None:
+        if name != "reference" and is_transformed():
+            return "torch.func and forward-mode AD transform the backend reference alone"
+        return self.modules[name].unsupported(arguments)
 
     def _announce(self, level: int, message: str) -> None:
         # A graph that is being traced has no place for a log call.

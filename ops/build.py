@@ -103,7 +103,7 @@ class Kernel:
                         self._source, self._header, self._flags, self._uses_torch
                     )
                 except (OSError, subprocess.SubprocessError) as error:
-                    reason = f"the kernels could not be built: {_explain(error)}"
+                    reason = f"the kernels could not be built or loaded: {_explain(error)}"
                     _failures[self._source] = reason
                     raise BuildError(reason) from error
             return _libraries[self._source]
@@ -139,22 +139,33 @@ def cache_folder() -> Path:
         raise OSError(f"{error} MAMBA_ASR_CACHE may name a folder.") from error
 
 
-def _load(
-    source: Path, header: Path, flags: tuple[str, ...] = (), uses_torch: bool = True
-) -> ctypes.CDLL:
+def _load(source: Path, header: Path, flags: tuple[str, ...], uses_torch: bool) -> ctypes.CDLL:
     command = [*_command(), *flags]
     folder = cache_folder() / _key(source, header, command, _torch_version() if uses_torch else "")
     library = folder / f"{source.parent.name}.so"
-    # What cannot be loaded is missing, or was damaged and is built again.
-    with contextlib.suppress(OSError):
-        return ctypes.CDLL(str(library))
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock"):
-        # Another process may have built it while this one waited.
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(library))
-        _build(command, source, library)
-        return ctypes.CDLL(str(library))
+    if not _is_whole(library):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / "lock"):
+            # Another process may have built it while this one waited.
+            if not _is_whole(library):
+                _build(command, source, library)
+    return ctypes.CDLL(str(library))
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library is what was built: to load a damaged one may end the process."""
+    try:
+        return _digest_file(library).read_text(encoding="ascii") == _digest(library)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _build(command: list[str], source: Path, library: Path) -> None:
@@ -175,7 +186,10 @@ def _build(command: list[str], source: Path, library: Path) -> None:
         # Renamed into place whole and on disk, so that a build cut short is never loaded.
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
+        digest = Path(scratch) / "digest"
+        digest.write_text(_digest(unfinished), encoding="ascii")
         os.replace(unfinished, library)
+        os.replace(digest, _digest_file(library))
 
 
 def _run(*command: str) -> str:

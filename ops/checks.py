@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Found once: decoding asks for every token.
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_num_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
 
 
 def is_on_cpu(x: Tensor) -> bool:
@@ -14,10 +19,25 @@ def is_on_cpu(x: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func differentiates or maps this call, and has to see torch's operations."""
+    """Whether torch.func or forward-mode AD transforms this call; they know torch's operations."""
+    return not torch.compiler.is_compiling() and _is_transformed()
+
+
+def _is_transformed() -> bool:
+    return forward_ad._current_level >= 0 or _interpreter() is not None
+
+
+def is_observed(x: Tensor) -> bool:
+    """Whether torch has to see what is done with ``x``, so that nothing may look into its memory.
+
+    A compiler, a trace, a mode and a transformation ask for that, and a tensor of a special kind.
+    """
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is not None
+        torch.compiler.is_compiling()
+        or type(x) not in _PLAIN
+        or _num_modes() > 0
+        or _is_tracing()
+        or _is_transformed()
     )
 
 
@@ -52,8 +72,8 @@ def normalise_lengths(
 ) -> Tensor | None:
     """``lengths`` as contiguous int64 (batch,) on ``device``.
 
-    Values are checked on the CPU; on an accelerator, where a look at them would stall the queue,
-    they are clamped to 0 .. time instead.
+    Values are checked on the CPU. They are clamped to 0 .. time instead on an accelerator, where a
+    look at them would stall the queue, and where torch has to see what is done with them.
 
     Args:
         clamp: False leaves that to kernels that do it.
@@ -69,7 +89,7 @@ def normalise_lengths(
             "each item (relative lengths: multiply by the number of frames and round)"
         )
     check_shape("lengths", lengths, (batch,), "(batch,)")
-    if is_on_cpu(lengths) and not torch.compiler.is_compiling():
+    if is_on_cpu(lengths) and not is_observed(lengths):
         if batch and not (int(lengths.min()) >= 0 and int(lengths.max()) <= time):
             raise ValueError(
                 f"lengths run from {int(lengths.min())} to {int(lengths.max())}; "

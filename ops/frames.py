@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def valid_frames(lengths: Tensor | None, num_frames: int, lo: int = 0) -> Tensor | None:
-    """Mask (batch, frames) of the frames ``lo .. lo + num_frames`` before each item's length."""
+def valid_frames(lengths: Tensor | None, num_frames: int) -> Tensor | None:
+    """Mask (batch, frames) of the frames before each item's length."""
     if lengths is None:
         return None
-    frames = torch.arange(lo, lo + num_frames, device=lengths.device)
+    frames = torch.arange(num_frames, device=lengths.device)
     return frames < lengths[:, None]
 
 

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ops.checks import is_transformed
+from ops.checks import is_observed
 
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -76,10 +76,10 @@ def next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def are_float32_on_cpu(*tensors: Tensor | None) -> bool:
-    """Whether all of them that are there are float32 in the memory of the CPU."""
-    return not is_transformed() and all(
-        x is None or (x.dtype == torch.float32 and x.is_cpu) for x in tensors
+def are_float32_on_cpu(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether all of them that are there are float32 on the CPU, in memory that one may read."""
+    return not is_observed(first) and all(
+        x is None or (x.dtype == torch.float32 and x.is_cpu) for x in (first, *others)
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ops.checks import is_observed
 from ops.native import without_views
 
 
@@ -100,7 +101,7 @@ def register(
 
     def call(*arguments) -> tuple[Tensor, Tensor]:
         save = _wants_gradient(arguments)
-        if _is_observed(arguments[0]):
+        if is_observed(arguments[0]):
             y, state, *_ = operator(*arguments, save)
         elif save:
             y, state = Node.apply(*arguments)
@@ -121,15 +122,6 @@ def _saved(ctx, grad_y: Tensor | None) -> tuple[Tensor, list, list[Tensor]]:
     if grad_y is None:
         grad_y = arguments[0].new_zeros(()).expand(arguments[0].shape)
     return grad_y, arguments, kept
-
-
-def _is_observed(x: Tensor) -> bool:
-    """Whether a compiler or a mode of torch's has to see the operator."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 def _has_gradient(argument: object) -> bool:

@@ -1,6 +1,7 @@
-"""Every benchmark runs to its end, at its smallest."""
+"""Every benchmark but bench_long_audio, which wants a trained model, runs to its end."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -15,9 +16,12 @@ COMMANDS = {
     "bench_ctc_search": ["--rounds", "1"],
     "bench_transcribe": ["--parts", "speed", "startup", "--rounds", "1", "--hours", "0.02"],
     "bench_streaming": ["--rounds", "2"],
+    "bench_host": ["--rounds", "1", "--no_compiling"],
     "bench_prepare": ["--num_files", "1000", "--rounds", "1"],
     "bench_train": ["hparams/CTC/an4.yaml", "--utterances", "8", "--warmup", "1", "--steps", "2"],
 }
+# Of a table, or of a benchmark that says what it has measured line by line.
+ROW = re.compile(r"^\|.+\| +\d|: \d[\d.]* (?:ms|times|seconds)\b", re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -32,4 +36,4 @@ def test_a_benchmark_prints_what_it_measured(name, arguments):
         timeout=600,
     )
     assert ran.returncode == 0, ran.stderr
-    assert any(character.isdigit() for character in ran.stdout)
+    assert ROW.search(ran.stdout), ran.stdout

@@ -10,7 +10,7 @@ import pytest
 import evaluate
 from inference import Recognizer
 from inference.scoring.reports import read_hypotheses, read_results
-from tests.inference.command_lines import assert_answers_without_torch
+from tests.inference.command_lines import answer_of, assert_answers_without_torch
 from tests.inference.runs import make_run
 from tools.make_ngram import main as make_ngram
 from training.compare import compare
@@ -21,17 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def run(capsys):
     """Runs the command on the CPU; returns (status, standard output, error)."""
-
-    def run_command(*arguments):
-        capsys.readouterr()
-        try:
-            status = evaluate.main(["--device", "cpu", "--noprogressbar", *map(str, arguments)])
-        except SystemExit as ended:
-            status = ended.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_command
+    return lambda *arguments: answer_of(evaluate.main, arguments, capsys)
 
 
 def without_time(results, split):

@@ -281,6 +281,13 @@ def test_a_verified_manifest_serves_who_did_not_ask_for_it(data, save):
     before = stamps(save)
     prepare(data, save)
     assert stamps(save) == before
+    # What an older version verified was not searched for samples that are not finite.
+    record = save / "librispeech_prepare.json"
+    record.write_text(record.read_text().replace('"verified": "finite"', '"verified": true'))
+    prepare(data, save)
+    assert stamps(save)["dev-clean.csv"] == before["dev-clean.csv"]
+    prepare(data, save, verify=True)
+    assert stamps(save)["dev-clean.csv"] != before["dev-clean.csv"]
 
 
 def test_another_corpus_under_the_same_names_is_noticed(data, save, tmp_path):

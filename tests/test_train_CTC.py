@@ -170,10 +170,11 @@ def test_training_starts_from_given_weights(run, tone_corpus, tmp_path, place):
     )
 
 
-def test_first_weights_bring_their_tokens_along(run, tmp_path, capsys):
+@pytest.mark.parametrize("place", ["save/averaged/model.ckpt", "bundle"])
+def test_first_weights_bring_their_tokens_along(run, tmp_path, capsys, place):
     # Characters of another corpus would be numbered by their frequencies there.
     corpus = make_corpus(tmp_path / "corpus", {"train-clean-100": 4, "dev-clean": 1}, num_words=5)
-    first = ["--init_from", str(run / "save" / "averaged" / "model.ckpt")]
+    first = ["--init_from", str(run / place)]
     folder, keys = tmp_path / "started", {"test_splits": "[]", **ONE_BATCH}
     assert train([*command_line(corpus, folder, number_of_epochs=1, **keys), *first]) == 0
     assert train(command_line(corpus, folder, number_of_epochs=2, **keys)) == 0
@@ -473,6 +474,20 @@ def test_a_data_folder_is_required(tmp_path, capsys):
     arguments = command_line(None, tmp_path / "run")
     assert train(arguments) == EXIT_USER_ERROR
     assert "--data_folder /path/to/LibriSpeech" in capsys.readouterr().err
+
+
+def test_an_evaluation_does_not_ask_for_an_augmentation_that_training_would_refuse(
+    run, tone_corpus, tmp_path, capsys
+):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    text = CONMAMBA.read_text()
+    older = tmp_path / "older.yaml"
+    older.write_text(text.replace("  replace: mean", "  replace: random_selection"))
+    arguments = command_line(tone_corpus, copy, older, test_splits="[test-other]")
+    assert train([*arguments, "--test_only"]) == 0
+    arguments = command_line(tone_corpus, tmp_path / "new", older)
+    assert train(arguments) == EXIT_USER_ERROR
+    assert "replace: random_selection chooses once" in capsys.readouterr().err
 
 
 def test_test_only_without_a_trained_run_says_so(tone_corpus, tmp_path, capsys):

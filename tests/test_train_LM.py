@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import unicodedata
 from itertools import chain
 from types import SimpleNamespace
@@ -131,7 +132,8 @@ class TestRun:
     def test_a_run_stopped_inside_an_epoch_ends_where_the_unbroken_one_ends(
         self, files, tmp_path, monkeypatch
     ):
-        run(files, tmp_path / "whole", "transformer_small", "--number_of_epochs", "2")
+        arguments = ("--number_of_epochs", "2", "--max_sentence_tokens", "20")
+        run(files, tmp_path / "whole", "transformer_small", *arguments)
 
         def stop_at_step_13(brain, batch, outputs, loss, should_step):
             end_of_batch(brain, batch, outputs, loss, should_step)
@@ -143,11 +145,20 @@ class TestRun:
             patch.setattr(LMBrain, "on_fit_batch_end", stop_at_step_13)
             # The flag is set after the step that asked for it and honoured after the next.
             with pytest.raises(Interrupted):
-                run(files, tmp_path / "broken", "transformer_small", "--number_of_epochs", "2")
+                run(files, tmp_path / "broken", "transformer_small", *arguments)
         assert not (tmp_path / "broken" / "results.json").exists()
-        run(files, tmp_path / "broken", "transformer_small", "--number_of_epochs", "2")
+        run(files, tmp_path / "broken", "transformer_small", *arguments)
         whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
         assert all(torch.equal(whole[name], broken[name]) for name in whole)
+        # Those of the batches before the interruption are not known any more.
+        told = {
+            name: re.findall(
+                r"Epoch \d.* sentences were cut", (tmp_path / name / "log.txt").read_text()
+            )
+            for name in ("whole", "broken")
+        }
+        assert [line.split(":")[0] for line in told["whole"]] == ["Epoch 1", "Epoch 2"]
+        assert re.match(r"Epoch \d from batch \d+ on: ", told["broken"][-1])
 
     @pytest.mark.parametrize(
         "changed",
@@ -245,11 +256,16 @@ class TestRun:
         more = run(files, tmp_path, "transformer_small", *scored, "--avg_checkpoints", "2")
         assert more["evaluations"].keys() == {"other", "mine", "other_best2"}
         assert (tmp_path / "lm" / "lm.ckpt").read_bytes() == before
-        with pytest.raises(UserError, match="mine is another evaluation of this run"):
-            run(
-                *(files, tmp_path, "transformer_small", *scored),
-                *("--avg_checkpoints", "2", "--eval_name", "mine"),
-            )
+        for other_perplexity in (
+            ("--avg_checkpoints", "2"),
+            ("--unknown_characters", "skip"),
+            ("--max_sentence_tokens", "4"),
+        ):
+            with pytest.raises(UserError, match="mine is another evaluation of this run"):
+                run(
+                    *(files, tmp_path, "transformer_small", *scored),
+                    *(*other_perplexity, "--eval_name", "mine"),
+                )
 
     def test_a_tokenizer_is_trained_where_none_is_given(self, files, tmp_path):
         setting = ["--tokenizer_path", "null", "--token_type", "char", "--number_of_epochs", "1"]
@@ -295,13 +311,26 @@ class TestRun:
             (["--output_neurons", "5"], "belongs to another model"),
             (["--valid_text", "null"], "valid_text is empty"),
             (["--valid_text", "{empty}"], "valid_text: .*empty.txt has no sentence"),
+            (["--test_text", "{greek}"], "test_text: .*greek.txt has no sentence to score in"),
+            (
+                ["--valid_text", "{mixed}", "--unknown_characters", "skip"],
+                "valid_text: .*mixed.txt has no sentence to score without unknown",
+            ),
+            (
+                ["--max_sentence_tokens", "2500"],
+                "max_sentence_tokens is 2500, .*positional_encoding of the model ends at 2500",
+            ),
         ],
     )
     def test_what_the_user_got_wrong_is_said(self, arguments, message, files, tmp_path):
-        (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
-        arguments = [word.format(empty=tmp_path / "empty.txt") for word in arguments]
+        texts = {"empty": "\n\n", "greek": "αβγ\n", "mixed": "ONE αβγ TWO\n"}
+        for name, text in texts.items():
+            (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+        paths = {name: tmp_path / f"{name}.txt" for name in texts}
+        arguments = [word if "{" not in word else word.format(**paths) for word in arguments]
         with pytest.raises(UserError, match=message):
             run(files, tmp_path, "transformer_small", *arguments)
+        assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_results_of_a_damaged_file_are_kept_and_infinity_is_null(tmp_path, caplog):

@@ -17,7 +17,7 @@ from common.errors import EXIT_SIGINT, EXIT_USER_ERROR
 from inference import Recognizer
 from inference.command_line import DEFAULT_BOOST, exit_status, read_hotwords
 from inference.formats import FORMATS
-from tests.inference.command_lines import assert_answers_without_torch
+from tests.inference.command_lines import answer_of, assert_answers_without_torch
 from tests.inference.recordings import SAMPLE_RATE, cut, flac_claiming, tone, wav_bytes
 from tools.make_ngram import main as make_ngram
 
@@ -40,15 +40,7 @@ def run(tiny_bundle, capsys):
     """Runs the command with the tiny model; returns (status, standard output, error)."""
 
     def run_command(*arguments, model=tiny_bundle):
-        capsys.readouterr()
-        try:
-            status = transcribe.main(
-                ["--device", "cpu", "--noprogressbar", str(model), *map(str, arguments)]
-            )
-        except SystemExit as ended:
-            status = ended.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return answer_of(transcribe.main, [model, *arguments], capsys)
 
     return run_command
 
@@ -67,6 +59,7 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
         ([model, audio, "--beam_size", "0"], 2, "0 is not above zero"),
         ([model, audio, "--batch_seconds", "inf"], 2, "inf is not above zero"),
         ([model, audio, "--precision", "int3"], 2, "invalid choice"),
+        ([model, audio, "--alternatives", "3", "--format", "txt,srt"], 2, "give --format json"),
         ([model, audio, "--channel", "-1"], 2, "channels are counted from 0"),
         ([model, audio, "--search", "greedy", "--beam_size", "4"], 2, "belongs to --search beam"),
         ([model, audio, "--search", "greedy", "--alpha", "1"], 2, "alpha belongs to --search beam"),
@@ -340,6 +333,33 @@ def test_recordings_may_stand_behind_options(run, recordings):
     assert run("--format", "json", *recordings) == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "recordings", "is_whole"),
+    [
+        ("m --whole -- -x.wav", "-x.wav", True),
+        ("m a.wav --format json b.wav -- -x.wav --whole", "a.wav b.wav -x.wav --whole", False),
+        ("m -- a.wav -- b.wav", "a.wav -- b.wav", False),
+        ("-- m -x.wav", "-x.wav", False),
+        ("--format json -- m --whole --", "--whole --", False),
+        ("m --", "", False),
+    ],
+)
+def test_behind_two_dashes_nothing_is_an_option(arguments, recordings, is_whole):
+    found = transcribe.parse(arguments.split())
+    assert (found.model, found.audio, found.whole) == ("m", recordings.split(), is_whole)
+    assert found.format == ["json" if "json" in arguments else "txt"]
+
+
+def test_two_dashes_are_no_value_and_no_model(capsys):
+    for arguments, message in (
+        (["m", "--output_dir", "--", "a.wav"], "--output_dir: expected one argument"),
+        (["--whole", "--"], "required: MODEL"),
+    ):
+        with pytest.raises(SystemExit):
+            transcribe.parse(arguments)
+        assert message in capsys.readouterr().err
+
+
 def test_a_recording_may_be_too_long(run, recordings, tmp_path):
     soundfile.write(tmp_path / "long.wav", tone(9.0), SAMPLE_RATE)
     status, out, err = run(recordings[0], tmp_path / "long.wav", "--max_duration_s", 8.5)
@@ -369,10 +389,25 @@ def test_closed_standard_streams_are_told(tiny_bundle, recordings):
         assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.parametrize("options", ["", "--noprogressbar"])
+def test_without_standard_error_it_is_the_same(tiny_bundle, recordings, options):
+    command = f"{sys.executable} -m transcribe {tiny_bundle} --device cpu {options}"
+    ran = [
+        subprocess.run(
+            f"{command} {recordings[0]} nowhere.wav {closed}",
+            **{"shell": True, "stdout": subprocess.PIPE, "text": True, "timeout": 120},
+        )
+        for closed in ("2>/dev/null", "2>&-")
+    ]
+    assert ran[0].stdout.strip()
+    assert (ran[1].stdout, ran[1].returncode) == (ran[0].stdout, 1)
+
+
 def test_alternatives_are_asked_of_the_search(run, recognizer, recordings):
     status, out, _ = run(recordings[0], "--format", "json", "--alternatives", 2)
     assert status == 0
     wanted = recognizer.transcribe(recordings[0], alternatives=2).alternatives
     assert tuple(json.loads(out)["alternatives"]) == wanted
-    status, _, err = run(recordings[0], "--alternatives", 1, "--search", "greedy")
+    greedy = ("--format", "json", "--alternatives", 1, "--search", "greedy")
+    status, _, err = run(recordings[0], *greedy)
     assert (status, "alternatives need search beam" in err) == (EXIT_USER_ERROR, True)

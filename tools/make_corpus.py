@@ -11,11 +11,9 @@ test; tools/mini_librispeech.txt lists them.
 import argparse
 import gzip
 import io
-import os
 import re
 import shutil
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ import soundfile
 from tqdm import tqdm
 
 from common.errors import EXIT_USER_ERROR, UserError, in_words
-from common.files import atomic_write
+from common.files import atomic_folder, atomic_write
 from corpora.audio import AUDIO_SUFFIXES
 from corpora.download import DownloadError, extract
 from corpora.librispeech import TRANSCRIPT_SUFFIX, Utterance, find_data_root, list_split
@@ -227,13 +225,8 @@ def _make(folder: Path, make: Callable[[Path], None]) -> Path:
     if root.exists():
         raise UserError(f"{root} is there already: give another folder, or delete it.")
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".making-"))
-    try:
+    with atomic_folder(root) as scratch:
         make(scratch)
-        os.chmod(scratch, 0o755)
-        os.rename(scratch, root)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return root
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -22,7 +21,7 @@ import soundfile
 from tqdm import tqdm
 
 from common.errors import in_words
-from common.files import atomic_write
+from common.files import atomic_folder, atomic_write
 from corpora.librispeech import SAMPLE_RATE, list_split
 from corpora.synthetic import room, speech
 from corpora.synthetic.sentences import SentenceMaker
@@ -89,18 +88,13 @@ def make_demo_corpus(
             f"{root} was not made by this tool and will not be overwritten: give another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".making-"))
-    try:
+    with atomic_folder(root) as scratch:
         _make_splits(scratch, options, num_workers or os.cpu_count() or 1, noprogressbar)
         if root.exists():
             shutil.rmtree(root)
-        os.chmod(scratch, 0o755)
         # Written first: should the process die before the rename, the record names other contents
         # than there are, and the corpus is made again.
         _write_record(folder, scratch, options)
-        os.rename(scratch, root)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return root
 
 

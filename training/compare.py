@@ -56,6 +56,7 @@ class EvaluatedRun:
         parameters: None where the run did not record it.
         seed: None where the run did not record it.
         is_named: not the run's own one: it may be of splits and utterances that no other has.
+        without_rate: splits that it was scored on as well, without a word in their references.
     """
 
     name: str
@@ -63,6 +64,7 @@ class EvaluatedRun:
     seed: int | None
     splits: dict[str, EvaluatedSplit]
     is_named: bool = False
+    without_rate: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -289,22 +291,21 @@ def read_evaluations(folder: str | os.PathLike, name: str) -> list[EvaluatedRun]
             key=lambda path: re.sub(r"\d+", lambda number: number[0].zfill(9), str(path)),
         )
     )
-    evaluated = [
-        EvaluatedRun(
-            label,
-            parameters,
-            seed,
-            {
-                split: _read_split(reports, split, SplitScore.from_json(entry))
-                for split, entry in splits.items()
-            },
-            is_named,
-        )
-        for label, reports, splits, is_named in (own, *named, *outside)
-        if splits
-    ]
+    evaluated = []
+    for label, reports, splits, is_named in (own, *named, *outside):
+        scores = {split: SplitScore.from_json(entry) for split, entry in splits.items()}
+        read = {
+            split: _read_split(reports, split, score)
+            for split, score in scores.items()
+            if score.has_rate
+        }
+        if scores:
+            without_rate = tuple(scores.keys() - read.keys())
+            evaluated.append(EvaluatedRun(label, parameters, seed, read, is_named, without_rate))
     if not evaluated:
         raise ValueError(f"{folder}: no split has been evaluated yet")
+    if not any(run.splits for run in evaluated):
+        raise ValueError(f"{folder}: no split that has been evaluated has a word to recognise")
     return evaluated
 
 
@@ -436,6 +437,11 @@ def _left_out(recipes: Sequence[Recipe]) -> list[str]:
     lines = []
     for recipe in recipes:
         lines.extend(recipe.without)
+        if wordless := sorted({split for run in recipe.runs for split in run.without_rate}):
+            lines.append(
+                f"Without a word in the references and so left out: {recipe.name} on "
+                f"{', '.join(wordless)}."
+            )
         scored = {split for run in recipe.runs for split in run.splits}
         if unmatched := sorted(scored - set(recipe.splits)):
             lines.append(f"Not in every run of {recipe.name}: {', '.join(unmatched)}.")

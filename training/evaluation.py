@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.checkpoints import Checkpoint
 from speechbrain.utils.distributed import if_main_process, is_distributed_initialized
 
 from common.errors import UserError
@@ -29,12 +30,10 @@ from training.brains.asr_brain import ASRBrain
 from training.brains.optimization import count_parameters
 from training.checkpoints.checkpointer import mean_weights
 from training.data.recordings import evaluation_batches
-from training.launch.processes import on_main
+from training.launch.processes import num_ranks, on_main
 from training.named_evaluation import Evaluation
 
 logger = logging.getLogger(__name__)
-
-_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -89,36 +88,27 @@ def best_weights(brain: ASRBrain, num_best: int) -> BestWeights | None:
     Raises:
         UserError: they belong to another architecture.
     """
+
+    def read(best: Sequence[Checkpoint]) -> BestWeights:
+        return BestWeights(
+            mean_weights(best),
+            mean_statistics([_loaded(c.paramfiles["normalizer"]) for c in best]),
+            [
+                {
+                    "checkpoint": c.path.name,
+                    "epoch": c.meta["epoch"],
+                    brain.best_metric: c.meta[brain.best_metric],
+                }
+                for c in best
+            ],
+        )
+
     key = {f"{brain.best_is}_key": brain.best_metric}
-    for attempt in range(_ATTEMPTS):
-        best = brain.checkpointer.find_intact(**key, max_num_checkpoints=num_best)
-        if not best:
-            return None
-        try:
-            for checkpoint in best:
-                # A clear message before averaging meets tensors of different shapes.
-                load_model_weights(brain.hparams.model, checkpoint.paramfiles["model"])
-            weights = BestWeights(
-                mean_weights(best),
-                mean_statistics([_loaded(c.paramfiles["normalizer"]) for c in best]),
-                [
-                    {
-                        "checkpoint": c.path.name,
-                        "epoch": c.meta["epoch"],
-                        brain.best_metric: c.meta[brain.best_metric],
-                    }
-                    for c in best
-                ],
-            )
-        except (OSError, UserError):
-            # A training beside this evaluation may have replaced one of them by a better one.
-            if attempt + 1 == _ATTEMPTS or all(c.path.is_dir() for c in best):
-                raise
-            continue
-        epochs = ", ".join(str(c.meta["epoch"]) for c in best)
+    weights = brain.checkpointer.of_best(read, num_best, **key)
+    if weights is not None:
+        epochs = ", ".join(str(of_one["epoch"]) for of_one in weights.described)
         logger.info("Evaluating the mean of the best checkpoints (epoch %s)", epochs)
-        return weights
-    raise AssertionError("the last attempt returns or raises")
+    return weights
 
 
 def mean_statistics(normalizers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -176,14 +166,14 @@ def evaluate_split(
     loader_kwargs = evaluation_batches(dataset, vars(brain.hparams))
     batches = list(loader_kwargs["batch_sampler"])
     if is_distributed_initialized():
-        batches = batches[brain.rank :: torch.distributed.get_world_size()]
+        batches = batches[brain.rank :: num_ranks()]
     loader_kwargs["batch_sampler"] = batches
     started = time.perf_counter()
     loss = brain.evaluate(dataset, test_loader_kwargs=loader_kwargs)
     decode_s = time.perf_counter() - started
     transcripts, num_cut = brain.transcripts, brain.num_cut
     if is_distributed_initialized():
-        shares = [None] * torch.distributed.get_world_size()
+        shares = [None] * num_ranks()
         mine = {"texts": transcripts, "s": decode_s, "cut": num_cut}
         torch.distributed.all_gather_object(shares, mine | {"loss": loss, "n": len(batches)})
         transcripts = {key: value for share in shares for key, value in share["texts"].items()}

@@ -238,10 +238,3 @@ class SentenceMaker:
             deck = self._decks[name] = list(choices)
             self._random.shuffle(deck)
         return deck.pop()
-
-
-def vocabulary() -> set[str]:
-    """Every word that a sentence can hold."""
-    phrases = [*TEMPLATES, *(choice for choices in SLOTS.values() for choice in choices)]
-    words = {word for phrase in phrases for word in phrase.split()}
-    return {word for word in words if not word.startswith("{")}

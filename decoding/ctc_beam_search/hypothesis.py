@@ -66,13 +66,12 @@ class CTCHypothesis:
 class Vocabulary:
     """How tokens spell words.
 
-    Where pieces begin with sentencepiece's "▁", these begin words; else the token ``space``
+    Where pieces begin with sentencepiece's "▁", these begin words; else a token that is a space
     separates them.
 
     Args:
         pieces: the tokens in the order of their ids.
         blank: id of CTC's blank, whatever its piece is.
-        space: the separator of a vocabulary without "▁".
 
     Attributes:
         begins_word: of each token, whether it ends the word before it.
@@ -83,7 +82,7 @@ class Vocabulary:
         ValueError: no such blank, a piece twice, or a space inside a piece.
     """
 
-    def __init__(self, pieces: Sequence[str], blank: int = 0, space: str = " ") -> None:
+    def __init__(self, pieces: Sequence[str], blank: int = 0) -> None:
         self.pieces, self.blank = tuple(pieces), blank
         if not 0 <= blank < len(self.pieces):
             raise ValueError(
@@ -95,10 +94,10 @@ class Vocabulary:
             raise ValueError(f"The vocabulary has the token {twice!r} twice.")
         marked = [piece.startswith(WORD_MARK) for piece in self.pieces]
         is_sentencepiece = any(marked)
-        self.begins_word = marked if is_sentencepiece else [p == space for p in self.pieces]
+        self.begins_word = marked if is_sentencepiece else [p == " " for p in self.pieces]
         self.begins_word[blank] = False
         self.spelling = [
-            piece.removeprefix(WORD_MARK if is_sentencepiece else space) if begins else piece
+            piece.removeprefix(WORD_MARK if is_sentencepiece else " ") if begins else piece
             for piece, begins in zip(self.pieces, self.begins_word, strict=True)
         ]
         self.spelling[blank] = ""
@@ -108,7 +107,7 @@ class Vocabulary:
             if " " in spelling or "\0" in spelling:
                 raise ValueError(
                     f"Token {token} of the vocabulary is {self.pieces[token]!r}: only the token "
-                    f"{space!r} may contain a space, in a vocabulary without {WORD_MARK!r}."
+                    f"' ' may contain a space, in a vocabulary without {WORD_MARK!r}."
                 )
 
     def __len__(self) -> int:

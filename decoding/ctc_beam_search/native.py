@@ -12,7 +12,7 @@ import numpy as np
 
 from decoding.ctc_beam_search.hotwords import HotwordTree
 from decoding.ctc_beam_search.hypothesis import CTCToken, Vocabulary
-from decoding.ctc_beam_search.ngram import Ngram, arpa_blocks, damaged
+from decoding.ctc_beam_search.ngram import Ngram, arpa_blocks, damaged, first_words
 from decoding.ctc_beam_search.settings import Found, Job, Settings, Wanted
 from ops import build
 
@@ -130,6 +130,7 @@ class NativeNgram(Ngram):
         self._check(library.ngram_finish(self.handle), path)
         self.order = library.ngram_order(self.handle)
         self.num_words = library.ngram_num_words(self.handle)
+        self.first_words = first_words(path)
 
     def _check(self, status: int, path: str | Path) -> None:
         if status < 0:

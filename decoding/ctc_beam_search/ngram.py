@@ -7,7 +7,7 @@ import gzip
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +35,13 @@ class Ngram(ABC):
         order: words in the longest n-gram.
         num_words: that it knows, the marks of a sentence included.
         path: of its file.
+        first_words: that stand first in it, see the function of that name.
     """
 
     order: int
     num_words: int
     path: Path
+    first_words: list[str]
 
     @abstractmethod
     def __contains__(self, word: str) -> bool:
@@ -48,10 +50,6 @@ class Ngram(ABC):
     @abstractmethod
     def log10_probs(self, words: Sequence[str], in_sentence: bool = True) -> list[float]:
         """Log10 probability of each word after those before it and, if so, a sentence's start."""
-
-    def knows(self, words: Collection[str]) -> float:
-        """The share of ``words`` in the model: a small one hints at another case or language."""
-        return sum(word in self for word in words) / max(1, len(words))
 
 
 State = tuple[str, ...]
@@ -80,6 +78,7 @@ class ReferenceNgram(Ngram):
         self._prefixes = {word[:end] for word in self._words for end in range(1, len(word) + 1)}
         self._log_probs.setdefault((UNKNOWN,), UNKNOWN_LOG10_PROB)
         self.num_words = len(self._words)
+        self.first_words = first_words(path)
 
     def __contains__(self, word: str) -> bool:
         return word in self._words
@@ -202,7 +201,7 @@ def arpa_blocks(path: str | Path) -> Iterator[bytes]:
             ) from None
 
 
-def first_words(path: str | Path, limit: int = NUM_FIRST_WORDS) -> list[str]:
+def first_words(path: str | Path) -> list[str]:
     """The words that stand first in an ARPA file that has been read, without sentence marks.
 
     Raises:
@@ -211,7 +210,7 @@ def first_words(path: str | Path, limit: int = NUM_FIRST_WORDS) -> list[str]:
     words: list[str] = []
     is_unigram = False
     for line in map(bytes.strip, _lines(arpa_blocks(path))):
-        if (line.startswith(b"\\") and is_unigram) or len(words) == limit:
+        if (line.startswith(b"\\") and is_unigram) or len(words) == NUM_FIRST_WORDS:
             break
         if is_unigram and line:
             words += {line.split()[1].decode(errors="replace")}.difference(SENTENCE_MARKS)

@@ -31,7 +31,7 @@ def check_words(ngram: Ngram, vocabulary: Vocabulary) -> None:
     Raises:
         ValueError: an n-gram of tokens or characters, or of words in the other letter case.
     """
-    words = first_words(ngram.path)
+    words = ngram.first_words
     refuse_tokens(ngram, [*words, *vocabulary.pieces], ngram.path)
     if case := other_case(words, lambda word: set(word) <= vocabulary.letters):
         raise ValueError(

@@ -14,15 +14,15 @@ from speechbrain.utils.edit_distance import (
 
 # Words of an utterance up to which it is counted with the shorter ones.
 _LENGTHS = (2, 5, 10, 20, 40)
+# Of each kind of error, and of speakers, so many are listed; and so many utterances with a
+# hypothesis, and as many for which nothing was recognised.
+_TOP_WORDS, _TOP_UTTERANCES = 30, 20
 
 
 def analyse_errors(
     scores: list[dict],
-    characters: list[dict] | None = None,
-    speakers: Mapping[str, str] | None = None,
-    *,
-    top_words: int = 30,
-    top_utterances: int = 20,
+    characters: list[dict],
+    speakers: Mapping[str, str] | None,
 ) -> str:
     """Describe the errors of one split: confusions, errors by length and speaker, worst utterances.
 
@@ -30,9 +30,6 @@ def analyse_errors(
         scores: ``ErrorRateStats.scores``, alignments included.
         characters: the same with ``split_tokens``.
         speakers: by utterance.
-        top_words: how many substitutions, deletions and insertions are listed at most.
-        top_utterances: how many utterances are shown at most, once among those with a hypothesis
-            and once among those for which nothing was recognised.
 
     Returns:
         The text of ``errors_<split>.txt``. Equal counts are in alphabetical order, so that the
@@ -50,28 +47,26 @@ def analyse_errors(
             "SUBSTITUTIONS",
             "reference -> hypothesis",
             substitutions,
-            top_words,
             lambda pair: f"{pair[0]} -> {pair[1]}",
         ),
         _ranking(
             "DELETIONS",
             "reference word (spoken so many times)",
             deletions,
-            top_words,
             lambda word: f"{word} ({occurrences[word]})",
         ),
-        _ranking("INSERTIONS", "hypothesis word", insertions, top_words, str),
+        _ranking("INSERTIONS", "hypothesis word", insertions, str),
+        _ranking(
+            "CONFUSED CHARACTERS",
+            "reference -> hypothesis",
+            _count_edits(characters)[0],
+            lambda pair: f"{pair[0]} -> {pair[1]}",
+        ),
+        _by_length(scores),
     ]
-    if characters is not None:
-        confused = _count_edits(characters)[0]
-        title, legend = "CONFUSED CHARACTERS", "reference -> hypothesis"
-        blocks.append(
-            _ranking(title, legend, confused, top_words, lambda pair: f"{pair[0]} -> {pair[1]}")
-        )
-    blocks.append(_by_length(scores))
     if speakers:
-        blocks.append(_by_speaker(scores, speakers, top_words))
-    blocks.append(_worst_utterances(scores, top_utterances))
+        blocks.append(_by_speaker(scores, speakers))
+    blocks.append(_worst_utterances(scores))
     return "\n".join(blocks)
 
 
@@ -89,8 +84,8 @@ def _count_edits(scores: list[dict]) -> tuple[collections.Counter, ...]:
     return substitutions, deletions, insertions
 
 
-def _ranking(title: str, legend: str, counts: collections.Counter, limit: int, render) -> str:
-    shown = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
+def _ranking(title: str, legend: str, counts: collections.Counter, render) -> str:
+    shown = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_TOP_WORDS]
     lines = [f"{title}: {counts.total()}, {len(counts)} different", f" count  {legend}"]
     lines += [f"{count:6d}  {render(what)}" for what, count in shown]
     if len(counts) > len(shown):
@@ -110,13 +105,13 @@ def _by_length(scores: list[dict]) -> str:
     return _table("BY LENGTH", "words of an utterance", groups)
 
 
-def _by_speaker(scores: list[dict], speakers: Mapping[str, str], limit: int) -> str:
+def _by_speaker(scores: list[dict], speakers: Mapping[str, str]) -> str:
     groups: dict[str, list[dict]] = {}
     for score in scores:
         groups.setdefault(speakers.get(score["key"], "unknown"), []).append(score)
     worst = sorted(groups, key=lambda name: (-_rate(groups[name]), name))
     title = f"BY SPEAKER: {len(groups)}, those with the highest WER first"
-    return _table(title, "speaker", {name: groups[name] for name in worst[:limit]})
+    return _table(title, "speaker", {name: groups[name] for name in worst[:_TOP_WORDS]})
 
 
 def _rate(scores: list[dict]) -> float:
@@ -133,7 +128,7 @@ def _table(title: str, legend: str, groups: Mapping[str, list[dict]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _worst_utterances(scores: list[dict], limit: int) -> str:
+def _worst_utterances(scores: list[dict]) -> str:
     # top_wer_utts keeps the order of equal rates: among them the utterance with most errors leads.
     wrong = sorted(
         (score for score in scores if score["num_edits"]),
@@ -141,7 +136,7 @@ def _worst_utterances(scores: list[dict], limit: int) -> str:
     )
     if not wrong:
         return "WORST UTTERANCES: every utterance is right\n"
-    with_output, without_output = top_wer_utts(wrong, top_k=limit)
+    with_output, without_output = top_wer_utts(wrong, top_k=_TOP_UTTERANCES)
     text = io.StringIO()
     text.write(
         f"WORST UTTERANCES: {len(with_output)} by WER, "

@@ -18,7 +18,7 @@ from speechbrain.utils.metric_stats import ErrorRateStats
 
 from common.files import alone_with, atomic_write
 from common.provenance import git_commit, package_version
-from common.tables import format_duration, format_number, markdown_table, text_table
+from common.tables import format_duration, format_number, text_table
 from inference.scoring.bootstrap import Interval, central_interval, resampled_rates
 from inference.scoring.error_analysis import analyse_errors
 
@@ -59,7 +59,7 @@ class SplitScore:
     @property
     def has_rate(self) -> bool:
         """Whether the error rates say anything: of no words, words that come are no percentage."""
-        return self.words > 0 or self.ins == 0
+        return _has_rate(self.words, self.ins)
 
     @property
     def real_time_factor(self) -> float:
@@ -98,6 +98,17 @@ class SplitScore:
         if wrong:
             raise ValueError(f"not the scores of a split: {wrong[0]} is {entry[wrong[0]]!r}")
         return score
+
+
+def rates(entry: Mapping) -> tuple[float | None, float | None]:
+    """WER and CER of a split in ``results.json``; None where they say nothing, or are missing."""
+    if not _has_rate(entry.get("words"), entry.get("ins", 0)):
+        return None, None
+    return entry.get("wer"), entry.get("cer")
+
+
+def _has_rate(words: object, insertions: object) -> bool:
+    return words != 0 or insertions == 0
 
 
 def _is_number(value: object) -> bool:
@@ -154,7 +165,9 @@ def write_split_report(
     folder.mkdir(parents=True, exist_ok=True)
     summary, cer = words.summarize(), characters.summarize("WER")
     # Scripts look for the last line.
-    _write_stats(folder / f"wer_{split}.txt", words, f"WER: {summary['WER']:.2f}%  CER: {cer:.2f}%")
+    with atomic_write(folder / f"wer_{split}.txt") as file:
+        words.write_stats(file)
+        file.write(f"WER: {summary['WER']:.2f}%  CER: {cer:.2f}%\n")
     _write_characters(folder / f"cer_{split}.txt", characters)
     rows = [HYPOTHESES_HEADER]
     rows += zip(ids, map(" ".join, reference_words), map(" ".join, hypothesis_words), strict=True)
@@ -410,10 +423,8 @@ def run_record(
     return record
 
 
-def results_table(
-    splits: Mapping[str, SplitScore], *, markdown: bool = False, intervals: bool = False
-) -> str:
-    """A table of scores, aligned for a terminal or as Markdown; the last line has no line break.
+def results_table(splits: Mapping[str, SplitScore], *, intervals: bool = False) -> str:
+    """A table of scores, aligned for a terminal; the last line has no line break.
 
     Args:
         splits: scores by split.
@@ -433,7 +444,7 @@ def results_table(
         header[2:2], header[4:4] = ["95 % interval"], ["95 % interval"]
         for row, score in zip(rows, splits.values(), strict=True):
             row[2:2], row[4:4] = [_shown(score.wer_interval)], [_shown(score.cer_interval)]
-    return markdown_table(header, rows) if markdown else text_table(header, rows)
+    return text_table(header, rows)
 
 
 def _shown(interval: Interval | None) -> str:
@@ -464,13 +475,6 @@ def _interval(value: float, stats: ErrorRateStats) -> Interval:
     errors = np.array([score["num_edits"] for score in scores])
     tokens = np.array([score["num_ref_tokens"] for score in scores])
     return central_interval(value, resampled_rates(errors, tokens))
-
-
-def _write_stats(path: Path, stats: ErrorRateStats, last_line: str | None = None) -> None:
-    with atomic_write(path) as file:
-        stats.write_stats(file)
-        if last_line is not None:
-            file.write(f"{last_line}\n")
 
 
 def _write_characters(path: Path, stats: ErrorRateStats) -> None:

@@ -52,10 +52,10 @@ def conv(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
         else:
             state = torch.where(valid[:, t, None, None], window[..., 1:], state)
 
-    y = torch.stack(outputs, dim=-1) if outputs else x.to(dtype)
+    y = torch.stack(outputs, dim=-1) if outputs else x.to(dtype).clone()
     if bias is not None:
         y = y + bias.to(dtype)[:, None]
     if activation is not None:
         y = F.silu(y)
-    # A state that never moved must not be the caller's own tensor.
+    # A state that never moved must not be the caller's own tensor, nor an output without frames.
     return select_valid(y, valid).to(x.dtype), state.to(x.dtype).clone()

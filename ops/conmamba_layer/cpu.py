@@ -84,7 +84,7 @@ class _Streams(ctypes.Structure):
     ]
 
 
-def fits(*weights: Tensor | None) -> bool:
+def fits(*weights: Tensor) -> bool:
     """Whether a `Layer` can be made of these weights here: compiled, in float32 on the CPU."""
     return (
         are_float32_on_cpu(*weights)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ops import build
-from ops.checks import is_transformed
+from ops.checks import is_observed
 from ops.native import ELEMENT_TYPES, unsupported_types
 
 _kernel = build.Kernel(Path(__file__).with_name("cpu.cpp"))
@@ -34,13 +34,8 @@ class _Call(ctypes.Structure):
 
 
 def fits(x: Tensor) -> bool:
-    """Whether `dropout` can take the place of torch's here; a graph gets torch's."""
-    return (
-        unsupported_types(x) is None
-        and not torch.compiler.is_compiling()
-        and not is_transformed()
-        and _kernel.prepare() is None
-    )
+    """Whether `dropout` can take the place of torch's here; what torch has to see gets torch's."""
+    return unsupported_types(x) is None and not is_observed(x) and _kernel.prepare() is None
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

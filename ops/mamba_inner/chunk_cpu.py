@@ -40,17 +40,16 @@ class Chunk(ctypes.Structure):
     ]
 
 
-def fits(*tensors: Tensor | None) -> bool:
+def fits(first: Tensor, *others: Tensor | None, backend: str = "auto") -> bool:
     """Whether `chunk` can compute with these: compiled, float32 on the CPU, without gradients.
 
-    It is the backend ``cpu``, which the environment may have ruled out.
+    It is the backend ``cpu``, which the caller or the environment may have ruled out.
     """
     return (
         not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and are_float32_on_cpu(*tensors)
-        and override() in ("auto", "cpu")
+        and are_float32_on_cpu(first, *others)
+        and (override() if backend == "auto" else backend) in ("auto", "cpu")
         and prepare() is None
     )
 

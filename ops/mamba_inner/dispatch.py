@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from ops.causal_conv1d import triton as triton_conv
 from ops.causal_conv1d.arguments import ConvArguments
 from ops.causal_conv1d.dispatch import BACKENDS as CONV_BACKENDS
-from ops.checks import check_shape, normalise_lengths, normalise_reset
+from ops.checks import check_shape, is_observed, normalise_lengths, normalise_reset
 from ops.mamba_inner import chunk_cpu, composed, fused
 from ops.mamba_inner.arguments import Direction, InnerArguments, check_directions
 from ops.selective_scan import triton as triton_scan
@@ -68,8 +67,8 @@ def mamba_inner_fn(
         return outputs if return_state else (outputs[0], None, None)
     conv_backend = backend if backend in CONV_BACKENDS.names else "auto"
     modules: tuple[ModuleType, ...] = ()
-    # A compiler sees the parts and decides by itself what to keep.
-    if xz_BTF.numel() and not torch.compiler.is_compiling():
+    # Who observes sees the parts; a compiler decides by itself what to keep.
+    if xz_BTF.numel() and not is_observed(xz_BTF):
         arguments = arguments._replace(chunk_size=normalise_reset(chunk_size, time))
         modules = _choose(arguments, backend, conv_backend)
         # Triton's kernels clamp by themselves.

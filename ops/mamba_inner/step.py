@@ -9,11 +9,16 @@ from torch import Tensor
 from ops.checks import check_shape
 from ops.mamba_inner import chunk_cpu
 from ops.mamba_inner.arguments import Direction, check_directions
+from ops.selective_scan.dispatch import BACKENDS
 
 
 @torch.no_grad()
 def mamba_inner_step(
-    xz_BF: Tensor, parameters: Direction, conv_state: Tensor, ssm_state: Tensor
+    xz_BF: Tensor,
+    parameters: Direction,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`mamba_inner_fn` of a single frame of a causal mixer, without gradients.
 
@@ -25,24 +30,26 @@ def mamba_inner_step(
         parameters: of the mixer.
         conv_state: (batch, E, W-1), the inputs before it.
         ssm_state: (batch, E, N), the scan's state before it; its dtype is that of the arithmetic.
+        backend: of the scan; all but ``cpu`` compute a single frame in torch.
 
     Returns:
         y (batch, E) in the dtype of ``xz_BF``, and both states after the frame; those given are
         left as they are.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or the backend asked for cannot be used here.
     """
     inner, state, taps = check_directions((parameters,))
     batch = xz_BF.shape[0]
     check_shape("xz", xz_BF, (batch, 2 * inner), "(batch, 2 E)")
     check_shape("conv_state", conv_state, (batch, inner, taps - 1), "(batch, E, W-1)")
     check_shape("ssm_state", ssm_state, (batch, inner, state), "(batch, E, N)")
-    if chunk_cpu.fits(xz_BF, conv_state, ssm_state, *parameters):
+    if chunk_cpu.fits(xz_BF, conv_state, ssm_state, *parameters, backend=backend):
         y_B1E, next_conv, next_ssm = chunk_cpu.chunk(
             xz_BF[:, None], [parameters], conv_state, ssm_state
         )
         return y_B1E[:, 0], next_conv, next_ssm
+    BACKENDS.named(backend)
     return step_in_torch(xz_BF, parameters, conv_state, ssm_state)
 
 

@@ -33,12 +33,11 @@ class _Call(ctypes.Structure):
 def fits(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
     """Whether `packed_linear` can take the place of torch's: compiled, in float32, few dense rows.
 
-    Without gradients, outside autocast, and not where a compiler would see it.
+    Without gradients, outside autocast, and not where torch has to see it.
     """
     return not (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
         or not x_MK.dim() == weight_NK.dim() == 2
         or not 0 < x_MK.shape[0] <= MAX_ROWS
         or not x_MK.shape[1] == weight_NK.shape[1] > 0

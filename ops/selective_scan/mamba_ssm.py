@@ -67,7 +67,8 @@ class _WithoutGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, last_state: Tensor) -> Tensor:
-        return last_state.view_as(last_state)
+        # Not a view of autograd's, which could not be changed in place.
+        return last_state.detach()
 
     @staticmethod
     def backward(ctx, grad_last_state: Tensor):

@@ -70,8 +70,9 @@ def scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
         y = y * F.silu(select_valid(z.to(dtype), valid))
     # Where C does not vary with time the state is read out in padding, too.
     y = select_valid(y, valid)
-    # A state that never moved must not be the caller's own tensor.
-    return y.to(u.dtype), h.clone() if time == 0 else h
+    # A state that never moved must not be the caller's own tensor, nor one that moved what the
+    # gradient needs.
+    return y.to(u.dtype), h.clone()
 
 
 def _per_frame(projection: Tensor, dim: int, time: int, valid: Tensor | None) -> list[Tensor]:

@@ -4,7 +4,14 @@ import os
 import pytest
 
 from common.errors import UserError, in_words
-from common.files import atomic_write, file_digest, require_file, require_folder, require_place
+from common.files import (
+    atomic_folder,
+    atomic_write,
+    file_digest,
+    require_file,
+    require_folder,
+    require_place,
+)
 
 
 def test_an_exception_leaves_the_old_file_and_no_temporary_one(tmp_path):
@@ -41,6 +48,25 @@ def test_bytes_are_written_as_they_are(tmp_path):
     with atomic_write(tmp_path / "model", "wb") as stream:
         stream.write(b"\r\n\xff\x00")
     assert (tmp_path / "model").read_bytes() == b"\r\n\xff\x00"
+
+
+def test_a_folder_is_not_there_before_it_is_whole(tmp_path):
+    target = tmp_path / "corpus"
+
+    def fill(fails):
+        with atomic_folder(target) as scratch:
+            (scratch / "file").write_text("whole")
+            assert not target.exists()
+            if fails:
+                raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        fill(fails=True)
+    assert os.listdir(tmp_path) == []
+    fill(fails=False)
+    assert os.listdir(tmp_path) == ["corpus"]
+    assert (target / "file").read_text() == "whole"
+    assert target.stat().st_mode & 0o777 == 0o755
 
 
 def test_digest_of_a_file_longer_than_a_block(tmp_path):

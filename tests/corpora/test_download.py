@@ -80,8 +80,13 @@ def server():
     server.close()
 
 
-def get(server: Server, target, md5: str = MD5, **options):
-    return fetch(f"{server.url}/file", target, md5, wait_s=0, noprogressbar=True, **options)
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(download, "_WAIT_S", 0)
+
+
+def get(server: Server, target, md5: str = MD5):
+    return fetch(f"{server.url}/file", target, md5, noprogressbar=True)
 
 
 def archive(members: dict[str, bytes]) -> bytes:
@@ -114,25 +119,33 @@ def test_a_broken_transfer_is_continued_where_it_broke(server, tmp_path):
     assert server.requests == [None, "bytes=300000-", "bytes=400000-"]
 
 
+@pytest.fixture
+def two_attempts(monkeypatch):
+    monkeypatch.setattr(download, "_NUM_ATTEMPTS", 2)
+
+
+@pytest.mark.usefixtures("two_attempts")
 def test_a_transfer_that_keeps_breaking_keeps_its_part_for_the_next_call(server, tmp_path):
     server.cuts = [200_000, 200_000, 0, 0]
     with pytest.raises(DownloadError, match=r"broke off 2 times .*400000 bytes are kept"):
-        get(server, tmp_path / "file", num_attempts=2)
+        get(server, tmp_path / "file")
     assert not (tmp_path / "file").exists()
     assert get(server, tmp_path / "file").read_bytes() == CONTENT
     assert server.requests[-1] == "bytes=400000-"
 
 
+@pytest.mark.usefixtures("two_attempts")
 def test_a_transfer_that_makes_progress_goes_on(server, tmp_path):
     server.cuts = [100_000] * 6
-    assert get(server, tmp_path / "file", num_attempts=2).read_bytes() == CONTENT
+    assert get(server, tmp_path / "file").read_bytes() == CONTENT
 
 
+@pytest.mark.usefixtures("two_attempts")
 def test_the_same_bytes_again_are_no_progress(server, tmp_path):
     server.resumes = False
     server.cuts = [300_000] * 9
     with pytest.raises(DownloadError, match="broke off 2 times without progress"):
-        get(server, tmp_path / "file", num_attempts=2)
+        get(server, tmp_path / "file")
     assert len(server.requests) == 3
 
 
@@ -314,6 +327,25 @@ def test_processes_that_unpack_one_split_do_not_disturb_each_other(tmp_path):
     processes = [subprocess.Popen(command, cwd=REPOSITORY) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert [path.name for path in (tmp_path / "to").iterdir()] == ["LibriSpeech"]
+
+
+def test_processes_that_fetch_one_split_do_not_disturb_each_other(server, tmp_path):
+    server.files["/dev-clean.tar.gz"] = SPLIT_ARCHIVE
+    code = (
+        "import sys, time; from corpora import download\n"
+        "whole = download._transfer\n"
+        "def slow(*names):\n    whole(*names); time.sleep(0.3)\n"
+        "download._transfer = slow\n"
+        "folder, url, md5 = sys.argv[1:]\n"
+        "download.download_split("
+        "'dev-clean', folder, base_url=url, md5=md5, noprogressbar=True)"
+    )
+    names = [str(tmp_path), server.url, hashlib.md5(SPLIT_ARCHIVE).hexdigest()]
+    command = [sys.executable, "-c", code, *names]
+    processes = [subprocess.Popen(command, cwd=REPOSITORY) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert server.requests == [None]
+    assert {path.name for path in tmp_path.iterdir()} == {"LibriSpeech", "dev-clean.tar.gz"}
 
 
 def test_a_flipped_bit_is_found(tmp_path):

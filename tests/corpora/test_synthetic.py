@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from corpora.synthetic import room, speech
-from corpora.synthetic.sentences import SentenceMaker, vocabulary
+from corpora.synthetic.sentences import SLOTS, TEMPLATES, SentenceMaker
 from corpora.synthetic.speaker_process import SAMPLE_RATE
 from corpora.synthetic.voices import SPLITS, voices_of
 
@@ -14,6 +14,13 @@ RATE = 16000
 
 def sentences(count: int, seed: int = 1) -> list[str]:
     return list(itertools.islice(SentenceMaker(seed), count))
+
+
+def vocabulary() -> set[str]:
+    """Every word that a sentence can hold."""
+    phrases = [*TEMPLATES, *(choice for choices in SLOTS.values() for choice in choices)]
+    words = {word for phrase in phrases for word in phrase.split()}
+    return {word for word in words if not word.startswith("{")}
 
 
 def test_no_sentence_comes_twice_and_the_seed_decides_them():

@@ -96,6 +96,10 @@ def test_a_table_of_one_split_gives_no_rows_of_others(folder):
     with pytest.raises(ValueError, match=message):
         prepare_tables({"dev": table}, folder / "out", noprogressbar=True)
     assert not (folder / "out").exists()
+    # Its own rows need not be called so.
+    write(table, [dict(row, split=name) for row, name in zip(ROWS, ("", "test", ""), strict=True)])
+    (part,) = read_table(table, "train")
+    assert [u.id for u in part.utterances] == ["clips-a", "more-ö"]
 
 
 def test_of_several_columns_of_one_kind_a_row_has_the_first_that_it_fills(folder):
@@ -149,7 +153,18 @@ def test_a_manifest_is_made_again_when_table_audio_or_options_change(folder):
     os.utime(folder / "clips/a.wav", ns=(1, 1))
     second = time_after()
     assert second != first
-    assert time_after(skip_bad=True) != second
+    third = time_after(skip_bad=True)
+    assert third != second
+    fourth = time_after(skip_bad=True, verify=True)
+    assert fourth != third
+    assert time_after(skip_bad=True) == fourth
+    # Of a version that did not look for samples that are not finite.
+    record = save / "librispeech_prepare.json"
+    entry = json.loads(record.read_text())
+    entry["files"]["train.csv"]["made_from"]["options"][-1] = True
+    record.write_text(json.dumps(entry))
+    assert time_after(skip_bad=True) == fourth
+    assert time_after(skip_bad=True, verify=True) != fourth
 
 
 def test_what_cannot_be_used_is_named_and_may_be_left_out(folder):
@@ -357,6 +372,8 @@ class TestHeldOut:
         table = write(folder / "all.csv", rows)
         made = prepare_tables({"": table}, folder / "out", noprogressbar=True)
         assert made == {"train": 2, "train-held-out": 1}
+        named = prepare_tables({"train-held-out": table}, folder / "named", noprogressbar=True)
+        assert named == {"train-held-out": 1}
 
     @pytest.mark.parametrize("together", [False, True])
     def test_a_lost_recording_of_theirs_is_said(self, folder, together):

@@ -387,7 +387,7 @@ def test_a_state_of_another_search_is_refused(arpa):
 def test_a_search_takes_the_ngram_of_its_backend(arpa):
     ngram = read_ngram(arpa, "reference")
     assert CTCBeamSearch(SPACED, ngram=ngram, backend="reference").ngram is ngram
-    assert ngram.knows(LEXICON[:3]) == 1
+    assert all(word in ngram for word in LEXICON[:3])
     if native.unavailable() is None:
         with pytest.raises(ValueError, match="another backend"):
             CTCBeamSearch(SPACED, ngram=ngram)

@@ -6,7 +6,7 @@ import gzip
 import numpy as np
 import pytest
 
-from decoding.ctc_beam_search import native, read_ngram
+from decoding.ctc_beam_search import CTCBeamSearch, native, read_ngram
 from tests.decoding.ctc_searches import BACKENDS, LEXICON, write_ngram
 
 # As pruning leaves it: the context "b c" of "b c d" is not there, and neither is <unk>.
@@ -92,13 +92,13 @@ def test_both_readers_read_the_same_numbers(tmp_path, write):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_how_many_words_it_knows(backend, tmp_path):
-    ngram = read_ngram(write_ngram(tmp_path / "words.arpa", num_words=20), backend)
-    known = [word for word in LEXICON[:20] if word in ngram]
-    assert ngram.knows(known) == 1
-    assert ngram.knows([word.lower() for word in known]) == 0
-    assert ngram.knows([known[0], "<unk>", "x", "y"]) == 0.25
-    assert ngram.knows([]) == 0
+def test_what_becomes_of_its_file_is_nothing_to_it(backend, write):
+    path = write(PRUNED)
+    ngram = read_ngram(path, backend)
+    path.unlink()
+    assert ngram.first_words == ["b", "c", "d", "é"]
+    pieces = ["<blank>", " ", "b", "c", "d", "é"]
+    assert CTCBeamSearch(pieces, ngram=ngram, backend=backend).ngram is ngram
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

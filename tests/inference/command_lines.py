@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -20,6 +22,19 @@ for arguments in json.loads(sys.argv[2]):
             status = ended.code
     print(json.dumps([status, error.getvalue(), "torch" in sys.modules]))
 """
+
+
+def answer_of(
+    main: Callable[[list[str]], int], arguments: Iterable[object], capsys: pytest.CaptureFixture
+) -> tuple[int, str, str]:
+    """What a command line gives on the CPU: status, standard output and error."""
+    capsys.readouterr()
+    try:
+        status = main(["--device", "cpu", "--noprogressbar", *map(str, arguments)])
+    except SystemExit as ended:
+        status = ended.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
 def assert_answers_without_torch(

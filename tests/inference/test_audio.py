@@ -371,7 +371,7 @@ def test_behind_a_damaged_packet_of_a_video_it_is_read_on(tmp_path, caplog, suff
     assert "s could not be read" in record.getMessage()
 
 
-@pytest.mark.parametrize("suffix", ["ogg", "opus", "mp3", "flac"])
+@pytest.mark.parametrize("suffix", ["ogg", "opus", "mp3", "flac", "wav"])
 def test_joined_recordings_are_all_read(tmp_path, monkeypatch, caplog, suffix):
     need_or_hide_pyav(monkeypatch, with_pyav=False)
     # The bytes that tell of it are cut apart.
@@ -387,7 +387,7 @@ def test_joined_recordings_are_all_read(tmp_path, monkeypatch, caplog, suffix):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("suffix", ["ogg", "opus", "mp3", "flac"])
+@pytest.mark.parametrize("suffix", ["ogg", "opus", "mp3", "flac", "wav"])
 def test_joined_recordings_of_other_rates_and_channels(caplog, suffix):
     stereo_SC = np.stack([tone(2.0, 8000)] * 2, axis=1)
     content = encoded(stereo_SC, suffix, 8000) + encoded(tone(3.0), suffix)
@@ -401,12 +401,37 @@ def test_joined_recordings_of_other_rates_and_channels(caplog, suffix):
         load_audio(content, SAMPLE_RATE, channel=2)
 
 
-@pytest.mark.parametrize("suffix", ["ogg", "mp3", "flac"])
+@pytest.mark.parametrize("suffix", ["ogg", "mp3", "flac", "wav"])
 def test_of_joined_recordings_the_last_may_be_cut_short(caplog, suffix):
     content = encoded(tone(3.0), suffix) + encoded(tone(2.0), suffix)[:-4000]
     assert 3.5 * SAMPLE_RATE < len(load_audio(content, SAMPLE_RATE)) < 4.9 * SAMPLE_RATE
     (record,) = caplog.records
     assert "recording 2 of those joined in it is cut short" in record.getMessage()
+
+
+def test_wav_files_of_an_odd_size_may_be_padded(caplog):
+    one = wav_bytes(PCM + b"\0")
+    for padding in (b"", b"\0"):
+        assert len(load_audio(one + padding + one, SAMPLE_RATE)) == 2 * len(WAVE)
+    # What the header counts is of the recording.
+    assert audio._joints(io.BytesIO(wav_bytes(PCM + one))) == []
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100])
+def test_a_size_in_an_mp3_that_is_a_little_too_small_is_no_joint(caplog, rate):
+    content = encoded(tone(2.0, rate), "mp3", rate)
+    at = audio._MP3_SIZE.match(content).start(1)
+    size = int.from_bytes(content[at : at + 4], "big")
+    assert audio._joints(io.BytesIO(content + content[size // 2 :])) == []
+    for missing in range(1, 1000):
+        smaller = content[:at] + (size - missing).to_bytes(4, "big") + content[at + 4 :]
+        assert audio._joints(io.BytesIO(smaller)) == []
+    assert len(load_audio(smaller, rate)) == 2 * rate
+    # Without its first frame it begins with sound.
+    sound = next(n for n in range(1, 2000) if audio._begins_mp3(io.BytesIO(content[n:]), 0))
+    assert audio._joints(io.BytesIO(content + content[sound:])) == [size]
+    assert not caplog.records
 
 
 def test_tags_of_mp3_are_no_joined_recordings(caplog):

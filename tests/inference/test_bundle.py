@@ -1,5 +1,6 @@
 """Bundles are data: whole, checked, self-contained, and the model that was trained."""
 
+import errno
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from common.files import file_digest
 from inference import Recognizer
 from inference.bundle import main, read_bundle, read_run, write_bundle
 from inference.hub import FILES
+from inference.inspect import main as inspect
 from inference.model import make_model
 from inference.weights import unpack
 from tests.inference.runs import make_run
@@ -246,6 +248,34 @@ def test_what_lies_beside_a_bundle_stays(tmp_path, beside):
         assert (folder / beside).read_text() == "x"
 
 
+@pytest.mark.parametrize("beside", [None, "notes.txt"])
+def test_a_bundle_on_another_device_is_replaced(tmp_path, monkeypatch, beside):
+    run, disk = make_run(tmp_path / "run", "CTC/demo"), tmp_path / "disk"
+    disk.mkdir()
+    folder = tmp_path / "b"
+    folder.symlink_to(disk)
+    write_bundle(run, folder, "fp16")
+    (disk / "lm.safetensors").write_text("of another model")
+    if beside:
+        (disk / beside).write_text("x")
+    names = {path.name for path in disk.iterdir()} - {"lm.safetensors"}
+
+    def on_one_device(move):
+        def moved(source, target, **options):
+            if (disk in Path(source).resolve().parents) != (disk in Path(target).resolve().parents):
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            return move(source, target, **options)
+
+        return moved
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, on_one_device(getattr(os, name)))
+    write_bundle(run, folder, "fp32")
+    assert folder.is_symlink()
+    assert {path.name for path in disk.iterdir()} == names
+    assert read_bundle(folder).config["stored_precision"] == "fp32"
+
+
 def test_a_run_that_goes_on_outdates_its_bundle(tmp_path, caplog):
     run = make_run(tmp_path / "run", "CTC/demo")
     write_bundle(run, run / "bundle")
@@ -348,6 +378,25 @@ def test_the_model_card_tells_where_the_model_comes_from(run):
     assert ["test-clean", "no"] in [row[:2] for row in rows]
     for name in ("model.safetensors", "tokenizer.model"):
         assert [name, f"`{file_digest(run / 'bundle' / name)}`"] in rows
+
+
+def test_of_no_words_neither_card_nor_report_has_a_rate(tmp_path, capsys):
+    run = make_run(tmp_path / "run", "CTC/demo")
+    counts = {"del": 0, "sub": 0, "words": 0, "utterances": 2, "audio_s": 2.0, "decode_s": 1.0}
+    scores = {
+        name: {"wer": 0.0, "cer": 0.0, "ins": ins, **counts}
+        for name, ins in (("noise", 2), ("silence", 0))
+    }
+    (run / "results.json").write_text(json.dumps({"splits": scores, "run": {}}))
+    bundle = write_bundle(run, tmp_path / "b")
+    card = (bundle / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines()]
+    assert ["noise", "no", "-", "-", "0"] in rows
+    assert ["silence", "no", "0.00", "0.00", "0"] in rows
+    assert inspect([str(bundle)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["noise", "-", "-"] in lines
+    assert ["silence", "0.00", "0.00"] in lines
 
 
 def test_a_named_evaluation_leaves_the_model_card_its_scores(run, tmp_path):

@@ -190,6 +190,40 @@ def test_words_do_not_overlap_where_pieces_meet():
     assert joined.words[1].end_s == joined.words[2].start_s == pytest.approx(9.95)
 
 
+def test_a_word_that_one_piece_hears_late_is_that_of_the_other():
+    pieces = [Piece(0, 13000, 10000), Piece(7000, 20000, 20000)]
+    left = Transcript("A B", (Word("A", 2.0, 2.4, 1.0), Word("B", 9.95, 10.05, 1.0)))
+    right = Transcript("B C", (Word("B", 2.5, 2.6, 1.0), Word("C", 2.62, 2.9, 1.0)))
+    joined = join(pieces, [left, right], RATE)
+    assert joined.text == "A B C"
+    times = [time for word in joined.words for time in (word.start_s, word.end_s)]
+    assert times == pytest.approx([2.0, 2.4, 9.5, 9.6, 9.62, 9.9])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    left=st.lists(st.tuples(st.floats(0, 1.5), st.floats(0, 1.5)), max_size=12),
+    right=st.lists(st.tuples(st.floats(0, 1.5), st.floats(0, 1.5)), max_size=12),
+    seed=st.integers(0, 99),
+)
+def test_times_never_go_back(left, right, seed):
+    """Whatever the pieces hear, words that last and follow each other at once or later."""
+    rng = np.random.default_rng(seed)
+    pieces = [Piece(0, 13000, 10000), Piece(7000, 20000, 20000)]
+    transcripts = []
+    for gaps, first_s in ((left, 5.0), (right, 0.0)):
+        edges = first_s + np.cumsum(np.array(gaps).ravel())
+        texts = rng.choice(["A", "B"], len(gaps)).tolist()
+        spans = list(zip(texts, edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+        words = tuple(Word(text, a, b, 1.0) for text, a, b in spans)
+        tokens = tuple(Token(text, a, b, 1.0) for text, a, b in spans)
+        transcripts.append(Transcript(" ".join(texts), words, tokens))
+    joined = join(pieces, transcripts, RATE)
+    for parts in (joined.words, joined.tokens):
+        times = [time for part in parts for time in (part.start_s, part.end_s)]
+        assert times == sorted(times)
+
+
 def test_alternatives_are_those_of_the_parts():
     pieces = [Piece(0, 9000, 10000), Piece(11000, 20000, 20000)]
     parts = [

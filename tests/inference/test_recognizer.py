@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from common.errors import UserError
-from decoding.ctc_beam_search import HotwordTree
-from inference import Recognizer
+from decoding.ctc_beam_search import CTCBeamSearch, HotwordTree
+from inference import Recognizer, Transcript
 from inference.kept import Kept
+from tests.inference.runs import make_run
 from tests.inference.transcripts import assert_same
 
 ARPA = """\\data\\
@@ -151,16 +152,50 @@ def test_searches_share_an_ngram_until_its_file_changes(recognizers, waveforms, 
     def ngram_of(**options):
         recognizer.transcribe(waveforms[0], ngram=path, **options)
         *_, latest = recognizer._search._ctc_searches._made.values()
-        return latest.result().ngram
+        return latest.ngram
 
     path.write_text(ARPA.format(second=""), encoding="utf-8")
     first = ngram_of()
     assert all(ngram_of(**more) is first for more in ({"alpha": 0.1}, {"beam_size": 3}, {}))
     path.write_text(ARPA.format(second=" 0.2"), encoding="utf-8")
-    assert ngram_of() is not first
+    second = ngram_of()
+    assert second is not first
+    assert {search.ngram for search in recognizer._search._ctc_searches._made.values()} <= {
+        *(second, None)
+    }
     path.unlink()
     with pytest.raises(UserError, match="No such file"):
         ngram_of()
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_ms": 640}, {"whole": True}])
+def test_a_call_has_one_ngram_whatever_becomes_of_its_file(audio_files, tmp_path, options):
+    run = make_run(tmp_path / "run", "CTC/demo_streaming")
+    recognizer = Recognizer.from_run(run, device="cpu")
+    path, ngrams = tmp_path / "words.arpa", []
+    make = CTCBeamSearch.start
+
+    def seen(self, *arguments):
+        ngrams.append(self.ngram)
+        return make(self, *arguments)
+
+    def paths():
+        """Changes the file, and has others use it, while recordings are read."""
+        yield audio_files[0]
+        path.write_text(ARPA.format(second=" 0.2"), encoding="utf-8")
+        yield audio_files[1]
+        recognizer.transcribe(audio_files[1], ngram=path)
+        yield audio_files[2]
+        path.unlink()
+        yield audio_files[3]
+
+    path.write_text(ARPA.format(second=""), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CTCBeamSearch, "start", seen)
+        results = recognizer.transcribe_many(paths(), ngram=path, batch_seconds=0.1, **options)
+        assert all(isinstance(found, Transcript) for _, found in results)
+    assert len(ngrams) >= 5
+    assert sum(ngram is not ngrams[0] for ngram in ngrams) == 1
 
 
 @pytest.mark.parametrize("kind", ["ctc", "s2s"])
@@ -202,19 +237,63 @@ def test_who_asks_meanwhile_waits_and_others_do_not():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_what_others_were_at_does_not_hold_up_a_fork():
+    script = """
+import os, threading
+from inference import workers
+from inference.kept import Kept
+kept, begun, may_go_on = Kept(2), threading.Event(), threading.Event()
+kept.get("made", lambda: "before")
+def slow():
+    with workers._lock:
+        begun.set()
+        may_go_on.wait()
+    return "parent"
+thread = threading.Thread(target=kept.get, args=("slow", slow))
+thread.start()
+begun.wait()
+kept._lock.__enter__()
+if os.fork() == 0:
+    print(workers.threads_of_caller() > 0, kept.get("made", lambda: "anew"), flush=True)
+    print(kept.get("slow", lambda: "child"), flush=True)
+    os._exit(0)
+kept._lock.__exit__(None, None, None)
+os.wait()
+may_go_on.set()
+thread.join()
+print(kept.get("slow", lambda: "anew"))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ran.stdout.split() == ["True", "before", "child", "parent"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_in_a_fork_there_are_no_threads_to_wait_for(ctc_run, audio_files, threads):
+@pytest.mark.parametrize(
+    "call",
+    [
+        "asr.transcribe(path).text",
+        "list(asr.transcribe_many([path]))[0][1].text",
+        "asr.transcribe_batch([wav_S])[0].text",
+        "asr.encode([wav_S])[0].shape[0]",
+    ],
+)
+def test_in_a_fork_there_are_no_threads_to_wait_for(ctc_run, audio_files, threads, call):
     script = f"""
 import os, sys
 from inference import Recognizer
+path = {str(audio_files[0])!r}
 asr = Recognizer.from_run({str(ctc_run)!r}, device="cpu", threads={threads})
+wav_S = asr.load(path)
 if os.fork() == 0:
     try:
-        print(asr.transcribe({str(audio_files[0])!r}).text, flush=True)
+        print({call}, flush=True)
     except BaseException as error:
         print(type(error).__name__, error, flush=True)
     os._exit(0)
-print(asr.transcribe({str(audio_files[0])!r}).text, flush=True)
+print({call}, flush=True)
 os.wait()
 """
     ran = subprocess.run(
@@ -231,7 +310,8 @@ def test_a_device_without_content_is_refused(ctc_run):
         Recognizer.from_run(ctc_run, device="meta")
 
 
-def test_a_recording_encoded_whole_has_one_text(recognizers, waveforms):
+def test_a_recording_encoded_whole_has_one_text(recognizers, waveforms, monkeypatch):
+    monkeypatch.setattr(Recognizer, "load", None)
     with pytest.raises(UserError, match="alternatives"):
         recognizers["ctc"].transcribe(waveforms[0], whole=True, alternatives=1)
 

@@ -1,6 +1,7 @@
 """The files an evaluation leaves, and the numbers in them."""
 
 import json
+import re
 import unicodedata
 
 import pytest
@@ -290,8 +291,8 @@ def test_results_have_the_intervals_whatever_the_order_of_the_utterances(tmp_pat
 def test_table_shows_the_intervals_on_request(tmp_path):
     result = write(tmp_path)
     low, high = result.wer_interval.low, result.wer_interval.high
-    table = results_table({"a": result, "b": score()}, markdown=True, intervals=True)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    table = results_table({"a": result, "b": score()}, intervals=True)
+    cells = [re.split("  +", line) for line in table.splitlines()]
     assert cells[0][:3] == ["split", "WER %", "95 % interval"]
     assert cells[2][:3] == ["a", "50.00", f"{low:.2f} to {high:.2f}"]
     assert cells[3][:5] == ["b", "12.50", "-", "4.25", "-"]
@@ -345,12 +346,6 @@ def test_terminal_table_is_aligned():
         ["x", "12.50", "4.25", "59.9", "s", "0.100"],
         ["empty", "12.50", "4.25", "0.0", "s", "-"],
     ]
-
-
-def test_markdown_table_has_one_cell_per_column():
-    lines = results_table(SPLITS | {"a|b": score()}, markdown=True).splitlines()
-    assert [line.replace("\\|", "").count("|") for line in lines] == [6] * 6
-    assert set(lines[1]) == set("| -:")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 import hashlib
 import itertools
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from inference import AudioError, Recognizer, StreamingRecognizer
 from inference.bundle import main as bundle
 from inference.chunks import chunks_of
 from inference.streaming_text import Endpoints
+from tests.inference import transcripts
 from tests.inference.runs import make_run
 from tools.make_ngram import estimate, write_arpa
 
@@ -73,17 +77,9 @@ def streamed(asr, wav_S, pieces, rate=16000):
 
 
 def assert_same(found, wanted):
-    assert found.text == wanted.text
+    transcripts.assert_same(found, wanted)
     assert found.duration_s == pytest.approx(wanted.duration_s)
     assert [s.text for s in found.segments] == [s.text for s in wanted.segments]
-    for name in ("words", "tokens"):
-        ours, theirs = getattr(found, name), getattr(wanted, name)
-        assert [(w.text, w.start_s, w.end_s) for w in ours] == [
-            (w.text, w.start_s, w.end_s) for w in theirs
-        ]
-        np.testing.assert_allclose(
-            [w.confidence for w in ours], [w.confidence for w in theirs], rtol=0, atol=1e-4
-        )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -353,7 +349,7 @@ def test_a_stream_of_another_model_or_version_is_refused(streaming, runs):
         runs["conmamba"], device="cpu", lookahead=0.52, search=GREEDY
     )
     same.finish(same.restore(data))
-    hotwords = {"OWN": 1.0, "TWO": 2.0}, {"TWO": 2.0, "OWN": 1.0}
+    hotwords = {"OWN": 1.0, "TWO": 2.0}, {"TWO": 2, "OWN": np.float64(1)}
     one, other = (
         StreamingRecognizer.from_run(runs["mamba"], device="cpu", search={"hotwords": phrases})
         for phrases in hotwords
@@ -529,6 +525,45 @@ def test_a_joint_model_streams_with_its_ctc_branch(tmp_path, caplog):
     assert found.text
     wanted = Recognizer.from_run(run, device="cpu").transcribe(wav_S, chunk_ms=640, **GREEDY)
     assert_same(found, wanted)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_in_a_fork_streams_go_on_or_are_refused(runs, threads):
+    script = f"""
+import os
+import numpy as np
+from common.errors import UserError
+from inference import StreamingRecognizer
+asr = StreamingRecognizer.from_run({str(runs["conmamba"])!r}, device="cpu", threads={threads})
+stream = asr.open()
+asr.accept(stream, np.zeros(20_000, np.float32))
+data = asr.save(stream)
+asr._lock.__enter__()
+if os.fork() == 0:
+    asr.accept(stream, np.zeros(20_000, np.float32))
+    for call in (
+        asr.open,
+        asr.step,
+        lambda: asr.restore(data),
+        lambda: asr.save(stream),
+        lambda: asr.result(stream),
+        lambda: asr.flush(stream),
+        lambda: asr.finish(stream),
+    ):
+        try:
+            call()
+            print("done", flush=True)
+        except UserError as error:
+            print(str(error).partition(" in another process")[0], flush=True)
+    os._exit(0)
+os.wait()
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    answer = "done" if threads == 1 else "This recogniser was loaded"
+    assert ran.stdout.splitlines() == [answer] * 7, ran.stderr
 
 
 def test_threads_share_a_recogniser(streaming, offline):

@@ -102,6 +102,21 @@ def test_counted_by_the_host_the_statistics_are_the_same(cls, feats_BTM):
 
 
 @pytest.mark.parametrize("counted", [False, True])
+def test_a_spoilt_batch_of_a_coarse_type_rounds_no_statistics(feats_BTM, counted):
+    lengths = relative_lengths(FRAMES_B, 9)
+    normalize = InputNormalization(norm_type="global")
+    learning = CountedStatistics(normalize) if counted else FiniteStatistics(normalize)
+    learning.num_frames = int(FRAMES_B.sum())
+    normalize(feats_BTM, lengths, epoch=0)
+    before = normalize._statistics_dict()
+    normalize(torch.full_like(feats_BTM, torch.inf).bfloat16(), lengths, epoch=0)
+    after = normalize._statistics_dict()
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    normalize(feats_BTM.bfloat16(), lengths, epoch=0)
+    assert normalize.glob_mean.dtype == normalize.glob_std.dtype == torch.float32
+
+
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("spoilt", [0, 1])
 def test_a_batch_that_is_not_finite_changes_no_statistics(feats_BTM, counted, spoilt, tmp_path):
     lengths = relative_lengths(FRAMES_B, 9)

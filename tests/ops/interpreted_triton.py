@@ -18,6 +18,7 @@ from ops.selective_scan import Way, bidirectional_scan_fn, selective_scan_fn, tr
 from tests.ops.scans import (
     assert_close,
     in_double,
+    memory_of_nan,
     plain_loop,
     random_inputs,
     relative_error,
@@ -34,11 +35,8 @@ few = settings(
 
 @pytest.fixture(autouse=True)
 def _memory_holds_nan():
-    torch.use_deterministic_algorithms(True)
-    probe = torch.empty(64)
-    assert probe.isnan().all(), "memory is not filled"
-    yield
-    torch.use_deterministic_algorithms(False)
+    with memory_of_nan():
+        yield
 
 
 @pytest.fixture

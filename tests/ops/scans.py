@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -120,6 +122,17 @@ def with_gradients(y: Tensor, last_state: Tensor, leaves: dict[str, Tensor]) -> 
     found = {"y": y, "last_state": last_state}
     found |= {f"d{name}": x.grad for name, x in leaves.items() if x.grad is not None}
     return {name: x.detach().cpu().double() for name, x in found.items()}
+
+
+@contextlib.contextmanager
+def memory_of_nan() -> Iterator[None]:
+    """Within it uninitialised memory holds NaN: whatever is read must have been written before."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(64).isnan().all(), "memory is not filled"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def relative_error(x: Tensor, reference: Tensor) -> float:

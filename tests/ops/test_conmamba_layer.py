@@ -66,13 +66,14 @@ def test_threads_change_nothing():
     assert torch.equal(*found)
 
 
-def test_what_is_not_as_torch_makes_it_is_called():
+def test_what_is_not_as_torch_makes_it_or_wants_another_backend_is_called():
     hooked = layer()
     hooked.ffn_module1[1].ffn[0].register_forward_hook(lambda *_: None)
     wrapped = layer()
     wrapped.mamba.in_proj = nn.Sequential(wrapped.mamba.in_proj)
     tanh = layer(activation=nn.Tanh)
-    for network in (hooked, wrapped, tanh, layer().double()):
+    slow = layer(mamba_config={"backend": "reference"})
+    for network in (hooked, wrapped, tanh, slow, layer().double()):
         assert for_streams(network).fused is None
 
 

@@ -5,6 +5,8 @@ import logging
 import os
 import platform
 import shlex
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -64,13 +66,14 @@ def built(cache):
 
 
 @with_compiler
-def test_a_second_process_loads_what_the_first_one_built(
+def test_a_second_process_loads_what_the_first_one_built_and_writes_nothing(
     nothing_built, source, monkeypatch, tmp_path
 ):
     assert build.Kernel(*source).load().times_factor(21) == 42
     assert len(built(nothing_built)) == 1
     monkeypatch.setattr(build, "_libraries", {})
     monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(build, "_locked", lambda _: pytest.fail("the cache was written"))
     assert build.Kernel(*source).load().times_factor(4) == 8
 
 
@@ -119,7 +122,8 @@ def test_processes_that_start_together_build_once(nothing_built, source, monkeyp
     body = f'echo built >> {log}\nsleep 0.3\nexec {compiler} "$@"'
     monkeypatch.setenv("CXX", compiler_that(tmp_path, body))
     # The lock is a file's, which keeps out threads as it does processes.
-    threads = [threading.Thread(target=build._load, args=source) for _ in range(3)]
+    call = (*source, (), True)
+    threads = [threading.Thread(target=build._load, args=call) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -152,19 +156,60 @@ def test_a_build_cut_short_leaves_nothing_behind(nothing_built, source, monkeypa
     assert build.Kernel(*source).load().times_factor(3) == 6
 
 
+LOAD = """
+import sys
+from pathlib import Path
+from ops import build
+
+assert build.Kernel(*map(Path, sys.argv[1:])).load().times_factor(3) == 6
+"""
+
+
 @with_compiler
-@pytest.mark.parametrize("content", [b"", b"no library"])
-def test_a_damaged_library_is_built_again(nothing_built, source, monkeypatch, tmp_path, content):
+@pytest.mark.parametrize("damage", ["empty", "text", "half", "zeros", "no digest"])
+def test_a_damaged_library_is_built_again(nothing_built, source, damage):
     build.Kernel(*source).load()
     (library,) = built(nothing_built)
-    # Under a path of its own: a path that is loaded is not opened again.
-    damaged = tmp_path / "damaged" / library.parent.name / library.name
-    damaged.parent.mkdir(parents=True)
-    damaged.write_bytes(content)
-    monkeypatch.setenv("MAMBA_ASR_CACHE", str(tmp_path / "damaged"))
-    build._libraries.clear()
-    assert build.Kernel(*source).load().times_factor(3) == 6
-    assert damaged.read_bytes() == library.read_bytes()
+    whole = library.read_bytes()
+    # Not the file that this process has loaded.
+    library.unlink()
+    library.write_bytes(
+        {
+            "empty": b"",
+            "text": b"no library",
+            "half": whole[: len(whole) // 2],
+            "zeros": whole[:4096].ljust(len(whole), b"\0"),
+            "no digest": whole,
+        }[damage]
+    )
+    if damage == "no digest":
+        build._digest_file(library).unlink()
+    # In processes of their own: to load such a file would end them.
+    for builds in (True, False):
+        ran = subprocess.run(
+            [sys.executable, "-c", LOAD, *map(str, source)], capture_output=True, text=True
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert ("building" in ran.stderr) == builds
+    assert library.read_bytes() == whole
+
+
+@with_compiler
+def test_a_library_that_is_whole_but_cannot_be_loaded_is_built_once(
+    nothing_built, source, monkeypatch
+):
+    path, header = source
+    path.write_text(
+        'extern "C" int absent();\n'
+        'extern "C" __attribute__((visibility("default"))) int times_factor(int) '
+        "{ return absent(); }\n"
+    )
+    monkeypatch.setenv("CXXFLAGS", "-Wl,-z,now")
+    assert "absent" in build.Kernel(path, header).prepare()
+    assert len(built(nothing_built)) == 1
+    monkeypatch.setattr(build, "_failures", {})
+    monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
+    assert "absent" in build.Kernel(path, header).prepare()
 
 
 @with_compiler

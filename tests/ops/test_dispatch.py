@@ -2,10 +2,14 @@
 
 import logging
 import re
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from modules.mamba import Mamba
 from ops import doctor
@@ -15,7 +19,7 @@ from ops.mamba_inner import Direction, chunk_cpu, mamba_inner_fn, mamba_inner_st
 from ops.selective_scan import bidirectional_scan_fn, mamba_ssm, selective_scan_fn
 from ops.selective_scan.arguments import ScanArguments, normalise
 from ops.selective_scan.dispatch import BACKENDS
-from tests.ops.scans import random_inputs, way_of
+from tests.ops.scans import random_inputs, relative_error, way_of
 
 
 def scan(**changes):
@@ -264,6 +268,48 @@ def test_the_override_rules_out_the_kernel_for_a_few_frames(forced, monkeypatch)
     assert not chunk_cpu.fits(*tensors)
 
 
+@torch.no_grad()
+def test_a_step_obeys_its_backend(monkeypatch):
+    monkeypatch.delenv("MAMBA_ASR_SCAN", raising=False)
+    call = torch.randn(1, 16), direction(), torch.zeros(1, 8, 3), torch.zeros(1, 8, 4)
+    if not chunk_cpu.fits(call[0], *call[2:]):
+        pytest.skip("not compiled here")
+    done = []
+    kernel = chunk_cpu.chunk
+    monkeypatch.setattr(chunk_cpu, "chunk", lambda *given: done.append(1) or kernel(*given))
+    for forced, backend, compiled in (
+        ("auto", "auto", True),
+        ("auto", "cpu", True),
+        ("auto", "reference", False),
+        ("auto", "torch", False),
+        ("torch", "auto", False),
+        ("torch", "cpu", True),
+    ):
+        monkeypatch.setenv("MAMBA_ASR_SCAN", forced)
+        done.clear()
+        mamba_inner_step(*call, backend=backend)
+        assert bool(done) == compiled, (forced, backend)
+    monkeypatch.delenv("MAMBA_ASR_SCAN")
+    done.clear()
+    network = Mamba(8, backend="reference")
+    network.step(torch.randn(1, 8), network.initial_state(1))
+    assert not done
+
+
+@pytest.mark.parametrize("name", ["nonsense", "triton"])
+@torch.no_grad()
+def test_a_step_refuses_what_the_whole_refuses(name, monkeypatch):
+    monkeypatch.setattr(BACKENDS, "modules", BACKENDS.modules | {"triton": stub("no GPU")})
+    xz_BF, states = torch.randn(1, 16), (torch.zeros(1, 8, 3), torch.zeros(1, 8, 4))
+    message = "nonsense" if name == "nonsense" else "triton .* cannot be used here: no GPU"
+    for forced, backend in (("auto", name), (name, "auto")):
+        monkeypatch.setenv("MAMBA_ASR_SCAN", forced)
+        with pytest.raises(ValueError, match=message):
+            mamba_inner_step(xz_BF, direction(), *states, backend=backend)
+        with pytest.raises(ValueError, match=message):
+            mamba_inner_fn(xz_BF[:, None], direction(), backend=backend)
+
+
 def test_lengths_that_the_host_may_not_look_at_are_clamped(monkeypatch):
     # As on an accelerator.
     monkeypatch.setattr("ops.checks.is_on_cpu", lambda _: False)
@@ -291,8 +337,97 @@ def test_what_torch_func_transforms_goes_to_the_reference(monkeypatch):
     torch.testing.assert_close(torch.func.grad(loss)(x), wanted, rtol=1e-4, atol=1e-5)
     losses = torch.vmap(loss)(torch.stack([x, 2 * x]))
     torch.testing.assert_close(losses, torch.stack([loss(x), loss(2 * x)]))
-    with pytest.raises(ValueError, match=r"torch\.func transforms the backend reference alone"):
+    with pytest.raises(ValueError, match="transform the backend reference alone"):
         torch.vmap(lambda x: causal_conv1d_fn(x, weight, backend="torch"))(x[None])
+
+
+def test_torch_func_maps_lengths():
+    xz_KBTF = torch.randn(3, 2, 6, 16, dtype=torch.float64)
+    way = Direction(*(x.double() for x in direction()))
+    lengths_KB = torch.tensor([[6, 2], [0, 3], [5, 6]])
+
+    def loss(xz_BTF, lengths_B):
+        return mamba_inner_fn(xz_BTF, way, lengths=lengths_B, chunk_size=4)[0].square().sum()
+
+    found = torch.vmap(torch.func.grad(loss))(xz_KBTF, lengths_KB)
+    leaf = xz_KBTF.flatten(0, 1).requires_grad_()
+    (wanted,) = torch.autograd.grad(loss(leaf, lengths_KB.flatten()), leaf)
+    assert relative_error(found.flatten(0, 1), wanted) < 1e-9
+
+
+WITHOUT_MEMORY = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from modules.Conmamba import ConmambaEncoderLayer, for_streams
+from modules.dropout import Dropout
+from ops.mamba_inner import mamba_inner_fn, mamba_inner_step
+from ops import packed_linear
+from tests.ops.test_dispatch import direction
+
+with FakeTensorMode():
+    states = torch.zeros(2, 8, 3), torch.zeros(2, 8, 4)
+    assert mamba_inner_step(torch.randn(2, 16), direction(), *states)[0].shape == (2, 8)
+    for frames in (3, 70):
+        xz_BTF = torch.randn(2, frames, 16, requires_grad=True)
+        lengths = torch.tensor([frames, 2])
+        mamba_inner_fn(xz_BTF, direction(), direction(), lengths=lengths)[0].sum().backward()
+        assert xz_BTF.grad.shape == xz_BTF.shape
+        with torch.no_grad():
+            y, *_ = mamba_inner_fn(xz_BTF, direction(), return_state=True)
+        assert y.shape == (2, frames, 8)
+    assert Dropout(0.5)(torch.ones(4)).shape == (4,)
+    with torch.no_grad():
+        assert not packed_linear.fits(torch.ones(2, 4), torch.ones(3, 4), None)
+        assert for_streams(ConmambaEncoderLayer(8, 16)).fused is None
+"""
+
+
+def test_tensors_without_memory_go_through_every_operation():
+    # In a process of its own, which an address of no memory would end.
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
+@pytest.mark.parametrize("frames", [5, 70])
+@torch.no_grad()
+def test_a_trace_holds_what_is_computed(frames):
+    way, network = direction(), Mamba(8).requires_grad_(False)
+    state = network.initial_state(2)
+    for function, shape in (
+        (lambda x: mamba_inner_fn(x, way)[0], (2, frames, 16)),
+        (lambda x: mamba_inner_fn(x, way, lengths=torch.tensor([frames, 3]))[0], (2, frames, 16)),
+        (lambda x: network.step(x, state)[0], (2, 8)),
+    ):
+        traced = torch.jit.trace(function, torch.randn(shape), check_trace=False)
+        x = torch.randn(shape)
+        assert relative_error(traced(x), function(x)) < 1e-4
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_forward_mode_differentiates(with_gradients):
+    way, states = direction(), (torch.zeros(2, 8, 3), torch.zeros(2, 8, 4))
+    xz_BTF, tangent_BTF = torch.randn(2, 2, 5, 16)
+
+    def outputs(xz_BTF):
+        step, *_ = mamba_inner_step(xz_BTF[:, 0], way, *states)
+        return mamba_inner_fn(xz_BTF, way)[0], step
+
+    _, wanted = torch.func.jvp(outputs, (xz_BTF,), (tangent_BTF,))
+    with torch.set_grad_enabled(with_gradients), forward_ad.dual_level():
+        found = outputs(forward_ad.make_dual(xz_BTF, tangent_BTF))
+        found = tuple(forward_ad.unpack_dual(y).tangent for y in found)
+    torch.testing.assert_close(found, wanted)
+
+
+@torch.no_grad()
+def test_a_mode_sees_the_products_of_a_step():
+    network = Mamba(8)
+    state = network.initial_state(1)
+    with FlopCounterMode(display=False) as counted:
+        network.step(torch.randn(1, 8), state)
+    # Those of in_proj and out_proj.
+    assert counted.get_total_flops() > 2 * (8 * 32 + 16 * 8)
 
 
 @torch.no_grad()
@@ -305,12 +440,13 @@ def test_torch_func_maps_a_mixer():
     torch.testing.assert_close(stepped, network(x_BTD[:, :1])[:, 0])
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_outputs_may_be_changed_in_place(backend):
-    inputs = random_inputs(6, channels_last=True)
+@pytest.mark.parametrize("frames", [0, 6])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+def test_outputs_may_be_changed_in_place(backend, frames):
+    inputs = random_inputs(frames, channels_last=True)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     weight = torch.randn(6, 2, requires_grad=True)
-    xz_BTF = torch.randn(2, 6, 16, requires_grad=True)
+    xz_BTF = torch.randn(2, frames, 16, requires_grad=True)
     for outputs in (
         selective_scan_fn(**leaves, return_last_state=True, backend=backend),
         causal_conv1d_fn(leaves["u"], weight, return_last_state=True, backend=backend),
@@ -319,3 +455,20 @@ def test_outputs_may_be_changed_in_place(backend):
         for x in outputs:
             x *= 2
         sum(x.sum() for x in outputs).backward()
+
+
+def test_a_state_of_mamba_ssm_may_be_changed_and_has_no_gradient(monkeypatch):
+    inputs = random_inputs(6)
+    del inputs["initial_state"]
+    kernel = types.SimpleNamespace(
+        selective_scan_fn=lambda *given, **options: selective_scan_fn(
+            *given, return_last_state=True, backend="torch"
+        )
+    )
+    monkeypatch.setattr(mamba_ssm, "_interface", lambda: kernel)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    arguments = normalise(ScanArguments((way_of(leaves),), leaves["z"], True, None))
+    _, state = mamba_ssm.scan(arguments)
+    state *= 2
+    with pytest.raises(RuntimeError, match="no gradient of the last state"):
+        state.sum().backward()

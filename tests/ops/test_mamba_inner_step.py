@@ -80,6 +80,7 @@ def test_the_compiled_step_is_the_one_in_torch(options, monkeypatch):
     if chunk_cpu.prepare() is not None:
         pytest.skip(f"not compiled here: {chunk_cpu.prepare()}")
     network = mixer(**options)
+    network.backend = "auto"
     # Enough rows for several threads.
     x_BTD = torch.randn(BATCH * 70, 3, WIDTH)
     with torch.no_grad():

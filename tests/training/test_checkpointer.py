@@ -16,7 +16,12 @@ import torch
 from speechbrain.utils.epoch_loop import EpochCounterWithStopper
 
 from common.errors import UserError
-from training.checkpoints.checkpointer import RunCheckpointer, find_damage, load_model_hook
+from training.checkpoints.checkpointer import (
+    RunCheckpointer,
+    find_damage,
+    load_model_hook,
+    mean_weights,
+)
 
 
 class Weights(torch.nn.Module):
@@ -427,3 +432,37 @@ def test_the_folder_is_made_with_the_first_checkpoint(tmp_path):
     assert list(tmp_path.iterdir()) == []
     checkpointer.save_checkpoint()
     assert len(checkpointer.list_checkpoints()) == len(list(save.iterdir())) == 1
+
+
+def test_the_best_that_a_training_beside_replaces_are_looked_for_again(checkpointer):
+    for value in (1.0, 2.0):
+        save(checkpointer, value, WER=30.0)
+    replaced = []
+
+    def read(best):
+        if len(replaced) < 2:
+            replaced.append(best[-1].path)
+            save(checkpointer, 3.0 + len(replaced), WER=30.0 - len(replaced))
+            shutil.rmtree(best[-1].path)
+        return mean_weights(best)["layer.weight"][0, 0].item()
+
+    # Two attempts lose a checkpoint each, and the new ones are better.
+    assert checkpointer.of_best(read, 2, min_key="WER") == 4.5
+    assert len(replaced) == 2
+
+
+def test_what_is_wrong_with_the_best_themselves_is_said_at_once(checkpointer):
+    assert checkpointer.of_best(mean_weights, 2, min_key="WER") is None
+    save(checkpointer, 1.0, WER=30.0)
+    calls = []
+
+    def read(best):
+        calls.append(best)
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        checkpointer.of_best(read, 2, min_key="WER")
+    assert len(calls) == 1
+    checkpointer.recoverables["model"] = Weights(width=5)
+    with pytest.raises(UserError, match="another architecture"):
+        checkpointer.of_best(mean_weights, 2, min_key="WER")

@@ -121,6 +121,24 @@ def test_empty_references_and_missing_facts(tmp_path):
     assert row[3:] == ["0.00", "0.00 to 0.00", "0.00", "-", "-"]
 
 
+def test_words_recognised_where_none_were_said_are_no_flawless_score(tmp_path, wrong_words):
+    silence = make_run(tmp_path / "silence", [0, 0])
+    score = write_split_report(
+        *(silence, "noise", ["1-1-0000"], [""], ["TWO WORDS"]), audio_s=9, decode_s=1
+    )
+    update_results(silence, {"noise": score}, {}, {})
+    report = compare([silence])
+    assert cells(report, ("silence", "test-clean"))
+    assert not cells(report, ("silence", "noise"))
+    assert "Without a word in the references and so left out: silence on noise." in report
+    alone = make_run(tmp_path / "alone", [0])
+    results = json.loads((silence / "results.json").read_text(encoding="utf-8"))
+    del results["splits"]["test-clean"]
+    (alone / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    with pytest.raises(ValueError, match="no split that has been evaluated has a word"):
+        compare([alone])
+
+
 def test_splits_that_only_one_run_has_are_named(tmp_path, wrong_words):
     runs = [
         make_run(tmp_path / "a", wrong_words, ["test-clean", "dev-clean"]),

@@ -9,6 +9,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 from training.data import epoch_batches
 from training.data.epoch_batches import EpochBatches
+from training.launch import processes
 
 IDS = [f"u{i:02d}" for i in range(23)]
 
@@ -18,7 +19,8 @@ def shares(monkeypatch):
     """Ids of each process's batches in epoch 3, and its sampler; ``go_on`` as in a checkpoint."""
 
     def shares(batch_size, ranks=1, seed=1, go_on=None, ids=IDS):
-        monkeypatch.setattr(epoch_batches, "is_distributed_initialized", lambda: ranks > 1)
+        for module in (epoch_batches, processes):
+            monkeypatch.setattr(module, "is_distributed_initialized", lambda: ranks > 1)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
         found = []
         for rank in range(ranks):

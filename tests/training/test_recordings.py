@@ -157,6 +157,7 @@ def test_what_ctc_cannot_align_is_listed_with_the_reason(tokenizer):
     frames_of = {frames: 640 * (frames - 1) for frames in (4, 5)}
     rows = {
         "exact": row(frames_of[5], needs_5),
+        "with a word of others": row(frames_of[5], f"{needs_5} ?!"),
         "short": row(frames_of[4], needs_5),
         "empty": row(8000, ""),
         "unknown": row(8000, "???"),

@@ -79,9 +79,9 @@ class ASRBrain(RunBrain):
         self.splicing: Splicing | None = None
         self.unperturbed: DynamicItemDataset | None = None
         self.statistics: CountedStatistics | None = None
-        self.spectrogram_augmentation = SpectrogramAugmentation(
-            getattr(hparams, "spectrogram_augmentations", []), hparams.seed
-        )
+        # An evaluation augments nothing, whatever the run was trained with.
+        augmentations = [] if self.test_only else getattr(hparams, "spectrogram_augmentations", [])
+        self.spectrogram_augmentation = SpectrogramAugmentation(augmentations, hparams.seed)
         self.last_test_loss = float("nan")
         self.num_cut = 0
         self.transcripts: dict[str, tuple[str, str]] = {}

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -43,6 +43,10 @@ CHECKSUMS = "checksums.json"
 UNFINISHED_PREFIX = "unfinished+"
 DAMAGED_PREFIX = "damaged+"
 SUPERSEDED_PREFIX = "superseded+"
+
+_ATTEMPTS = 5
+
+Result = TypeVar("Result")
 
 
 def crc32(path: Path) -> int:
@@ -222,6 +226,34 @@ class RunCheckpointer(Checkpointer):
                 if len(intact) == limit:
                     break
         return ddp_broadcast(intact)
+
+    def of_best(
+        self, read: Callable[[Sequence[Checkpoint]], Result], num_best: int, **key: str
+    ) -> Result | None:
+        """What is made of the best checkpoints; None where there is no whole one.
+
+        They are looked for again where a training beside has replaced one of them in the meantime.
+
+        Args:
+            read: makes it.
+            key: ``min_key`` or ``max_key``, as of ``find_checkpoints``.
+
+        Raises:
+            UserError: they belong to another architecture.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
+            best = self.find_intact(max_num_checkpoints=num_best, **key)
+            if not best:
+                return None
+            try:
+                for checkpoint in best:
+                    # A clear message before averaging meets tensors of different shapes.
+                    load_model_weights(self.recoverables["model"], checkpoint.paramfiles["model"])
+                return read(best)
+            except (OSError, UserError):
+                if attempt == _ATTEMPTS or all(c.path.is_dir() for c in best):
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
     def _dismiss(self, folder: Path, damage: str) -> None:
         logger.warning("Checkpoint %s is damaged (%s) and not used.", folder, damage)

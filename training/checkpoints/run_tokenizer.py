@@ -9,6 +9,8 @@ from sentencepiece import SentencePieceProcessor
 from common.errors import UserError
 from common.files import atomic_write
 from common.record import PreparationRecord
+from inference.bundle import CONFIG_FILE, WEIGHTS_FILE
+from inference.config import check_config, read_json
 from text.tokenizer import MOST_CHARACTERS, load_tokenizer, vocabulary
 from training.checkpoints.checkpointer import RunCheckpointer
 
@@ -66,13 +68,18 @@ def tokenizer_of_weights(file: str | Path, token_type: str) -> Path | None:
         token_type: of the run that begins with these weights.
 
     Raises:
-        UserError: the weights are those of another kind of tokens.
+        UserError: the weights are those of another kind of tokens, or the bundle is damaged.
     """
     model_file = _beside(file)
     if model_file is None:
         return None
-    settings = PreparationRecord(model_file.parent, RECORD_FILE).note(model_file.name, "settings")
-    kind = (settings or {}).get("token_type", token_type)
+    if Path(file).name == WEIGHTS_FILE:
+        config = read_json(model_file.with_name(CONFIG_FILE))
+        check_config(config)
+        kind = config["tokens"].get("type", token_type)
+    else:
+        record = PreparationRecord(model_file.parent, RECORD_FILE)
+        kind = record.note(model_file.name, "settings", {}).get("token_type", token_type)
     if kind != token_type:
         raise UserError(
             f"--init_from {file} has tokens of token_type {kind}, and token_type is {token_type}. "

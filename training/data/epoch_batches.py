@@ -8,6 +8,8 @@ from speechbrain.dataio.sampler import DynamicBatchSampler
 from speechbrain.utils.distributed import is_distributed_initialized
 from torch.utils.data import BatchSampler, Sampler
 
+from training.launch.processes import num_ranks
+
 
 class EpochBatches(Sampler[list[int]]):
     """A batch sampler that leaves out what an interrupted epoch has seen, and shares out the rest.
@@ -50,14 +52,14 @@ class EpochBatches(Sampler[list[int]]):
         rest = ([i for i in batch if self._ids[i] not in self._seen] for batch in whole)
         self._rest = [batch for batch in rest if batch]
         rank = torch.distributed.get_rank() if is_distributed_initialized() else 0
-        self._ranks = _num_ranks()
+        self._ranks = num_ranks()
         # All processes step equally often: what is missing in the last round is seen twice.
         missing = -len(self._rest) % self._ranks
         self._own = [*self._rest, *islice(cycle(whole), missing)][rank :: self._ranks]
 
     def num_whole(self) -> int:
         """How many batches each process has in an epoch that nothing interrupts."""
-        return -(-len(self._batches) // _num_ranks())
+        return -(-len(self._batches) // num_ranks())
 
     def seen(self, num_done: int) -> list[str]:
         """Ids of the epoch that all processes together saw in their first ``num_done`` batches."""
@@ -77,7 +79,3 @@ class EpochBatches(Sampler[list[int]]):
             self.set_epoch(1)
         assert self._own is not None
         return self._own
-
-
-def _num_ranks() -> int:
-    return torch.distributed.get_world_size() if is_distributed_initialized() else 1

@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import logging
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +30,6 @@ from training.launch.interrupts import UndisturbedWorker
 from training.seeding import derive_seed
 from training.shapes import rounded_up
 from training.splicing.splice import Splicing
-
-logger = logging.getLogger(__name__)
 
 _ENCODED_AT_ONCE = 10_000
 
@@ -65,13 +62,6 @@ class ReadSpeech:
         if self.perturbation is not None:
             wav_S = self.perturbation(wav_S, utterance_id)
         return wav_S, words
-
-
-class CountSamples:
-    """Length of a waveform in samples."""
-
-    def __call__(self, wav_S: torch.Tensor) -> int:
-        return wav_S.shape[0]
 
 
 class Tokenize:
@@ -130,7 +120,7 @@ def unalignable(
     # Many at once, and in Python's own numbers: there may be hundreds of thousands.
     of_each = _encoded(tokenizer, (row["wrd"] for row in rows.values()))
     for (utterance_id, row), encoded in zip(rows.items(), of_each, strict=True):
-        tokens = [token for token in encoded if token != UNK_ID]
+        tokens = tokens_of(tokenizer, row["wrd"]) if UNK_ID in encoded else encoded
         if silent.issuperset(tokens):
             empty = not row["wrd"].strip()
             reasons[utterance_id] = "empty transcript" if empty else "no known character"
@@ -204,7 +194,7 @@ def make_dataset(
             ["sig", "said"],
         )
     )
-    dataset.add_dynamic_item(DynamicItem(["sig"], CountSamples(), ["num_samples"]))
+    dataset.add_dynamic_item(DynamicItem(["sig"], len, ["num_samples"]))
     dataset.add_dynamic_item(
         DynamicItem(
             ["said"],

@@ -217,12 +217,12 @@ def _weights_of(path: str) -> str:
     return next((file for name in names if Path(file := os.path.join(path, name)).is_file()), path)
 
 
-def check_arguments(description: str, argv: Sequence[str] | None = None) -> None:
+def check_arguments(description: str) -> None:
     """Answers ``--help`` and mistakes of the command line; called before torch is imported.
 
     Ends the process with status 0 or 2, or returns where nothing was found wrong.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end_before_training)
     if "-h" in argv or "--help" in argv:

@@ -1,14 +1,25 @@
-"""What one process of a run does for all of them."""
+"""The processes of a run: how many they are, and what one does for all of them."""
 
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from speechbrain.utils.distributed import ddp_broadcast, if_main_process, main_process_only
+import torch.distributed
+from speechbrain.utils.distributed import (
+    ddp_broadcast,
+    if_main_process,
+    is_distributed_initialized,
+    main_process_only,
+)
 
 from common.errors import EXIT_USER_ERROR, UserError
 
 Result = TypeVar("Result")
+
+
+def num_ranks() -> int:
+    """Processes of the run."""
+    return torch.distributed.get_world_size() if is_distributed_initialized() else 1
 
 
 def on_main(function: Callable[..., Result], *arguments: object) -> Result:

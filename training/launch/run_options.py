@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import sys
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -65,8 +64,3 @@ def option_actions() -> dict[str, argparse.Action]:
     # SpeechBrain's default of None leaves it a string, which no step count exceeds.
     actions["optimizer_step_limit"].type = int
     return {name: actions[name] for name in (*IN_USE, *sorted(actions.keys() - set(IN_USE)))}
-
-
-def defaults() -> Mapping[str, object]:
-    """Every run option with SpeechBrain's default."""
-    return _speechbrain_module().RunOptions().as_dict()

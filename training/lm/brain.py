@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import speechbrain as sb
-import torch.distributed
-from speechbrain.utils.distributed import is_distributed_initialized
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -15,6 +13,7 @@ from torch.utils.data import DataLoader
 from text.tokenizer import BOS_ID
 from training.brains.run_brain import RunBrain
 from training.data.copied_ahead import to_device
+from training.launch.processes import num_ranks
 from training.lm.text_batches import PAD_ID, TextBatch, TextLoader
 from training.seeding import seed_everything
 
@@ -58,7 +57,6 @@ class LMBrain(RunBrain):
     """
 
     best_metric = "PPL"
-    best_is = "min"
     amount_unit = "tokens"
     text_loader: TextLoader
 
@@ -119,11 +117,13 @@ class LMBrain(RunBrain):
         """Log an epoch; say how many of its sentences were cut."""
         super().on_stage_end(stage, stage_loss, epoch)
         if stage == sb.Stage.TRAIN and self.num_cut:
+            text = self.text_loader.dataset
             logger.warning(
-                "Epoch %d: %d sentences were cut to max_sentence_tokens (%d).",
+                "Epoch %d%s: %d sentences were cut to max_sentence_tokens (%d).",
                 epoch,
+                f" from batch {text.first_batch + 1} on" if text.first_batch else "",
                 self.num_cut,
-                self.text_loader.dataset.max_sentence_tokens,
+                text.max_sentence_tokens,
             )
 
     def validation_stats(self, loss: float) -> dict[str, float]:
@@ -137,8 +137,3 @@ class LMBrain(RunBrain):
         """Perplexity of a held-out text."""
         self.evaluate(text)
         return self.perplexity
-
-
-def num_ranks() -> int:
-    """Processes that train together."""
-    return torch.distributed.get_world_size() if is_distributed_initialized() else 1

@@ -1,6 +1,5 @@
 """From a command line and text to a trained language model that decoding can load."""
 
-import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,7 +48,7 @@ from training.checkpoints.run_tokenizer import (
     tokenizer_of_weights,
 )
 from training.launch.command_line import CommandLine
-from training.launch.processes import on_main
+from training.launch.processes import num_ranks, on_main
 from training.launch.run_lock import sole_run
 from training.launch.start import (
     make_output_folder,
@@ -58,12 +57,10 @@ from training.launch.start import (
     write_hyperparams,
 )
 from training.launch.yaml_file import read_yaml, resolved_text
-from training.lm.brain import LMBrain, Perplexity, num_ranks
+from training.lm.brain import LMBrain, Perplexity
 from training.lm.text_batches import TextBatches, TextLoader, read_sentences
 from training.named_evaluation import checked_name, earlier_evaluations, free_name
 from training.reporting.loggers import make_loggers
-
-logger = logging.getLogger(__name__)
 
 TRAINING_TEXT = "training text"
 
@@ -117,6 +114,7 @@ def _run(
     if line.init_from is not None and not options.test_only:
         check_tokens_of_weights("--init_from", line.init_from, tokenizer)
         load_model_weights(hparams["model"], Path(line.init_from), "file")
+    check_positions(hparams)
     brain = LMBrain(
         modules=hparams["modules"],
         opt_class=hparams["opt_class"],
@@ -139,10 +137,13 @@ def _run(
         if paths
     }
     for name, loader in held_out.items():
-        if not any(read_sentences(texts[name])):
-            paths = ", ".join(texts[name])
-            raise UserError(f"{name}_text: {paths} has no sentence: nothing to score.")
-        check_characters(loader.dataset, hparams["unknown_characters"], f"{name}_text")
+        policy = hparams["unknown_characters"]
+        check_characters(loader.dataset, policy, f"{name}_text")
+        if loader.dataset.is_empty():
+            raise UserError(
+                f"{name}_text: {', '.join(texts[name])} has no sentence to score"
+                + (" without unknown characters." if policy == "skip" else " in known characters.")
+            )
     if not options.test_only:
         if "valid" not in held_out:
             raise UserError(
@@ -169,7 +170,8 @@ def _run(
             )
         brain.fit(hparams["counter"], brain.text_loader, held_out["valid"])
     brain.unwrap_modules()
-    is_own = not options.test_only or _averages_as_trained(folder, hparams["avg_checkpoints"])
+    is_own = not (options.test_only and (folder / "lm" / LM_FILE).is_file())
+    is_own = is_own or _as_trained(folder, hparams, "avg_checkpoints")
     export(brain, tokenizer_file, folder / "lm", place == folder and is_own)
     evaluation = None
     if options.test_only:
@@ -177,6 +179,10 @@ def _run(
         settings["eval_precision"] = brain.eval_precision
         if not is_own:
             settings["avg_checkpoints"] = hparams["avg_checkpoints"]
+        if not _as_trained(folder, hparams, "max_sentence_tokens"):
+            settings["max_sentence_tokens"] = hparams["max_sentence_tokens"]
+        if hparams["unknown_characters"] == "skip":
+            settings["unknown_characters"] = "skip"
         evaluation = on_main(name_evaluation, place, line.eval_name, settings), settings
     brain.stop_request.what_follows = "stopping after this batch"
     with brain.stop_request:
@@ -311,6 +317,22 @@ def prepare_tokenizer(line: CommandLine, hparams: Mapping, tokenizer_file: Path)
     return wanted
 
 
+def check_positions(hparams: Mapping) -> None:
+    """Refuses sentences that may be longer than absolute positions reach.
+
+    Raises:
+        UserError: they may.
+    """
+    encoding = getattr(hparams["model"], "positional_encoding", None)
+    most, longest = getattr(encoding, "max_len", math.inf), hparams["max_sentence_tokens"]
+    # The sign that a sentence begins has a position, too.
+    if longest + 1 > most:
+        raise UserError(
+            f"max_sentence_tokens is {longest}, and the positional_encoding of the model ends at "
+            f"{most}: give --max_sentence_tokens {most - 1} or less."
+        )
+
+
 def check_characters(text: TextBatches, policy: str, where: str) -> None:
     """Lists characters that the tokenizer does not know.
 
@@ -328,12 +350,10 @@ def check_characters(text: TextBatches, policy: str, where: str) -> None:
     check_unknown_characters(unknown, policy, where)
 
 
-def _averages_as_trained(folder: Path, num_best: int) -> bool:
-    """Whether the run's own model is the mean of so many checkpoints, or it has none yet."""
-    if not (folder / "lm" / LM_FILE).is_file():
-        return True
+def _as_trained(folder: Path, hparams: Mapping, key: str) -> bool:
+    """Whether a setting is that of the training."""
     try:
-        return read_yaml(folder / "hyperparams.yaml")["avg_checkpoints"] == num_best
+        return read_yaml(folder / "hyperparams.yaml")[key] == hparams[key]
     except (UserError, KeyError):
         return False
 
@@ -356,14 +376,9 @@ def _mean(
     brain: LMBrain, tokenizer_file: Path, folder: Path, keep: bool
 ) -> dict[str, torch.Tensor]:
     model_file = folder / LM_FILE
-    best = brain.checkpointer.find_intact(
-        min_key=brain.best_metric, max_num_checkpoints=brain.hparams.avg_checkpoints
-    )
-    if best:
-        for checkpoint in best:
-            # A clear message before averaging meets tensors of different shapes.
-            load_model_weights(brain.hparams.model, checkpoint.paramfiles["model"])
-        mean = mean_weights(best)
+    num_best = brain.hparams.avg_checkpoints
+    mean = brain.checkpointer.of_best(mean_weights, num_best, min_key=brain.best_metric)
+    if mean is not None:
         if keep:
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(model_file, "wb") as stream:

@@ -7,7 +7,7 @@ import random
 import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 
@@ -85,15 +85,6 @@ class TextBatch:
     tokens_eos: Tensor
     num_tokens_B: Tensor
     num_cut: int = 0
-
-    def to(self, device: torch.device | str) -> TextBatch:
-        """The batch on a device."""
-        return replace(
-            self,
-            tokens_bos=self.tokens_bos.to(device),
-            tokens_eos=self.tokens_eos.to(device),
-            num_tokens_B=self.num_tokens_B.to(device),
-        )
 
 
 class TextBatches(IterableDataset):
@@ -178,6 +169,10 @@ class TextBatches(IterableDataset):
             if len(list(islice(self._batches(), num_ranks))) < num_ranks:
                 raise self._too_few()
         return self.chunk_sentences
+
+    def is_empty(self) -> bool:
+        """Whether the epoch has no batch."""
+        return next(self._batches(), None) is None
 
     def order(self) -> list:
         """What the batches of an epoch follow from, as a JSON value."""
