@@ -69,6 +69,8 @@ RUN_FILES = (
 )
 """What the bundle of a run is made from, beside its language model."""
 
+_SCRATCH = ".bundle-"
+
 
 @dataclass(frozen=True)
 class _RunModel:
@@ -91,8 +93,8 @@ def write_bundle(
 
     Args:
         run: output folder of a run that has been evaluated.
-        folder: of the bundle; an earlier bundle there is replaced, and what else lies beside its
-            files stays there; another folder is not touched.
+        folder: of the bundle; the files of an earlier bundle there are replaced one by one, and
+            what else lies beside them stays; another folder is not touched.
         precision: how weights are stored: fp32, fp16, or int8 with a scale per row. They are
             float32 again when loaded.
         language: of the speech, as a code such as "en".
@@ -119,10 +121,9 @@ def write_bundle(
         "licence": licence,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # A folder that others have something in stays, and so does one that may lie on another device.
-    stays = folder.is_symlink() or folder.is_mount() or bool(_strangers(folder))
-    place = folder if stays else folder.parent
-    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=place) as scratch:
+    # A folder that is there may lie on another device than the one above it.
+    place = folder if folder.is_dir() else folder.parent
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=place) as scratch:
         new = Path(scratch) / "new"
         new.mkdir()
         _save_tensors(pack(model.tensors, precision), new / WEIGHTS_FILE)
@@ -139,16 +140,14 @@ def write_bundle(
         _write_json(new / CHECKSUMS_FILE, checksums)
         with atomic_write(new / CARD_FILE) as stream:
             stream.write(model_card(config, checksums))
-        if stays:
-            names = {path.name for path in new.iterdir()}
-            for name in names:
-                os.replace(new / name, folder / name)
-            for name in {*FILES} - names:
-                (folder / name).unlink(missing_ok=True)
+        if place != folder:
+            new.rename(folder)
             return folder
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        new.rename(folder)
+        names = {path.name for path in new.iterdir()}
+        for name in names:
+            os.replace(new / name, folder / name)
+        for name in {*FILES} - names:
+            (folder / name).unlink(missing_ok=True)
     return folder
 
 
@@ -334,7 +333,8 @@ def _is_free(folder: Path) -> bool:
     """Whether a bundle may take the place of what is there."""
     if not folder.is_dir():
         return False
-    if not any(folder.iterdir()):
+    # A call that was killed may have left its scratch folder.
+    if all(path.name.startswith(_SCRATCH) for path in folder.iterdir()):
         return True
     # Many a folder has a config.json.
     try:
@@ -343,11 +343,6 @@ def _is_free(folder: Path) -> bool:
         return False
     is_ours = isinstance(config, dict) and {"format", "kind"} <= config.keys()
     return is_ours and (folder / CHECKSUMS_FILE).is_file()
-
-
-def _strangers(folder: Path) -> set[str]:
-    """What lies in a folder and is no file of a bundle."""
-    return {path.name for path in folder.iterdir()} - {*FILES} if folder.exists() else set()
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

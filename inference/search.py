@@ -129,7 +129,7 @@ class TextSearch:
         Raises:
             UserError: it cannot be read.
         """
-        if self.model.kind != "ctc" or options.ngram is None or isinstance(options.ngram, Ngram):
+        if options.ngram is None or isinstance(options.ngram, Ngram):
             return options
         path = os.fspath(options.ngram)
         version = path, _version(path)

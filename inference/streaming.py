@@ -22,7 +22,7 @@ from torch import Tensor
 from common.errors import UserError
 from decoding.ctc_beam_search import CTCToken
 from inference.chunks import CHUNK_MS, Chunks, chunks_of
-from inference.locks import Lock
+from inference.locks import held_over_forks
 from inference.model import Model
 from inference.recognizer import Recognizer
 from inference.search import options_of
@@ -166,7 +166,7 @@ class StreamingRecognizer(Recognizer):
         self._state = self._initial.repeat(1)
         self._free = [0]
         self._streams: list[Stream] = []
-        self._lock = Lock(threading.RLock)
+        self._lock = held_over_forks(threading.RLock())
         self._model_id: str | None = None
 
     def _chunks_of(self, chunk_ms: float) -> Chunks:

@@ -49,6 +49,16 @@ _libraries: dict[Path, ctypes.CDLL] = {}
 _failures: dict[Path, str] = {}
 
 
+def _free_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # The thread that builds is not in the copy of a process.
+    os.register_at_fork(after_in_child=_free_lock)
+
+
 class BuildError(RuntimeError):
     """The kernels cannot be compiled or loaded here; the message says why."""
 
@@ -203,7 +213,12 @@ def _locked(path: Path) -> Iterator[None]:
         # complete library into place, so only the time is lost.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            # A copy of this process (fork) has the file open, too, and would keep the lock.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _command() -> list[str]:

@@ -220,7 +220,8 @@ def _check_seeds(folder: Path, first: EvaluatedRun, other: EvaluatedRun) -> None
             f"{folder} holds runs of different models: {first.name} has {first.parameters} "
             f"parameters, {other.name} {other.parameters}. Name the runs one by one."
         )
-    _check_comparable(first, other)
+    if first.splits and other.splits:
+        _check_comparable(first, other)
 
 
 def _resampled(recipe: Recipe, split: str, samples: int, seed: int) -> np.ndarray:
@@ -437,13 +438,14 @@ def _left_out(recipes: Sequence[Recipe]) -> list[str]:
     lines = []
     for recipe in recipes:
         lines.extend(recipe.without)
-        if wordless := sorted({split for run in recipe.runs for split in run.without_rate}):
+        wordless = {split for run in recipe.runs for split in run.without_rate}
+        if wordless:
             lines.append(
                 f"Without a word in the references and so left out: {recipe.name} on "
-                f"{', '.join(wordless)}."
+                f"{', '.join(sorted(wordless))}."
             )
         scored = {split for run in recipe.runs for split in run.splits}
-        if unmatched := sorted(scored - set(recipe.splits)):
+        if unmatched := sorted(scored - wordless - set(recipe.splits)):
             lines.append(f"Not in every run of {recipe.name}: {', '.join(unmatched)}.")
     for recipe in (recipe for recipe in others if not recipe.is_named):
         unmatched = sorted(set(first.splits) ^ set(recipe.splits))

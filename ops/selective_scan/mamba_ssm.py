@@ -67,8 +67,8 @@ class _WithoutGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, last_state: Tensor) -> Tensor:
-        # Not a view of autograd's, which could not be changed in place.
-        return last_state.detach()
+        # What mamba_ssm returns shares its memory with what the gradient needs.
+        return last_state.clone()
 
     @staticmethod
     def backward(ctx, grad_last_state: Tensor):

@@ -10,6 +10,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,20 +33,16 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _cannot_launch() -> str | None:
-    """Why Triton has not what it starts kernels with, which it builds once for a machine."""
-    from triton.runtime import driver
-
-    try:
-        # Older versions build it with the driver, others when it is first asked for.
-        getattr(driver.active, "utils", None)
-    except Exception as error:
-        # A compiler that is missing or fails, a driver too old: each in its own way.
-        return (
-            f"Triton cannot start kernels ({type(error).__name__}: {error}); it needs a C "
-            "compiler and Python's headers (gcc and python3-dev)"
-        )
-    return None
+def _can_compile() -> bool:
+    """Whether Triton can build, once for a machine, what it starts kernels with."""
+    if os.name != "posix":
+        return True
+    # As Triton looks for them.
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    headers = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and headers.is_file()
 
 
 def unavailable() -> str | None:
@@ -56,7 +55,9 @@ def unavailable() -> str | None:
         return "its kernels have not been made ready for AMD GPUs (ROCm)"
     if not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests only)"
-    return _cannot_launch()
+    if not _can_compile():
+        return "Triton needs a C compiler and Python's headers (gcc and python3-dev)"
+    return None
 
 
 def unsupported(arguments: ScanArguments) -> str | None:

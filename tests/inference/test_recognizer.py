@@ -168,9 +168,17 @@ def test_searches_share_an_ngram_until_its_file_changes(recognizers, waveforms, 
         ngram_of()
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_ms": 640}, {"whole": True}])
-def test_a_call_has_one_ngram_whatever_becomes_of_its_file(audio_files, tmp_path, options):
-    run = make_run(tmp_path / "run", "CTC/demo_streaming")
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("CTC/demo_streaming", {}),
+        ("CTC/demo_streaming", {"chunk_ms": 640}),
+        ("CTC/demo_streaming", {"whole": True}),
+        ("S2S/demo", {"whole": True}),
+    ],
+)
+def test_a_call_has_one_ngram_whatever_becomes_of_its_file(audio_files, tmp_path, recipe, options):
+    run = make_run(tmp_path / "run", recipe)
     recognizer = Recognizer.from_run(run, device="cpu")
     path, ngrams = tmp_path / "words.arpa", []
     make = CTCBeamSearch.start
@@ -184,7 +192,7 @@ def test_a_call_has_one_ngram_whatever_becomes_of_its_file(audio_files, tmp_path
         yield audio_files[0]
         path.write_text(ARPA.format(second=" 0.2"), encoding="utf-8")
         yield audio_files[1]
-        recognizer.transcribe(audio_files[1], ngram=path)
+        recognizer.transcribe(audio_files[1], ngram=path, **options)
         yield audio_files[2]
         path.unlink()
         yield audio_files[3]

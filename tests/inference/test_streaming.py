@@ -531,7 +531,7 @@ def test_a_joint_model_streams_with_its_ctc_branch(tmp_path, caplog):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_in_a_fork_streams_go_on_or_are_refused(runs, threads):
     script = f"""
-import os
+import os, signal, threading, time
 import numpy as np
 from common.errors import UserError
 from inference import StreamingRecognizer
@@ -539,8 +539,20 @@ asr = StreamingRecognizer.from_run({str(runs["conmamba"])!r}, device="cpu", thre
 stream = asr.open()
 asr.accept(stream, np.zeros(20_000, np.float32))
 data = asr.save(stream)
-asr._lock.__enter__()
+is_held, is_done = threading.Event(), []
+
+def commit():
+    with asr._lock:
+        is_held.set()
+        time.sleep(1)
+        is_done.append(True)
+
+thread = threading.Thread(target=commit)
+thread.start()
+is_held.wait()
 if os.fork() == 0:
+    signal.alarm(60)
+    assert is_done, "half a commit"
     asr.accept(stream, np.zeros(20_000, np.float32))
     for call in (
         asr.open,

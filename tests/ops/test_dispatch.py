@@ -457,18 +457,32 @@ def test_outputs_may_be_changed_in_place(backend, frames):
         sum(x.sum() for x in outputs).backward()
 
 
+class StateOfMemory(torch.autograd.Function):
+    """As mamba_ssm's: the last state is a part of what its backward reads."""
+
+    @staticmethod
+    def forward(ctx, u):
+        states = torch.stack([u, u + 1])
+        ctx.save_for_backward(states)
+        return u * 2, states[-1]
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_state):
+        (states,) = ctx.saved_tensors
+        return 2 * grad_y + 0 * states[0]
+
+
 def test_a_state_of_mamba_ssm_may_be_changed_and_has_no_gradient(monkeypatch):
     inputs = random_inputs(6)
     del inputs["initial_state"]
     kernel = types.SimpleNamespace(
-        selective_scan_fn=lambda *given, **options: selective_scan_fn(
-            *given, return_last_state=True, backend="torch"
-        )
+        selective_scan_fn=lambda u, *given, **options: StateOfMemory.apply(u)
     )
     monkeypatch.setattr(mamba_ssm, "_interface", lambda: kernel)
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     arguments = normalise(ScanArguments((way_of(leaves),), leaves["z"], True, None))
-    _, state = mamba_ssm.scan(arguments)
+    y, state = mamba_ssm.scan(arguments)
     state *= 2
+    y.sum().backward()
     with pytest.raises(RuntimeError, match="no gradient of the last state"):
         state.sum().backward()

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -85,45 +86,23 @@ def test_amd_gpus_are_left_to_other_backends(monkeypatch):
     assert "ROCm" in triton_conv.unavailable()
 
 
-class Driver:
-    """Stands for Triton's, which it makes, or what launches with it, when it is first used."""
-
-    def __init__(self, fails_at=None):
-        self.fails_at, self.asked = fails_at, []
-
-    def _make(self, part, made):
-        self.asked.append(part)
-        if part == self.fails_at:
-            raise RuntimeError("Failed to find C compiler.")
-        return made
-
-    @property
-    def active(self):
-        return self._make("driver", self)
-
-    @property
-    def utils(self):
-        return self._make("utils", None)
-
-
 @needs_triton
-@pytest.mark.parametrize("fails_at", ["driver", "utils", None])
-def test_triton_itself_is_asked_once_whether_it_can_launch(monkeypatch, fails_at):
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_without_a_compiler_other_backends_compute(monkeypatch, tmp_path, missing):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("MAMBA_ASR_SCAN", raising=False)
+    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    driver = Driver(fails_at)
-    monkeypatch.setattr("triton.runtime.driver", driver)
-    triton._cannot_launch.cache_clear()
-    inputs = random_inputs(4)
-    selective_scan_fn(**inputs)
-    causal_conv1d_fn(inputs["u"], inputs["A"])
-    assert not driver.asked, "for tensors on the CPU"
-    for _ in range(2):
-        reason = triton.unavailable()
-        assert reason is None if fails_at is None else "C compiler" in reason
-    assert driver.asked == (["driver"] if fails_at == "driver" else ["driver", "utils"])
-    triton._cannot_launch.cache_clear()
+    (tmp_path / "gcc").write_text("#!/bin/sh")
+    (tmp_path / "gcc").chmod(0o700)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    triton._can_compile.cache_clear()
+    assert triton.unavailable() is None
+    (tmp_path / {"compiler": "gcc", "headers": "Python.h"}[missing]).unlink()
+    triton._can_compile.cache_clear()
+    assert "C compiler" in triton.unavailable()
+    triton._can_compile.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,19 @@ def test_words_recognised_where_none_were_said_are_no_flawless_score(tmp_path, w
         compare([alone])
 
 
+def test_seeds_that_were_scored_on_silence_are_compared_in_the_rest(tmp_path):
+    for seed, hypothesis in ((1, ""), (2, "A WORD")):
+        run = make_run(tmp_path / "recipe" / str(seed), [0, 1])
+        folder = run / "evaluations" / "noise"
+        score = write_split_report(
+            *(folder, "noise", ["n-1"], [""], [hypothesis]), audio_s=9, decode_s=1
+        )
+        update_results(folder, {"noise": score}, {}, {})
+    report = compare([tmp_path / "recipe"])
+    assert cells(report, ("recipe, 2 seeds", "test-clean"))
+    assert report.endswith("so left out: recipe:evaluations/noise on noise.\n")
+
+
 def test_splits_that_only_one_run_has_are_named(tmp_path, wrong_words):
     runs = [
         make_run(tmp_path / "a", wrong_words, ["test-clean", "dev-clean"]),
